@@ -1,0 +1,169 @@
+//! The VM's RAM and where it lies in the guest-physical address space.
+
+use std::sync::Arc;
+
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
+
+use crate::{CodePages, WriteTracker};
+
+/// The guest-physical address map: where RAM ends and devices begin.
+pub mod layout {
+    /// RAM below this address is contiguous from 0; the rest of RAM continues at [`HIGH_RAM_START`].
+    pub const LOW_RAM_END: u64 = 0xC000_0000;
+    /// Where RAM beyond the first 3 GiB starts.
+    pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
+    /// Smallest RAM size accepted, in bytes.
+    pub const MIN_RAM: u64 = 32 << 20;
+    /// Largest RAM size accepted, in bytes.
+    pub const MAX_RAM: u64 = 1 << 40;
+}
+
+/// The `vm-memory` type behind [`GuestRam`].
+pub type VmMemory = GuestMemoryMmap<WriteTracker>;
+
+/// Why RAM could not be made.
+#[derive(Debug)]
+pub enum RamError {
+    /// The size is not a multiple of 4 KiB or out of range.
+    Size(u64),
+    /// The host gave no memory.
+    Host(String),
+}
+
+impl std::fmt::Display for RamError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Size(bytes) => write!(
+                f,
+                "a guest memory of {bytes} bytes is not possible: choose a multiple of 4 KiB between {} MiB and {} GiB",
+                layout::MIN_RAM >> 20,
+                layout::MAX_RAM >> 30
+            ),
+            Self::Host(why) => {
+                write!(f, "the host gives no memory for the guest ({why}): choose a smaller --memory or free some")
+            }
+        }
+    }
+}
+
+impl std::error::Error for RamError {}
+
+/// The RAM of one VM. Cheap to clone: clones are the same memory.
+#[derive(Clone, Debug)]
+pub struct GuestRam {
+    memory: Arc<VmMemory>,
+    code_pages: Arc<CodePages>,
+    size: u64,
+}
+
+impl GuestRam {
+    /// Maps `size` bytes of zeroed RAM, lazily backed by the host.
+    ///
+    /// # Errors
+    /// [`RamError`] for an impossible size or when the host refuses the mapping.
+    pub fn new(size: u64) -> Result<Self, RamError> {
+        if !(layout::MIN_RAM..=layout::MAX_RAM).contains(&size) || size % crate::PAGE_SIZE != 0 {
+            return Err(RamError::Size(size));
+        }
+        let low = size.min(layout::LOW_RAM_END);
+        let high = size - low;
+        let end = if high > 0 { layout::HIGH_RAM_START + high } else { low };
+        let code_pages = Arc::new(CodePages::new(end));
+        let mut regions = Vec::new();
+        for (base, len) in [(0, low), (layout::HIGH_RAM_START, high)] {
+            if len == 0 {
+                continue;
+            }
+            let mapping =
+                MmapRegionBuilder::new_with_bitmap(len as usize, WriteTracker::new(base, code_pages.clone()))
+                    .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                    .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+                    .build()
+                    .map_err(|e| RamError::Host(e.to_string()))?;
+            // SAFETY: the range was just mapped by us and stays mapped as long as `mapping` lives; advice cannot
+            // change its contents.
+            unsafe { libc::madvise(mapping.as_ptr().cast(), len as usize, libc::MADV_HUGEPAGE) };
+            regions.push(GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or(RamError::Size(size))?);
+        }
+        let memory = VmMemory::from_regions(regions).map_err(|e| RamError::Host(e.to_string()))?;
+        Ok(Self { memory: Arc::new(memory), code_pages, size })
+    }
+
+    /// The memory as `vm-memory` sees it.
+    pub fn memory(&self) -> &VmMemory {
+        &self.memory
+    }
+
+    /// The memory as `vm-memory` sees it, shared.
+    pub fn shared(&self) -> Arc<VmMemory> {
+        self.memory.clone()
+    }
+
+    /// Which pages hold translated code.
+    pub fn code_pages(&self) -> &Arc<CodePages> {
+        &self.code_pages
+    }
+
+    /// Bytes of RAM.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// `(guest-physical start, host address, length in bytes)` of each contiguous piece of RAM.
+    pub fn pieces(&self) -> Vec<(u64, *mut u8, u64)> {
+        self.memory
+            .iter()
+            .filter_map(|region| {
+                let host = self.memory.get_host_address(region.start_addr()).ok()?;
+                Some((region.start_addr().0, host, region.len()))
+            })
+            .collect()
+    }
+
+    /// The host address of guest-physical page `gpa` (rounded down to the page), or `None` where there is no RAM.
+    #[inline]
+    pub fn host_page(&self, gpa: u64) -> Option<*mut u8> {
+        self.memory.get_host_address(GuestAddress(gpa & !(crate::PAGE_SIZE - 1))).ok()
+    }
+
+    /// Copies guest-physical bytes out; `false` (and `data` in no defined state) where a byte is not RAM.
+    #[must_use]
+    pub fn read(&self, gpa: u64, data: &mut [u8]) -> bool {
+        self.memory.read_slice(data, GuestAddress(gpa)).is_ok()
+    }
+
+    /// Copies bytes into guest-physical memory, telling the code tracker; `false` where a byte is not RAM.
+    #[must_use]
+    pub fn write(&self, gpa: u64, data: &[u8]) -> bool {
+        self.memory.write_slice(data, GuestAddress(gpa)).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert!(GuestRam::new(1 << 20).is_err());
+        assert!(GuestRam::new((64 << 20) + 1).is_err());
+        let ram = GuestRam::new(4 << 30).unwrap();
+        let pieces = ram.pieces();
+        assert_eq!(pieces.len(), 2);
+        assert_eq!((pieces[1].0, pieces[1].2), (layout::HIGH_RAM_START, 1 << 30));
+    }
+
+    #[test]
+    fn read_back() {
+        let ram = GuestRam::new(64 << 20).unwrap();
+        assert!(ram.write(0x1ffe, &[1, 2, 3, 4]));
+        let mut data = [0; 4];
+        assert!(ram.read(0x1ffe, &mut data));
+        assert_eq!(data, [1, 2, 3, 4]);
+        assert!(!ram.write((64 << 20) - 2, &[0; 4]));
+        assert!(ram.host_page(64 << 20).is_none());
+    }
+}
