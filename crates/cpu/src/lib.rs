@@ -13,6 +13,7 @@
 
 pub mod engine;
 mod exception;
+pub mod paging;
 mod state;
 
 pub use engine::{Bus, Engine, Exit, InterruptStatus, Kick, LocalApic, MsrError, Vcpu, VcpuSetup};

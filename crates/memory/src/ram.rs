@@ -1,6 +1,7 @@
 //! The VM's RAM and where it lies in the guest-physical address space.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -127,6 +128,19 @@ impl GuestRam {
     #[inline]
     pub fn host_page(&self, gpa: u64) -> Option<*mut u8> {
         self.memory.get_host_address(GuestAddress(gpa & !(crate::PAGE_SIZE - 1))).ok()
+    }
+
+    /// The aligned 8 bytes at guest-physical address `gpa` as an atomic, or `None` where they are not RAM or `gpa` is not a multiple
+    /// of 8. Whoever writes through it must call [`CodePages::written`] afterwards.
+    #[inline]
+    pub fn atomic_u64(&self, gpa: u64) -> Option<&AtomicU64> {
+        if gpa % 8 != 0 {
+            return None;
+        }
+        let host = self.host_page(gpa)?.wrapping_add((gpa & (crate::PAGE_SIZE - 1)) as usize);
+        // SAFETY: the page is mapped RAM as long as `self` lives (regions are whole pages); the address is aligned and stays inside
+        // the page; all access to guest RAM is by volatile or atomic operations, as the guest itself may write at any time.
+        Some(unsafe { AtomicU64::from_ptr(host.cast()) })
     }
 
     /// Copies guest-physical bytes out; `false` (and `data` in no defined state) where a byte is not RAM.
