@@ -11,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod cpuid;
 pub mod engine;
 mod exception;
 pub mod paging;
