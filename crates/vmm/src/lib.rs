@@ -1,1 +1,39 @@
-//! To be written.
+//! One VM's life: build, run, stop.
+//!
+//! [`VmConfig`] says what the VM is made of; [`Vm::new`] opens and builds it all and confines the process; [`Vm::run`] runs it to its
+//! end and returns the exit code. There is one VM per process: signals, terminal and sandbox are the process's own.
+//!
+//! * [`vm`]: the supervisor. Everything that happens is an event in one channel (`events`), handled on one thread.
+//! * [`vcpu`]: one thread per vCPU, told what to do by the supervisor.
+//! * [`board`] and [`pc`]: the machine as the supervisor sees it, and the PC in that shape.
+//! * [`engine`]: which engine runs the guest.
+//! * [`inputs`]: the user's files, opened, locked and checked.
+//! * [`serial`], [`console`], [`terminal`], [`signals`]: the console and the user's terminal.
+//! * [`gdb`]: the gdb stub. [`crash`], [`stats`]: reports. [`sandbox`]: Landlock and seccomp.
+//!
+//! What is not here: devices (crate `machine`, `virtio`), instructions (the engines), where images come from (`image`).
+
+mod board;
+mod config;
+mod console;
+mod crash;
+mod engine;
+mod error;
+mod events;
+mod gdb;
+mod inputs;
+mod pc;
+mod sandbox;
+mod serial;
+mod signals;
+mod stats;
+pub mod terminal;
+mod vcpu;
+mod vm;
+
+pub use config::{
+    DEFAULT_MEMORY, DiskConfig, EngineChoice, GdbAddress, MAX_CPUS, SandboxMode, SerialMode, StatsFormat, TraceConfig,
+    VmConfig, parse_memory,
+};
+pub use error::Error;
+pub use vm::{EXIT_CRASH, Vm};

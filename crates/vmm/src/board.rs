@@ -1,0 +1,34 @@
+//! The seam between the supervisor and a machine: what [`crate::Vm`] needs of a machine and no more. The PC implements it
+//! (`pc.rs`); tests put a toy in its place.
+
+use std::sync::Arc;
+
+use cpu::{Bus, CpuState, Kick, LocalApic};
+use memory::GuestRam;
+
+use crate::console::{Input, Output};
+use crate::error::Error;
+use crate::events::Events;
+
+/// A machine, built and loaded, around vCPUs that are still to be made.
+pub(crate) trait Board: Send {
+    /// Everything that is not RAM.
+    fn bus(&self) -> Arc<dyn Bus>;
+    /// The local APIC of vCPU `index`.
+    fn lapic(&self, index: u32) -> Option<Arc<dyn LocalApic>>;
+    /// How to wake vCPU `index`, once it is made.
+    fn attach(&mut self, index: u32, kick: Arc<dyn Kick>);
+    /// The state in which vCPU `index` starts.
+    fn start_state(&self, index: u32) -> CpuState;
+    /// The guest's end of console input.
+    fn console(&self) -> Arc<dyn Input>;
+    /// Counters as `(kind, value)`.
+    fn counters(&self) -> Vec<(String, u64)>;
+}
+
+/// Makes boards: one at the start, and one more for each reset.
+pub(crate) trait BoardMaker: Send {
+    /// Builds the devices and loads the kernel. The guest's wish to switch off or reset comes as an event; what it writes on its
+    /// console goes to `output`.
+    fn build(&mut self, ram: &GuestRam, events: &Events, output: &Output) -> Result<Box<dyn Board>, Error>;
+}

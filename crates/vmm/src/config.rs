@@ -1,0 +1,348 @@
+//! What a VM is made of: [`VmConfig`] and the text forms its parts have on the command line.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Guest memory when nobody says otherwise, in bytes.
+pub const DEFAULT_MEMORY: u64 = 512 << 20;
+/// The most vCPUs a VM may be given.
+pub const MAX_CPUS: u32 = 64;
+
+/// Everything [`crate::Vm::new`] needs to know.
+#[derive(Clone, Debug)]
+pub struct VmConfig {
+    /// The kernel: a bzImage or an ELF `vmlinux`.
+    pub kernel: PathBuf,
+    /// The initial RAM file system, if any.
+    pub initrd: Option<PathBuf>,
+    /// Were kernel and initrd made by Tightrope itself (and so need no look at their insides)?
+    pub trusted_image: bool,
+    /// The kernel command line.
+    pub cmdline: String,
+    /// Disks, in the order the guest sees them (`vda`, `vdb`, …).
+    pub disks: Vec<DiskConfig>,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// Number of vCPUs, 1 to [`MAX_CPUS`].
+    pub cpus: u32,
+    /// Which engine runs the guest.
+    pub engine: EngineChoice,
+    /// Where the serial console goes.
+    pub serial: SerialMode,
+    /// Print counters at exit (and on SIGUSR1 in any case).
+    pub stats: Option<StatsFormat>,
+    /// What the engine writes down as it runs.
+    pub trace: Option<TraceConfig>,
+    /// Where a debugger may connect; the guest then starts stopped.
+    pub gdb: Option<GdbAddress>,
+    /// How the process confines itself before the guest runs.
+    pub sandbox: SandboxMode,
+    /// Run the translator beside the interpreter and stop at the first difference.
+    pub lockstep: bool,
+    /// A text that the guest prints once on its console when its shell is ready; the time until then is reported.
+    pub ready_marker: Option<String>,
+}
+
+impl VmConfig {
+    /// A VM with `kernel` and nothing else: one vCPU, [`DEFAULT_MEMORY`], serial console on the terminal.
+    pub fn new(kernel: impl Into<PathBuf>) -> Self {
+        Self {
+            kernel: kernel.into(),
+            initrd: None,
+            trusted_image: false,
+            cmdline: String::new(),
+            disks: Vec::new(),
+            memory: DEFAULT_MEMORY,
+            cpus: 1,
+            engine: EngineChoice::Auto,
+            serial: SerialMode::Stdio,
+            stats: None,
+            trace: None,
+            gdb: None,
+            sandbox: SandboxMode::On,
+            lockstep: false,
+            ready_marker: None,
+        }
+    }
+}
+
+/// `--engine`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EngineChoice {
+    /// The fastest engine that works here.
+    #[default]
+    Auto,
+    /// Binary translation.
+    Bt,
+    /// Hardware virtualization.
+    Kvm,
+    /// The precise, slow interpreter.
+    Interp,
+}
+
+impl FromStr for EngineChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "bt" => Ok(Self::Bt),
+            "kvm" => Ok(Self::Kvm),
+            "interp" => Ok(Self::Interp),
+            _ => Err(format!("there is no engine '{text}': choose auto, bt, kvm or interp")),
+        }
+    }
+}
+
+/// How the process confines itself before the first guest instruction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SandboxMode {
+    /// Everything the host offers; a forbidden system call kills the process.
+    #[default]
+    On,
+    /// As `On`, but a forbidden system call is named on standard error before the process ends.
+    Debug,
+    /// Nothing: for debuggers and profilers.
+    Off,
+}
+
+/// `--stats`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StatsFormat {
+    /// A table.
+    Text,
+    /// One JSON object on one line.
+    Json,
+}
+
+impl FromStr for StatsFormat {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "text" => Ok(Self::Text),
+            "json" => Ok(Self::Json),
+            _ => Err(format!("'{text}' is no format for counters: choose text or json")),
+        }
+    }
+}
+
+/// `--disk FILE[,ro]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// A raw image or a block device.
+    pub path: PathBuf,
+    /// May the guest not write to it?
+    pub read_only: bool,
+}
+
+impl FromStr for DiskConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (path, read_only) = match text.rsplit_once(',') {
+            Some((path, "ro")) => (path, true),
+            Some((path, "rw")) => (path, false),
+            Some((_, option)) if !text.contains('/') || !option.contains('/') => {
+                return Err(format!("'{option}' is no option of a disk: only ,ro and ,rw are"));
+            }
+            _ => (text, false),
+        };
+        if path.is_empty() {
+            return Err("the name of the disk image is missing".into());
+        }
+        Ok(Self { path: path.into(), read_only })
+    }
+}
+
+/// `--serial`
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum SerialMode {
+    /// Standard input and output; raw mode if they are a terminal.
+    #[default]
+    Stdio,
+    /// Output is thrown away, there is no input.
+    None,
+    /// Output is appended to a file, there is no input.
+    File(PathBuf),
+    /// A pseudo-terminal, whose name is printed.
+    Pty,
+    /// A Unix socket on which one client at a time may connect.
+    Unix(PathBuf),
+}
+
+impl FromStr for SerialMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "stdio" => Ok(Self::Stdio),
+            None if text == "none" => Ok(Self::None),
+            None if text == "pty" => Ok(Self::Pty),
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            Some(("unix", path)) if !path.is_empty() => Ok(Self::Unix(path.into())),
+            _ => Err(format!("'{text}' is no place for a console: choose stdio, none, pty, file:PATH or unix:PATH")),
+        }
+    }
+}
+
+/// `--trace KIND,KIND…[:FILE]`
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TraceConfig {
+    /// Interrupts and exceptions.
+    pub interrupts: bool,
+    /// Port and memory-mapped I/O.
+    pub exits: bool,
+    /// Translated blocks as they are entered.
+    pub blocks: bool,
+    /// TLB fills and flushes.
+    pub tlb: bool,
+    /// Where the lines go; standard error if nowhere else.
+    pub file: Option<PathBuf>,
+}
+
+impl FromStr for TraceConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (kinds, file) = match text.split_once(':') {
+            Some((_, "")) => return Err("the name of the trace file is missing behind ':'".into()),
+            Some((kinds, file)) => (kinds, Some(PathBuf::from(file))),
+            None => (text, None),
+        };
+        let mut config = Self { file, ..Self::default() };
+        for kind in kinds.split(',') {
+            match kind {
+                "int" => config.interrupts = true,
+                "exits" => config.exits = true,
+                "blocks" => config.blocks = true,
+                "tlb" => config.tlb = true,
+                _ => return Err(format!("'{kind}' cannot be traced: choose among int, exits, blocks, tlb")),
+            }
+        }
+        Ok(config)
+    }
+}
+
+/// `--gdb [ADDRESS:]PORT` or `--gdb unix:PATH`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GdbAddress {
+    /// A TCP port; on the loopback interface unless an address is given.
+    Tcp(SocketAddr),
+    /// A Unix socket.
+    Unix(PathBuf),
+}
+
+impl FromStr for GdbAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if path.is_empty() {
+                Err("the path of the socket is missing behind 'unix:'".into())
+            } else {
+                Ok(Self::Unix(path.into()))
+            };
+        }
+        let wrong = || format!("'{text}' is no address for gdb: use PORT, ADDRESS:PORT or unix:PATH");
+        if let Ok(port) = text.parse::<u16>() {
+            return Ok(Self::Tcp(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)));
+        }
+        if let Some(port) = text.strip_prefix("localhost:") {
+            let port = port.parse().map_err(|_| wrong())?;
+            return Ok(Self::Tcp(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)));
+        }
+        text.parse().map(Self::Tcp).map_err(|_| wrong())
+    }
+}
+
+/// Reads a size of memory: a number with `K`, `M`, `G` or `T` (powers of 1024, optionally followed by `B` or `iB`); a bare
+/// number means MiB. Returns bytes.
+///
+/// # Errors
+/// One line saying what is wrong.
+pub fn parse_memory(text: &str) -> Result<u64, String> {
+    let wrong = || format!("'{text}' is no size of memory: write for example 512M or 2G");
+    let trimmed = text.trim();
+    let digits = trimmed.find(|c: char| !c.is_ascii_digit()).unwrap_or(trimmed.len());
+    let (number, unit) = trimmed.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    let shift = match unit.to_ascii_lowercase().as_str() {
+        "k" | "kb" | "kib" => 10,
+        "" | "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
+        _ => return Err(wrong()),
+    };
+    let bytes = number.checked_mul(1 << shift).ok_or_else(wrong)?;
+    let (min, max) = (memory::layout::MIN_RAM, memory::layout::MAX_RAM);
+    if bytes < min || bytes > max {
+        return Err(format!(
+            "{text} of memory is not possible: choose between {} MiB and {} GiB, for example 512M",
+            min >> 20,
+            max >> 30
+        ));
+    }
+    if bytes % memory::PAGE_SIZE != 0 {
+        return Err(format!("{text} is not a multiple of 4 KiB"));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_sizes() {
+        assert_eq!(parse_memory("512M"), Ok(512 << 20));
+        assert_eq!(parse_memory("512"), Ok(512 << 20));
+        assert_eq!(parse_memory("2G"), Ok(2 << 30));
+        assert_eq!(parse_memory("2gib"), Ok(2 << 30));
+        assert_eq!(parse_memory("65536K"), Ok(64 << 20));
+        for bad in ["", "M", "1X", "-5M", "12.5M", "99999999999999999999", "1M", "2000T", "18446744073709551615T"] {
+            assert!(parse_memory(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn disks() {
+        assert_eq!("a.img".parse(), Ok(DiskConfig { path: "a.img".into(), read_only: false }));
+        assert_eq!("a.img,ro".parse(), Ok(DiskConfig { path: "a.img".into(), read_only: true }));
+        assert_eq!("/x,y/a.img".parse(), Ok(DiskConfig { path: "/x,y/a.img".into(), read_only: false }));
+        assert!("a.img,rp".parse::<DiskConfig>().is_err());
+        assert!(",ro".parse::<DiskConfig>().is_err());
+        assert!("".parse::<DiskConfig>().is_err());
+    }
+
+    #[test]
+    fn consoles() {
+        assert_eq!("stdio".parse(), Ok(SerialMode::Stdio));
+        assert_eq!("file:/tmp/x:y".parse(), Ok(SerialMode::File("/tmp/x:y".into())));
+        for bad in ["", "file:", "tty", "unix", "pty:3"] {
+            assert!(bad.parse::<SerialMode>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn traces() {
+        let trace: TraceConfig = "int,tlb:out.txt".parse().unwrap();
+        assert!(trace.interrupts && trace.tlb && !trace.exits && !trace.blocks);
+        assert_eq!(trace.file, Some("out.txt".into()));
+        for bad in ["", "int,", "in", "int:"] {
+            assert!(bad.parse::<TraceConfig>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn gdb_addresses() {
+        assert_eq!("1234".parse(), Ok(GdbAddress::Tcp("127.0.0.1:1234".parse().unwrap())));
+        assert_eq!("localhost:1".parse(), Ok(GdbAddress::Tcp("127.0.0.1:1".parse().unwrap())));
+        assert_eq!("[::1]:1".parse(), Ok(GdbAddress::Tcp("[::1]:1".parse().unwrap())));
+        assert_eq!("unix:/x".parse(), Ok(GdbAddress::Unix("/x".into())));
+        for bad in ["", "x", "unix:", "70000", ":1234", "host:x"] {
+            assert!(bad.parse::<GdbAddress>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! What wakes the supervisor: everything that happens to a VM reaches it as an [`Event`] through one channel.
+
+use std::sync::mpsc::Sender;
+
+use cpu::Exit;
+
+/// Something the supervisor has to decide on.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// vCPU number `.0` stopped running.
+    VcpuExit(u32, Exit),
+    /// The guest switched its machine off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// Somebody at the console or a signal asks the VM to end with this exit code.
+    Quit(i32),
+    /// Somebody wants to see the counters.
+    Stats,
+    /// A debugger connected, sent bytes or went away.
+    Debugger(DebuggerEvent),
+}
+
+/// What a debugger's connection reports.
+#[derive(Debug)]
+pub(crate) enum DebuggerEvent {
+    /// A debugger connected.
+    Connected(crate::gdb::Stream),
+    /// It sent these bytes.
+    Bytes(Vec<u8>),
+    /// It is gone.
+    Gone,
+}
+
+/// The sending end.
+pub(crate) type Events = Sender<Event>;

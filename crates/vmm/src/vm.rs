@@ -1,0 +1,457 @@
+//! The supervisor: builds a VM, lets its vCPUs run, and decides on everything that happens to it until it ends.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use cpu::{Engine, Exit, VcpuSetup};
+use gdbstub::common::Signal;
+use gdbstub::stub::state_machine::GdbStubStateMachine;
+use gdbstub::stub::{DisconnectReason, GdbStub, MultiThreadStopReason};
+use memory::GuestRam;
+
+use crate::board::{Board, BoardMaker};
+use crate::config::{GdbAddress, StatsFormat, VmConfig};
+use crate::console::Output;
+use crate::error::Error;
+use crate::events::{DebuggerEvent, Event, Events};
+use crate::gdb::target::{Cpus, tid};
+use crate::gdb::{Listener, Stream};
+use crate::sandbox::{self, Needs};
+use crate::serial::{InputSlot, Serial};
+use crate::stats::Stats;
+use crate::vcpu::VcpuThread;
+use crate::{crash, engine, inputs, signals, terminal};
+
+/// Exit code of a process whose guest crashed or can make no progress.
+pub const EXIT_CRASH: i32 = 3;
+/// How long output may take to reach its reader at the end.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// One virtual machine, built and confined, ready to run.
+pub struct Vm {
+    engine: Box<dyn Engine>,
+    maker: Box<dyn BoardMaker>,
+    board: Box<dyn Board>,
+    cpus: Cpus,
+    events: Events,
+    inbox: Receiver<Event>,
+    /// Events that came while something else was waited for.
+    deferred: VecDeque<Event>,
+    console: Arc<InputSlot>,
+    output: Output,
+    stats: Option<StatsFormat>,
+    started: Instant,
+    resets: u64,
+    debugger: Option<Debugger>,
+    /// vCPUs that have halted for good. (The others may still run.)
+    stuck: Vec<bool>,
+}
+
+/// A debugger may connect, or has.
+#[derive(Default)]
+struct Debugger {
+    session: Option<(GdbStubStateMachine<'static, Cpus, Stream>, Stream)>,
+    /// The guest crashed and waits for its post-mortem.
+    crashed: bool,
+}
+
+/// What a VM is built from: everything open, nothing running yet.
+pub(crate) struct Parts {
+    pub ram: GuestRam,
+    pub serial: Serial,
+    pub listener: Option<Listener>,
+    pub maker: Box<dyn BoardMaker>,
+}
+
+impl Vm {
+    /// Opens everything `config` names, builds the machine, confines the process and leaves the VM ready to run. `started` is when the
+    /// process started. Says on standard error which engine runs.
+    ///
+    /// # Errors
+    /// [`Error`] with one line for the user.
+    pub fn new(config: &VmConfig, started: Instant) -> Result<Self, Error> {
+        sandbox::at_start();
+        signals::block();
+        if config.cpus == 0 || config.cpus > crate::config::MAX_CPUS {
+            return Err(Error::Input(format!(
+                "a VM with {} vCPUs is not possible: choose 1 to {}",
+                config.cpus,
+                crate::config::MAX_CPUS
+            )));
+        }
+        engine::check(config)?;
+        let kernel = inputs::open_kernel(&config.kernel)?;
+        let initrd =
+            config.initrd.as_deref().map(|path| inputs::open_initrd(path, !config.trusted_image)).transpose()?;
+        let disks = config.disks.iter().map(inputs::open_disk).collect::<Result<Vec<_>, _>>()?;
+        let (serial, serial_line) = Serial::open(&config.serial)?;
+        let (listener, gdb_line) = match config.gdb.as_ref().map(Listener::open).transpose()? {
+            Some((listener, line)) => (Some(listener), Some(line)),
+            None => (None, None),
+        };
+        let trace = engine::open_trace(config)?;
+        let kvm = engine::kvm_state();
+        let needs = Needs {
+            sockets: serial.needs_sockets() || matches!(config.gdb, Some(GdbAddress::Tcp(_) | GdbAddress::Unix(_))),
+        };
+        signals::restore_terminal_when_fatal();
+        let ram = GuestRam::new(config.memory).map_err(|error| Error::Host(error.to_string()))?;
+        sandbox::before_threads(config.sandbox)?;
+        let (engine, engine_line) = engine::choose(config, ram.clone(), trace, &kvm)?;
+        terminal::message(&format!("tightrope: {engine_line}"));
+        for line in [serial_line, gdb_line].into_iter().flatten() {
+            terminal::message(&format!("tightrope: {line}"));
+        }
+        let maker = crate::pc::maker(config, kernel, initrd, disks)?;
+        let vm = Self::assemble(config, engine, Parts { ram, serial, listener, maker }, started)?;
+        sandbox::close(config.sandbox, needs)?;
+        Ok(vm)
+    }
+
+    /// Puts the parts together and starts all threads; the vCPUs are stopped.
+    pub(crate) fn assemble(
+        config: &VmConfig,
+        engine: Box<dyn Engine>,
+        mut parts: Parts,
+        started: Instant,
+    ) -> Result<Self, Error> {
+        let threads = |error: std::io::Error| Error::Host(format!("the host gives no thread: {error}"));
+        let (events, inbox) = mpsc::channel();
+        let console = Arc::new(InputSlot::default());
+        let output = parts.serial.start(&events, console.clone()).map_err(threads)?;
+        if let Some(marker) = &config.ready_marker {
+            let written = output.clone();
+            let report = move || {
+                let elapsed = started.elapsed();
+                written.flush(Duration::from_millis(200));
+                terminal::message(&format!("tightrope: shell after {:.1} s", elapsed.as_secs_f64()));
+            };
+            output.watch_for(marker, Box::new(report));
+        }
+        let board = parts.maker.build(&parts.ram, &events, &output)?;
+        let mut vm = Self {
+            engine,
+            maker: parts.maker,
+            board,
+            cpus: Cpus::default(),
+            events,
+            inbox,
+            deferred: VecDeque::new(),
+            console,
+            output,
+            stats: config.stats,
+            started,
+            resets: 0,
+            debugger: None,
+            stuck: Vec::new(),
+        };
+        vm.make_vcpus(config.cpus)?;
+        signals::start(vm.events.clone()).map_err(threads)?;
+        if let Some(listener) = parts.listener {
+            listener.start(vm.events.clone()).map_err(threads)?;
+            vm.debugger = Some(Debugger::default());
+        }
+        Ok(vm)
+    }
+
+    fn make_vcpus(&mut self, count: u32) -> Result<(), Error> {
+        let mut threads = Vec::new();
+        for index in 0..count {
+            let lapic =
+                self.board.lapic(index).ok_or_else(|| Error::Engine(format!("vCPU {index} has no local APIC")))?;
+            let setup = VcpuSetup { index, lapic, bus: self.board.bus() };
+            let mut vcpu = self.engine.create_vcpu(setup).map_err(Error::Engine)?;
+            vcpu.set_state(&self.board.start_state(index));
+            self.board.attach(index, vcpu.kick_handle());
+            let thread = VcpuThread::start(index, vcpu, self.events.clone())
+                .map_err(|error| Error::Host(format!("the host gives no thread: {error}")))?;
+            threads.push(thread);
+        }
+        self.stuck = vec![false; threads.len()];
+        self.cpus.replace(threads);
+        self.console.set(self.board.console());
+        Ok(())
+    }
+
+    /// Runs the VM until it ends, and returns the exit code for the process: 0 when the guest switched itself off or the user quit,
+    /// [`EXIT_CRASH`] when it crashed, 128 + n after signal n.
+    pub fn run(mut self) -> i32 {
+        let _terminal = terminal::Guard;
+        if self.debugger.is_none() {
+            self.run_all();
+        }
+        loop {
+            let event = match self.deferred.pop_front() {
+                Some(event) => event,
+                None => match self.inbox.recv() {
+                    Ok(event) => event,
+                    Err(_) => return self.finish(EXIT_CRASH),
+                },
+            };
+            if let Some(code) = self.decide(event) {
+                return self.finish(code);
+            }
+        }
+    }
+
+    fn run_all(&mut self) {
+        for thread in &mut self.cpus.threads {
+            thread.run();
+        }
+    }
+
+    /// Deals with one event. Returns the exit code if it is the last.
+    fn decide(&mut self, event: Event) -> Option<i32> {
+        match event {
+            Event::VcpuExit(index, exit) => self.vcpu_exit(index, exit),
+            Event::PowerOff => Some(0),
+            Event::Reset => self.reset(),
+            Event::Quit(code) => Some(code),
+            Event::Stats => {
+                self.show_stats(self.stats.unwrap_or(StatsFormat::Text));
+                None
+            }
+            Event::Debugger(event) => self.debugger_event(event),
+        }
+    }
+
+    fn vcpu_exit(&mut self, index: u32, exit: Exit) -> Option<i32> {
+        self.cpus.threads.get_mut(index as usize)?.exited(&exit);
+        match exit {
+            Exit::Stopped => self.go_on(index),
+            Exit::Debug => {
+                if self.debugger.as_ref().is_none_or(|debugger| debugger.session.is_none()) {
+                    self.go_on(index);
+                    return None;
+                }
+                self.pause();
+                let reason = if self.cpus.stepping(index) {
+                    MultiThreadStopReason::SignalWithThread { tid: tid(index), signal: Signal::SIGTRAP }
+                } else if self.cpus.at_breakpoint(index) {
+                    MultiThreadStopReason::SwBreak(tid(index))
+                } else {
+                    MultiThreadStopReason::SignalWithThread { tid: tid(index), signal: Signal::SIGTRAP }
+                };
+                self.report_stop(reason);
+            }
+            Exit::Stuck => {
+                if let Some(stuck) = self.stuck.get_mut(index as usize) {
+                    *stuck = true;
+                }
+                if self.stuck.iter().all(|&stuck| stuck) {
+                    return self.crashed(index, &Exit::Stuck);
+                }
+            }
+            Exit::TripleFault | Exit::Internal(_) => return self.crashed(index, &exit),
+        }
+        None
+    }
+
+    /// Lets a vCPU that stopped for no reason that concerns anybody go on with what it did.
+    fn go_on(&mut self, index: u32) {
+        let stepping = self.cpus.stepping(index);
+        if let Some(thread) = self.cpus.threads.get_mut(index as usize) {
+            if stepping { thread.step() } else { thread.run() }
+        }
+    }
+
+    fn crashed(&mut self, index: u32, exit: &Exit) -> Option<i32> {
+        self.pause();
+        self.output.flush(LAST_WORDS);
+        let why = exit.clone();
+        let report = self.cpus.threads.get(index as usize).and_then(|thread| {
+            thread.ask(move |vcpu| {
+                let state = vcpu.state();
+                crash::report(index, &why, &state, &mut |address, data| vcpu.read_virtual(address, data))
+            })
+        });
+        terminal::message(&report.unwrap_or_else(|| format!("tightrope: vCPU {index} failed: {exit:?}")));
+        match &mut self.debugger {
+            Some(debugger) if debugger.session.is_some() => {
+                debugger.crashed = true;
+                let reason = MultiThreadStopReason::SignalWithThread { tid: tid(index), signal: Signal::SIGSEGV };
+                self.report_stop(reason);
+                None
+            }
+            _ => Some(EXIT_CRASH),
+        }
+    }
+
+    /// Stops all vCPUs; returns those that were running and were stopped by this. Other exits that come meanwhile are kept.
+    fn pause(&mut self) -> Vec<u32> {
+        let mut stopped = Vec::new();
+        for thread in &mut self.cpus.threads {
+            thread.request_stop();
+        }
+        while self.cpus.threads.iter().any(VcpuThread::running) {
+            match self.inbox.recv_timeout(Duration::from_secs(10)) {
+                Ok(Event::VcpuExit(index, exit)) => {
+                    let asked = self.cpus.threads.get_mut(index as usize).is_some_and(|thread| thread.exited(&exit));
+                    if asked {
+                        stopped.push(index);
+                    } else {
+                        self.deferred.push_back(Event::VcpuExit(index, exit));
+                    }
+                }
+                Ok(event) => self.deferred.push_back(event),
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                    terminal::message("tightrope: a vCPU does not stop; leaving it");
+                    break;
+                }
+            }
+        }
+        stopped
+    }
+
+    /// The guest's reset: new devices, the kernel loaded again, new vCPUs; the process and its engine stay.
+    fn reset(&mut self) -> Option<i32> {
+        self.pause();
+        // What the old machine still had to say is void.
+        self.deferred.retain(|event| !matches!(event, Event::VcpuExit(..) | Event::PowerOff | Event::Reset));
+        let count = self.cpus.threads.len() as u32;
+        self.cpus.replace(Vec::new());
+        self.resets += 1;
+        let rebuilt = self.maker.build(self.engine.ram(), &self.events, &self.output).and_then(|board| {
+            self.board = board;
+            self.make_vcpus(count)
+        });
+        if let Err(error) = rebuilt {
+            terminal::message(&format!("tightrope: the machine cannot be reset: {error}"));
+            return Some(1);
+        }
+        if self.debugger.as_ref().is_some_and(|debugger| debugger.session.is_some()) {
+            self.cpus.apply_breakpoints();
+            self.cpus.forget_actions();
+        }
+        self.run_all();
+        None
+    }
+
+    fn show_stats(&mut self, format: StatsFormat) {
+        let stopped = self.pause();
+        let stats = self.collect_stats();
+        terminal::message(&stats.render(format));
+        for index in stopped {
+            self.go_on(index);
+        }
+    }
+
+    fn collect_stats(&self) -> Stats {
+        let mut stats = Stats::new(self.engine.name(), self.started.elapsed());
+        for thread in &self.cpus.threads {
+            stats.add(thread.ask(|vcpu| vcpu.counters()).unwrap_or_default());
+        }
+        stats.add(self.board.counters());
+        stats.add([("vm.resets".to_string(), self.resets)]);
+        stats
+    }
+
+    fn finish(&mut self, code: i32) -> i32 {
+        self.pause();
+        self.output.flush(LAST_WORDS);
+        terminal::restore();
+        if let Some(Debugger { session: Some((GdbStubStateMachine::Running(running), stream)), .. }) =
+            self.debugger.take()
+        {
+            let _ = running.report_stop(&mut self.cpus, MultiThreadStopReason::Exited(code as u8));
+            stream.shut_down();
+        }
+        if let Some(format) = self.stats {
+            terminal::message(&self.collect_stats().render(format));
+        }
+        code
+    }
+
+    // The debugger.
+
+    fn debugger_event(&mut self, event: DebuggerEvent) -> Option<i32> {
+        match event {
+            DebuggerEvent::Connected(stream) => {
+                self.pause();
+                let copy = stream.try_clone().ok()?;
+                let session = GdbStub::new(stream).run_state_machine(&mut self.cpus);
+                match session {
+                    Ok(session) => {
+                        if let Some(debugger) = &mut self.debugger {
+                            debugger.session = Some((session, copy));
+                        }
+                    }
+                    Err(error) => {
+                        terminal::message(&format!("tightrope: gdb: {error}"));
+                        copy.shut_down();
+                    }
+                }
+                None
+            }
+            DebuggerEvent::Gone => {
+                // The guest stays as it is: the next debugger finds it so, or it runs on.
+                if let Some(debugger) = &mut self.debugger {
+                    debugger.session = None;
+                }
+                None
+            }
+            DebuggerEvent::Bytes(bytes) => bytes.into_iter().find_map(|byte| self.debugger_byte(byte)),
+        }
+    }
+
+    fn debugger_byte(&mut self, byte: u8) -> Option<i32> {
+        let (session, stream) = self.debugger.as_mut()?.session.take()?;
+        let mut next = match session {
+            GdbStubStateMachine::Idle(idle) => idle.incoming_data(&mut self.cpus, byte),
+            GdbStubStateMachine::Running(running) => running.incoming_data(&mut self.cpus, byte),
+            other => Ok(other),
+        };
+        if let Ok(GdbStubStateMachine::CtrlCInterrupt(interrupt)) = next {
+            self.pause();
+            // What stopped by itself in the same moment will come again when it goes on.
+            self.deferred.retain(|event| !matches!(event, Event::VcpuExit(_, Exit::Debug)));
+            let reason = MultiThreadStopReason::SignalWithThread { tid: tid(0), signal: Signal::SIGINT };
+            next = interrupt.interrupt_handled(&mut self.cpus, Some(reason));
+        }
+        match next {
+            Ok(GdbStubStateMachine::Disconnected(end)) => {
+                let reason = end.get_reason();
+                stream.shut_down();
+                match reason {
+                    DisconnectReason::Kill => return Some(0),
+                    _ if self.debugger.as_ref().is_some_and(|debugger| debugger.crashed) => return Some(EXIT_CRASH),
+                    _ => self.cpus.detach(),
+                }
+            }
+            Ok(session) => {
+                self.debugger.as_mut()?.session = Some((session, stream));
+                if self.cpus.take_resume() {
+                    if self.debugger.as_ref()?.crashed {
+                        return Some(EXIT_CRASH);
+                    }
+                    self.cpus.resume();
+                }
+            }
+            Err(error) => {
+                terminal::message(&format!(
+                    "tightrope: gdb: {error}; the connection is closed, the guest stays stopped"
+                ));
+                stream.shut_down();
+            }
+        }
+        None
+    }
+
+    fn report_stop(&mut self, reason: MultiThreadStopReason<u64>) {
+        let Some(debugger) = &mut self.debugger else { return };
+        match debugger.session.take() {
+            Some((GdbStubStateMachine::Running(running), stream)) => {
+                match running.report_stop(&mut self.cpus, reason) {
+                    Ok(session) => debugger.session = Some((session, stream)),
+                    Err(_) => stream.shut_down(),
+                }
+            }
+            other => debugger.session = other,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
