@@ -91,9 +91,10 @@ pub(crate) fn close(mode: SandboxMode, needs: Needs) -> Result<(), Error> {
             .and_then(TryInto::try_into)
             .map_err(|error| Error::Host(format!("cannot confine the process (seccomp: {error})")))
     };
-    // clone3 passes its flags in memory, where no filter sees them: say it does not exist, and the C library uses clone.
-    let no_clone3 = compile(SeccompFilter::new(
-        BTreeMap::from([(libc::SYS_clone3, vec![])]),
+    // clone3 passes its flags in memory, where no filter sees them: say it does not exist, and the C library uses clone. The others
+    // take a path; the standard library calls them for the sizes of open files, and does without.
+    let absent = compile(SeccompFilter::new(
+        ABSENT.map(|call| (call, vec![])).into(),
         SeccompAction::Allow,
         SeccompAction::Errno(libc::ENOSYS as u32),
         TargetArch::x86_64,
@@ -104,7 +105,7 @@ pub(crate) fn close(mode: SandboxMode, needs: Needs) -> Result<(), Error> {
         SeccompAction::Allow,
         TargetArch::x86_64,
     ))?;
-    for program in [no_clone3, main] {
+    for program in [absent, main] {
         seccompiler::apply_filter_all_threads(&program)
             .map_err(|error| Error::Host(format!("cannot confine the process (seccomp: {error})")))?;
     }
@@ -112,9 +113,13 @@ pub(crate) fn close(mode: SandboxMode, needs: Needs) -> Result<(), Error> {
     Ok(())
 }
 
+/// System calls that this process is told do not exist, instead of being killed for trying.
+const ABSENT: [i64; 3] = [libc::SYS_clone3, libc::SYS_statx, libc::SYS_newfstatat];
+
 /// The allow-list.
 fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<Rule>>, seccompiler::BackendError> {
-    let mut rules = BTreeMap::new();
+    // The other filter, which says that they do not exist, decides on these.
+    let mut rules = BTreeMap::from(ABSENT.map(|call| (call, vec![])));
     for call in [
         // Files that are open.
         libc::SYS_read,
@@ -128,6 +133,7 @@ fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<Rule>>, seccompiler::Backen
         libc::SYS_preadv2,
         libc::SYS_pwritev2,
         libc::SYS_lseek,
+        libc::SYS_fstat,
         libc::SYS_fsync,
         libc::SYS_fdatasync,
         libc::SYS_fallocate,
