@@ -1,1 +1,107 @@
-//! To be written.
+//! Engine `bt`: binary translation of x86-64 to x86-64.
+//!
+//! Guest kernel and user code is decoded block by block ([`analyze`]), rewritten ([`emit`]) and run from a code cache ([`cache`]).
+//! Most instructions are copied as they are; those with a memory operand go through a software TLB, control flow is linked
+//! inside the cache, and what is sensitive or rare goes to the interpreter, one instruction at a time.
+//!
+//! * [`stubs`]: the register convention, entry, exits.
+//! * [`block`]: the vCPU block, all that translated code reaches besides guest memory.
+//! * [`vcpu`]: the dispatcher.
+//! * [`tlb`]: software TLB, jump slots, indirect targets, and their flushes.
+//! * [`signals`]: faults of copied instructions.
+//!
+//! Not here: 16- and 32-bit code, which the interpreter runs or refuses.
+//!
+//! Start reading at [`stubs`], then [`emit`].
+
+mod analyze;
+mod asm;
+mod block;
+mod cache;
+mod emit;
+mod memory;
+mod signals;
+mod stubs;
+mod tlb;
+mod vcpu;
+
+use std::sync::Arc;
+
+use ::memory::GuestRam;
+use cpu::cpuid::CpuidModel;
+use cpu::{Engine, Vcpu, VcpuSetup};
+use interp::Interp;
+
+use crate::cache::Cache;
+use crate::vcpu::{BtVcpu, Shared};
+
+/// Settings of the engine.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Bytes of the code cache, 16 MiB to 1 GiB.
+    pub code_cache: usize,
+    /// Keep even those arithmetic flags exact at faults that no instruction reads any more. Slower; for tests.
+    pub precise_flags: bool,
+    /// Count interpreted instructions by kind.
+    pub step_histogram: bool,
+    /// What CPUID answers.
+    pub model: Arc<CpuidModel>,
+}
+
+impl Options {
+    /// The usual settings for a guest with this CPUID model.
+    pub fn new(model: Arc<CpuidModel>) -> Self {
+        Self { code_cache: 160 << 20, precise_flags: false, step_histogram: false, model }
+    }
+}
+
+/// The engine over one VM's RAM.
+pub struct BtEngine {
+    shared: Arc<Shared>,
+    ram: GuestRam,
+    options: Options,
+}
+
+impl BtEngine {
+    /// Makes the engine.
+    ///
+    /// # Errors
+    /// One line why not: a host CPU without AVX2 and BMI2, or no memory for the code cache.
+    pub fn new(ram: GuestRam, options: Options) -> Result<Self, String> {
+        if !std::is_x86_feature_detected!("avx2") || !std::is_x86_feature_detected!("xsave") {
+            return Err("engine bt needs a host CPU with AVX2 (any since 2015): this one has none, use --engine interp"
+                .into());
+        }
+        if !(16 << 20..=1 << 30).contains(&options.code_cache) || options.code_cache % 4096 != 0 {
+            return Err(format!("a code cache of {} bytes is not possible: 16 MiB to 1 GiB", options.code_cache));
+        }
+        let slow_access = vcpu::slow_access as *const () as u64;
+        let cache = Cache::new(options.code_cache, slow_access, options.precise_flags)
+            .map_err(|e| format!("no memory for the code cache: {e}"))?;
+        let shared = Shared::new(cache, ram.clone());
+        ram.code_pages().set_listener(shared.clone());
+        Ok(Self { shared, ram, options })
+    }
+}
+
+impl Engine for BtEngine {
+    fn name(&self) -> &'static str {
+        "bt"
+    }
+
+    fn create_vcpu(&self, setup: VcpuSetup) -> Result<Box<dyn Vcpu>, String> {
+        if setup.index > 0 {
+            return Err("engine bt runs one virtual CPU so far: leave --cpus at 1".into());
+        }
+        let interp = Interp::new(setup.clone(), self.ram.clone(), self.options.model.clone());
+        let mut vcpu = BtVcpu::new(setup, self.shared.clone(), interp)?;
+        if self.options.step_histogram {
+            vcpu.step_histogram = Some(Default::default());
+        }
+        Ok(vcpu)
+    }
+
+    fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+}

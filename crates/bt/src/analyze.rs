@@ -1,0 +1,554 @@
+//! Decoding of a guest block, classification of its instructions, liveness of flags.
+
+use iced_x86::{
+    Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
+    InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register, RflagsBits,
+};
+
+/// All six arithmetic flags, in iced's numbering.
+pub const ALL_FLAGS: u32 =
+    RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
+
+/// What translated code depends on besides its address. Blocks are translated for one mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub struct Mode {
+    /// Privilege level 3 (else 0).
+    pub user: bool,
+    /// CR0.TS or CR0.EM is set or CR4.OSFXSR clear: no x87, MMX, SSE without the interpreter.
+    pub no_fpu: bool,
+    /// XCR0 or CR4.OSXSAVE do not allow AVX.
+    pub no_avx: bool,
+    /// RDTSC must go through the interpreter (CR4.TSD at level 3, or a TSC offset).
+    pub no_tsc: bool,
+}
+
+impl Mode {
+    /// As a small number, for hashing and arrays.
+    pub const fn bits(self) -> u8 {
+        self.user as u8 | (self.no_fpu as u8) << 1 | (self.no_avx as u8) << 2 | (self.no_tsc as u8) << 3
+    }
+}
+
+/// How an instruction is translated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Nothing to do.
+    Skip,
+    /// No memory operand: copied, registers renamed where needed.
+    Plain,
+    /// One explicit memory operand of `size` bytes.
+    Memory { write: bool, size: u16 },
+    /// BT, BTS, BTR, BTC with a memory operand and a register bit offset.
+    BitTest { write: bool },
+    Lea,
+    Push,
+    PushMemory,
+    Pop,
+    Pushf,
+    Leave,
+    Jmp,
+    Jcc,
+    /// JRCXZ, LOOP and friends.
+    CountJump,
+    Call,
+    JmpIndirect,
+    CallIndirect,
+    Ret,
+    Cli,
+    Sti,
+    Swapgs,
+    Rdtsc,
+    Rdtscp,
+    /// The interpreter runs it.
+    Step,
+}
+
+impl Class {
+    /// Does the block end here?
+    pub fn ends_block(self) -> bool {
+        matches!(self, Self::Jmp | Self::JmpIndirect | Self::Ret | Self::Step)
+    }
+
+    fn is_control_flow(self) -> bool {
+        self.ends_block() || matches!(self, Self::Jcc | Self::CountJump | Self::Call | Self::CallIndirect | Self::Sti)
+    }
+}
+
+/// One guest instruction of a block.
+#[derive(Clone)]
+pub struct Insn {
+    pub ins: Instruction,
+    /// Offset of its first byte in the page.
+    pub offset: u16,
+    pub class: Class,
+    /// Arithmetic flags it reads.
+    pub reads: u32,
+    /// Arithmetic flags it certainly overwrites.
+    pub kills: u32,
+    /// Flags somebody may read at or after this instruction.
+    pub live_before: u32,
+    /// Flags somebody may read after this instruction.
+    pub live_after: u32,
+    /// Registers used, by number, as a bit mask (general registers only).
+    pub used: u16,
+}
+
+impl Insn {
+    /// Offset in the page of the byte after it.
+    pub fn end(&self) -> usize {
+        usize::from(self.offset) + self.ins.len()
+    }
+}
+
+/// Limits of a block.
+const MAX_INSNS: usize = 48;
+const MAX_BRANCHES: usize = 8;
+
+/// Decodes blocks.
+pub struct Analyzer {
+    factory: InstructionInfoFactory,
+    allowed: Vec<bool>,
+    /// Treat all flags as live everywhere, so that even flags nobody reads are exact at faults.
+    pub precise_flags: bool,
+}
+
+impl Analyzer {
+    pub fn new(precise_flags: bool) -> Self {
+        use CpuidFeature as F;
+        let mut allowed = vec![false; F::values().map(|f| f as usize).max().unwrap_or(0) + 1];
+        for feature in [
+            F::INTEL8086,
+            F::INTEL8086_ONLY,
+            F::INTEL186,
+            F::INTEL286,
+            F::INTEL386,
+            F::INTEL486,
+            F::X64,
+            F::ADX,
+            F::AES,
+            F::AVX,
+            F::AVX2,
+            F::BMI1,
+            F::BMI2,
+            F::CMOV,
+            F::CMPXCHG16B,
+            F::CX8,
+            F::F16C,
+            F::FMA,
+            F::FPU,
+            F::FPU287,
+            F::FPU387,
+            F::FXSR,
+            F::GFNI,
+            F::LZCNT,
+            F::MMX,
+            F::MOVBE,
+            F::MULTIBYTENOP,
+            F::PAUSE,
+            F::PCLMULQDQ,
+            F::POPCNT,
+            F::PREFETCHW,
+            F::RDRAND,
+            F::RDSEED,
+            F::RDTSCP,
+            F::SHA,
+            F::SSE,
+            F::SSE2,
+            F::SSE3,
+            F::SSE4_1,
+            F::SSE4_2,
+            F::SSSE3,
+            F::TSC,
+            F::VAES,
+            F::VPCLMULQDQ,
+            F::CET_IBT,
+            F::CET_SS,
+        ] {
+            allowed[feature as usize] = true;
+        }
+        Self { factory: InstructionInfoFactory::new(), allowed, precise_flags }
+    }
+
+    /// Decodes the block that starts at `offset` of the page with contents `page`, mapped at guest-virtual `page_address`.
+    /// Empty when the first instruction crosses into the next page.
+    pub fn block(&mut self, page: &[u8], page_address: u64, offset: usize, mode: Mode) -> Vec<Insn> {
+        let mut insns: Vec<Insn> = Vec::with_capacity(16);
+        let mut decoder = Decoder::with_ip(64, page, page_address, DecoderOptions::NONE);
+        if decoder.set_position(offset).is_err() {
+            return insns;
+        }
+        decoder.set_ip(page_address + offset as u64);
+        let mut branches = 0;
+        while insns.len() < MAX_INSNS && decoder.can_decode() {
+            let position = decoder.position();
+            let ins = decoder.decode();
+            if ins.is_invalid() && position + 15 > page.len() {
+                break; // crosses into the next page
+            }
+            let mut insn = self.classify(ins, position as u16, mode);
+            if let Some(last) = insns.last_mut()
+                && last.class == Class::Sti
+                && insn.class.is_control_flow()
+            {
+                // The shadow of STI reaches into a jump: let the interpreter do both.
+                last.class = Class::Step;
+                last.reads = ALL_FLAGS;
+                last.kills = 0;
+                break;
+            }
+            if insn.class == Class::Sti && position + ins.len() + 15 > page.len() {
+                insn.class = Class::Step;
+                insn.reads = ALL_FLAGS;
+                insn.kills = 0;
+            }
+            let class = insn.class;
+            insns.push(insn);
+            if class.ends_block() {
+                break;
+            }
+            if matches!(class, Class::Jcc | Class::CountJump | Class::Call | Class::CallIndirect) {
+                branches += 1;
+                if branches > MAX_BRANCHES {
+                    break;
+                }
+            }
+        }
+        if let Some(last) = insns.last_mut()
+            && last.class == Class::Sti
+        {
+            last.class = Class::Step;
+        }
+        self.liveness(&mut insns, page, page_address);
+        insns
+    }
+
+    fn liveness(&mut self, insns: &mut [Insn], page: &[u8], page_address: u64) {
+        let Some(last) = insns.last() else { return };
+        let mut live = match last.class {
+            Class::Jmp => self.live_at(page, page_address, last.ins.near_branch64()),
+            class if class.ends_block() => ALL_FLAGS,
+            _ => self.live_at(page, page_address, last.ins.next_ip()),
+        };
+        for insn in insns.iter_mut().rev() {
+            insn.live_after = live;
+            live = (live & !insn.kills) | insn.reads;
+            if self.precise_flags {
+                live = ALL_FLAGS;
+            }
+            insn.live_before = live;
+        }
+    }
+
+    /// Which flags may be read at `target` before they are overwritten, looking a few instructions ahead in the same page.
+    fn live_at(&mut self, page: &[u8], page_address: u64, target: u64) -> u32 {
+        let mut offset = target.wrapping_sub(page_address);
+        let mut live = ALL_FLAGS;
+        let mut read = 0;
+        let mut decoder = Decoder::with_ip(64, page, page_address, DecoderOptions::NONE);
+        for _ in 0..10 {
+            if offset >= page.len() as u64 || decoder.set_position(offset as usize).is_err() {
+                break;
+            }
+            decoder.set_ip(page_address + offset);
+            let ins = decoder.decode();
+            if ins.is_invalid() {
+                break;
+            }
+            read |= live & arithmetic_reads(&ins);
+            live &= !(certain_kills(&ins) | read);
+            if live == 0 {
+                return read;
+            }
+            match ins.flow_control() {
+                FlowControl::Next => offset += ins.len() as u64,
+                FlowControl::UnconditionalBranch if ins.is_jmp_short_or_near() => {
+                    offset = ins.near_branch64().wrapping_sub(page_address);
+                }
+                _ => break,
+            }
+            if must_step(&ins) {
+                break;
+            }
+        }
+        read | live
+    }
+
+    fn classify(&mut self, ins: Instruction, offset: u16, mode: Mode) -> Insn {
+        let class = self.class(&ins, mode);
+        let (reads, kills) = match class {
+            Class::Step | Class::JmpIndirect | Class::Ret | Class::Pushf => (ALL_FLAGS, 0),
+            Class::Call | Class::CallIndirect => (ALL_FLAGS, ALL_FLAGS),
+            Class::Jcc | Class::CountJump => (ALL_FLAGS, 0),
+            Class::Jmp | Class::Skip => (0, 0),
+            _ => (arithmetic_reads(&ins), certain_kills(&ins)),
+        };
+        let mut used = 0;
+        if matches!(class, Class::Plain | Class::Memory { .. } | Class::BitTest { .. }) {
+            for register in self.factory.info_options(&ins, InstructionInfoOptions::NO_MEMORY_USAGE).used_registers() {
+                let full = register.register().full_register();
+                if full.is_gpr() {
+                    used |= 1 << full.number();
+                }
+            }
+            // NO_MEMORY_USAGE leaves address registers out.
+            for register in [ins.memory_base(), ins.memory_index()] {
+                if register.is_gpr() {
+                    used |= 1 << register.full_register().number();
+                }
+            }
+        }
+        Insn { ins, offset, class, reads, kills, live_before: ALL_FLAGS, live_after: ALL_FLAGS, used }
+    }
+
+    fn class(&mut self, ins: &Instruction, mode: Mode) -> Class {
+        use Mnemonic as M;
+        if ins.is_invalid() || must_step(ins) {
+            return Class::Step;
+        }
+        let features = ins.code().cpuid_features();
+        if features.iter().any(|&f| !self.allowed[f as usize]) {
+            return Class::Step;
+        }
+        match ins.code().encoding() {
+            EncodingKind::Legacy => {}
+            EncodingKind::VEX => {
+                if mode.no_avx && features.iter().any(|f| !matches!(f, CpuidFeature::BMI1 | CpuidFeature::BMI2)) {
+                    return Class::Step;
+                }
+            }
+            _ => return Class::Step,
+        }
+        if mode.no_fpu && features.iter().any(|&f| needs_fpu(f)) {
+            return Class::Step;
+        }
+        match ins.mnemonic() {
+            M::Nop | M::Endbr64 | M::Endbr32 | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchnta
+            | M::Prefetchw | M::Prefetch | M::Reservednop => return Class::Skip,
+            M::Cli => return if mode.user { Class::Step } else { Class::Cli },
+            M::Sti => return if mode.user { Class::Step } else { Class::Sti },
+            M::Swapgs => return if mode.user { Class::Step } else { Class::Swapgs },
+            M::Rdtsc => return if mode.no_tsc { Class::Step } else { Class::Rdtsc },
+            M::Rdtscp => return if mode.no_tsc { Class::Step } else { Class::Rdtscp },
+            M::Pushfq => return Class::Pushf,
+            M::Leave => return if ins.code() == Code::Leaveq { Class::Leave } else { Class::Step },
+            _ => {}
+        }
+        match ins.code() {
+            Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => return Class::Jmp,
+            Code::Call_rel32_64 => return Class::Call,
+            Code::Jmp_rm64 => return Class::JmpIndirect,
+            Code::Call_rm64 => return Class::CallIndirect,
+            Code::Retnq | Code::Retnq_imm16 => return Class::Ret,
+            Code::Push_r64 | Code::Pushq_imm8 | Code::Pushq_imm32 => return Class::Push,
+            Code::Push_rm64 => {
+                return if ins.op0_kind() == OpKind::Memory { Class::PushMemory } else { Class::Push };
+            }
+            Code::Pop_r64 => return if ins.op0_register() == Register::RSP { Class::Step } else { Class::Pop },
+            Code::Pop_rm64 => return Class::Step,
+            _ => {}
+        }
+        if ins.is_jcc_short_or_near() {
+            return Class::Jcc;
+        }
+        match ins.code() {
+            Code::Jrcxz_rel8_64 | Code::Jecxz_rel8_64 | Code::Loop_rel8_64_RCX | Code::Loop_rel8_64_ECX
+            | Code::Loope_rel8_64_RCX | Code::Loope_rel8_64_ECX | Code::Loopne_rel8_64_RCX
+            | Code::Loopne_rel8_64_ECX => return Class::CountJump,
+            _ => {}
+        }
+        if ins.flow_control() != FlowControl::Next {
+            return Class::Step;
+        }
+        if matches!(ins.mnemonic(), M::Push | M::Pop) {
+            return Class::Step;
+        }
+        let mut memory = false;
+        for i in 0..ins.op_count() {
+            match ins.op_kind(i) {
+                OpKind::Memory => memory = true,
+                OpKind::Register => {
+                    let register = ins.op_register(i);
+                    if register.is_segment_register() || register.is_cr() || register.is_dr() || register.is_tr() {
+                        return Class::Step;
+                    }
+                }
+                OpKind::Immediate8 | OpKind::Immediate8_2nd | OpKind::Immediate16 | OpKind::Immediate32
+                | OpKind::Immediate64 | OpKind::Immediate8to16 | OpKind::Immediate8to32 | OpKind::Immediate8to64
+                | OpKind::Immediate32to64 => {}
+                _ => return Class::Step,
+            }
+        }
+        if ins.mnemonic() == M::Lea {
+            return Class::Lea;
+        }
+        if !memory {
+            return if ins.has_lock_prefix() { Class::Step } else { Class::Plain };
+        }
+        if ins.is_vsib() {
+            return Class::Step;
+        }
+        let size = ins.memory_size().size();
+        if size == 0 || size > 64 {
+            return Class::Step;
+        }
+        let info = self.factory.info(ins);
+        let [used] = info.used_memory() else { return Class::Step };
+        let write = match used.access() {
+            OpAccess::Read | OpAccess::CondRead => false,
+            OpAccess::Write | OpAccess::ReadWrite | OpAccess::ReadCondWrite => true,
+            _ => return Class::Step,
+        };
+        if matches!(ins.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc) && ins.op1_kind() == OpKind::Register {
+            return if ins.memory_index() == Register::None && size >= 4 { Class::BitTest { write } } else { Class::Step };
+        }
+        Class::Memory { write, size: size as u16 }
+    }
+}
+
+fn needs_fpu(feature: CpuidFeature) -> bool {
+    use CpuidFeature as F;
+    matches!(
+        feature,
+        F::FPU
+            | F::FPU287
+            | F::FPU387
+            | F::MMX
+            | F::SSE
+            | F::SSE2
+            | F::SSE3
+            | F::SSSE3
+            | F::SSE4_1
+            | F::SSE4_2
+            | F::AES
+            | F::PCLMULQDQ
+            | F::SHA
+            | F::GFNI
+            | F::AVX
+            | F::AVX2
+            | F::FMA
+            | F::F16C
+            | F::VAES
+            | F::VPCLMULQDQ
+    )
+}
+
+/// Instructions that always go through the interpreter.
+fn must_step(ins: &Instruction) -> bool {
+    use Mnemonic as M;
+    if matches!(
+        ins.mnemonic(),
+        M::Cli | M::Sti | M::Swapgs | M::Rdtsc | M::Rdtscp | M::Pushfq | M::Ret | M::Jmp | M::Call
+    ) {
+        return false;
+    }
+    ins.is_privileged()
+        || ins.is_string_instruction()
+        || matches!(
+            ins.mnemonic(),
+            M::Popf
+                | M::Popfq
+                | M::Popfd
+                | M::Pushf
+                | M::Pushfd
+                | M::Cpuid
+                | M::Syscall
+                | M::Sysret
+                | M::Sysretq
+                | M::Sysenter
+                | M::Sysexit
+                | M::Sysexitq
+                | M::Int
+                | M::Int1
+                | M::Int3
+                | M::Into
+                | M::Iret
+                | M::Iretd
+                | M::Iretq
+                | M::Rdpmc
+                | M::Rdpid
+                | M::Xgetbv
+                | M::Xsetbv
+                | M::Sgdt
+                | M::Sidt
+                | M::Sldt
+                | M::Str
+                | M::Smsw
+                | M::Lar
+                | M::Lsl
+                | M::Verr
+                | M::Verw
+                | M::Clac
+                | M::Stac
+                | M::Monitor
+                | M::Mwait
+                | M::Rdfsbase
+                | M::Rdgsbase
+                | M::Wrfsbase
+                | M::Wrgsbase
+                | M::Fxsave
+                | M::Fxsave64
+                | M::Fxrstor
+                | M::Fxrstor64
+                | M::Xsave
+                | M::Xsave64
+                | M::Xsaveopt
+                | M::Xsaveopt64
+                | M::Xrstor
+                | M::Xrstor64
+                | M::Fnstenv
+                | M::Fstenv
+                | M::Fldenv
+                | M::Fnsave
+                | M::Fsave
+                | M::Frstor
+                | M::Maskmovdqu
+                | M::Vmaskmovdqu
+                | M::Maskmovq
+                | M::Vmaskmovps
+                | M::Vmaskmovpd
+                | M::Vpmaskmovd
+                | M::Vpmaskmovq
+                | M::Xlatb
+                | M::Enter
+                | M::Clflush
+                | M::Clflushopt
+                | M::Clwb
+                | M::In
+                | M::Out
+                | M::Hlt
+                | M::Vmcall
+                | M::Vmmcall
+                | M::Les
+                | M::Lds
+                | M::Lss
+                | M::Lfs
+                | M::Lgs
+                | M::Ud0
+                | M::Ud1
+                | M::Ud2
+        )
+}
+
+fn arithmetic_reads(ins: &Instruction) -> u32 {
+    ins.rflags_read() & ALL_FLAGS
+}
+
+/// Flags the instruction overwrites whatever its operands are.
+fn certain_kills(ins: &Instruction) -> u32 {
+    use Mnemonic as M;
+    match ins.mnemonic() {
+        M::Rcl | M::Rcr => 0, // some widths take the count modulo 9 or 17
+        M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror | M::Shld | M::Shrd => {
+            let count = (0..ins.op_count()).rev().find_map(|i| match ins.op_kind(i) {
+                OpKind::Immediate8 => Some(ins.immediate8()),
+                _ => None,
+            });
+            match count {
+                Some(count) if count & 0x1f != 0 => ins.rflags_modified() & ALL_FLAGS,
+                _ => 0,
+            }
+        }
+        _ if ins.has_rep_prefix() || ins.has_repne_prefix() => 0,
+        _ => ins.rflags_modified() & ALL_FLAGS,
+    }
+}

@@ -1,0 +1,176 @@
+//! The vCPU block: what translated code reaches through the GS base.
+//!
+//! Everything a translated instruction may touch besides guest memory lies here, at fixed offsets, one block per vCPU.
+
+use std::mem::offset_of;
+use std::sync::atomic::AtomicU32;
+
+use cpu::{CpuState, FpState};
+
+/// Entries of each software TLB.
+pub const TLB_ENTRIES: usize = 4096;
+/// Entries of each indirect-branch target cache.
+pub const IBTC_ENTRIES: usize = 4096;
+/// Cross-page jump slots per vCPU.
+pub const MAX_SLOTS: usize = 1 << 18;
+/// Bytes of the stack that host CALL and RET use for guest calls.
+pub const CALL_STACK: usize = 256 << 10;
+
+/// One entry of the software TLB.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct TlbEntry {
+    /// Guest-virtual page address, or an address that cannot hit in this entry.
+    pub tag: u64,
+    /// Host address minus guest-virtual address.
+    pub delta: u64,
+}
+
+/// One entry of the indirect-branch target cache.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct IbtcEntry {
+    /// Guest-virtual target.
+    pub target: u64,
+    /// Host address of the block's entry for indirect jumps.
+    pub host: u64,
+}
+
+/// Why translated code came back to the dispatcher.
+pub mod reason {
+    /// An unlinked direct jump; argument: link.
+    pub const LINK: u32 = 1;
+    /// An unresolved cross-page jump; argument: slot.
+    pub const SLOT: u32 = 2;
+    /// An indirect jump that misses the target cache; the target is in `exit_target`.
+    pub const INDIRECT: u32 = 3;
+    /// An instruction that the interpreter must run; argument: exit site.
+    pub const STEP: u32 = 4;
+    /// Something is pending; argument: exit site.
+    pub const POLL: u32 = 5;
+    /// A memory access that the slow path cannot do; argument: access descriptor.
+    pub const ACCESS: u32 = 6;
+    /// A host signal in translated code; the place is in `fault_pc`.
+    pub const FAULT: u32 = 7;
+    /// A block that has been invalidated was entered; argument: block.
+    pub const STALE: u32 = 8;
+}
+
+/// One vCPU's block. Lives in its own mapping; translated code addresses it through GS.
+#[repr(C, align(4096))]
+pub struct VcpuBlock {
+    /// Architectural state. While translated code runs, most general registers, flags and x87/SSE state are in the host's registers.
+    pub state: CpuState,
+    /// Set from other threads when the vCPU shall look around.
+    pub kick: AtomicU32,
+    _pad: [u32; 15],
+    /// An interrupt waits for IF.
+    pub irq_waiting: u32,
+    /// The guest's IF: 0 or 0x200. (`state.rflags` holds the other system flags while translated code runs.)
+    pub if_flag: u32,
+    /// Arithmetic flags saved across a check: AH, AL of LAHF and SETO.
+    pub flags: u32,
+    /// See [`reason`].
+    pub exit_reason: u32,
+    /// Argument of the reason.
+    pub exit_arg: u32,
+    /// Is the guest at privilege level 3? 0 or 1.
+    pub user: u32,
+    /// The host's MXCSR while the monitor runs.
+    pub host_mxcsr: u32,
+    /// RFLAGS of the host at the last exit, or to be loaded at the next entry.
+    pub host_flags: u64,
+    /// Target of an indirect jump.
+    pub exit_target: u64,
+    /// A value kept across the checks of one instruction.
+    pub scratch: u64,
+    /// Host RIP of a signal in translated code.
+    pub fault_pc: u64,
+    /// Signal number.
+    pub fault_signal: u64,
+    /// The monitor's stack pointer.
+    pub host_rsp: u64,
+    /// Stack pointer of the guest-call stack.
+    pub call_rsp: u64,
+    /// Where to go on entry.
+    pub entry: u64,
+    /// Host registers lent to an instruction.
+    pub borrowed: [u64; 4],
+    /// The runtime of this vCPU, for the slow path.
+    pub runtime: u64,
+    /// YMM0 to YMM15 across the slow path.
+    pub ymm: [[u8; 32]; 16],
+    /// Software TLBs: kernel read, kernel write, user read, user write.
+    pub tlb: [[TlbEntry; TLB_ENTRIES]; 4],
+    /// Indirect-branch target caches: kernel, user.
+    pub ibtc: [[IbtcEntry; IBTC_ENTRIES]; 2],
+    /// Host addresses of cross-page jump targets.
+    pub slots: [u64; MAX_SLOTS],
+}
+
+/// Offsets into [`VcpuBlock`], as displacements.
+#[allow(missing_docs)]
+pub mod off {
+    use super::{CpuState, FpState, VcpuBlock, offset_of};
+
+    pub const fn gpr(index: usize) -> i32 {
+        (offset_of!(VcpuBlock, state) + offset_of!(CpuState, gpr) + 8 * index) as i32
+    }
+    pub const FP: i32 = (offset_of!(VcpuBlock, state) + offset_of!(CpuState, fp)) as i32;
+    pub const fn xmm(index: usize) -> i32 {
+        FP + (FpState::XMM + 16 * index) as i32
+    }
+    pub const fn ymm_high(index: usize) -> i32 {
+        FP + (FpState::YMM_HIGH + 16 * index) as i32
+    }
+    pub const MXCSR: i32 = FP + FpState::MXCSR as i32;
+    pub const RIP: i32 = offset_of!(VcpuBlock, state.rip) as i32;
+    pub const RFLAGS: i32 = offset_of!(VcpuBlock, state.rflags) as i32;
+    pub const KICK: i32 = offset_of!(VcpuBlock, kick) as i32;
+    pub const IRQ_WAITING: i32 = offset_of!(VcpuBlock, irq_waiting) as i32;
+    pub const IF_FLAG: i32 = offset_of!(VcpuBlock, if_flag) as i32;
+    pub const FLAGS: i32 = offset_of!(VcpuBlock, flags) as i32;
+    pub const EXIT_REASON: i32 = offset_of!(VcpuBlock, exit_reason) as i32;
+    pub const EXIT_ARG: i32 = offset_of!(VcpuBlock, exit_arg) as i32;
+    pub const USER: i32 = offset_of!(VcpuBlock, user) as i32;
+    pub const HOST_MXCSR: i32 = offset_of!(VcpuBlock, host_mxcsr) as i32;
+    pub const HOST_FLAGS: i32 = offset_of!(VcpuBlock, host_flags) as i32;
+    pub const EXIT_TARGET: i32 = offset_of!(VcpuBlock, exit_target) as i32;
+    pub const SCRATCH: i32 = offset_of!(VcpuBlock, scratch) as i32;
+    pub const HOST_RSP: i32 = offset_of!(VcpuBlock, host_rsp) as i32;
+    pub const CALL_RSP: i32 = offset_of!(VcpuBlock, call_rsp) as i32;
+    pub const ENTRY: i32 = offset_of!(VcpuBlock, entry) as i32;
+    pub const fn borrowed(index: usize) -> i32 {
+        (offset_of!(VcpuBlock, borrowed) + 8 * index) as i32
+    }
+    pub const RUNTIME: i32 = offset_of!(VcpuBlock, runtime) as i32;
+    pub const fn ymm(index: usize) -> i32 {
+        (offset_of!(VcpuBlock, ymm) + 32 * index) as i32
+    }
+    pub const fn tlb(user: bool, write: bool) -> i32 {
+        let table = (user as usize) * 2 + write as usize;
+        (offset_of!(VcpuBlock, tlb) + table * super::TLB_ENTRIES * 16) as i32
+    }
+    pub const fn ibtc(user: bool) -> i32 {
+        (offset_of!(VcpuBlock, ibtc) + (user as usize) * super::IBTC_ENTRIES * 16) as i32
+    }
+    pub const fn slot(index: u32) -> i32 {
+        (offset_of!(VcpuBlock, slots) + 8 * index as usize) as i32
+    }
+    pub const fn segment_base(index: usize) -> i32 {
+        (offset_of!(VcpuBlock, state.segments) + index * size_of::<cpu::Segment>()) as i32
+    }
+    pub const KERNEL_GS_BASE: i32 = offset_of!(VcpuBlock, state.kernel_gs_base) as i32;
+    pub const TSC_OFFSET: i32 = offset_of!(VcpuBlock, state.tsc_offset) as i32;
+    pub const TSC_AUX: i32 = offset_of!(VcpuBlock, state.tsc_aux) as i32;
+}
+
+/// Index into the target cache for a guest-virtual address: what translated code computes.
+pub const fn ibtc_index(target: u64) -> usize {
+    (((target as u32) ^ (target as u32 >> 12)) as usize) & (IBTC_ENTRIES - 1)
+}
+
+/// Index into a software TLB for a guest-virtual address.
+pub const fn tlb_index(address: u64) -> usize {
+    (address >> 12) as usize & (TLB_ENTRIES - 1)
+}

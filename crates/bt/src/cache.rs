@@ -1,0 +1,562 @@
+//! The code cache: translated blocks, how they are found, linked and forgotten.
+//!
+//! Blocks are keyed by guest-physical address, guest-virtual address and mode, so address spaces that map the same page at the same
+//! place share them. A block lies in one guest page. Jumps inside the page are linked directly: they stay right as long
+//! as the page itself is where it was. Jumps to other pages go through per-vCPU slots, which a TLB flush resets.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+use iced_x86::Encoder;
+
+use crate::analyze::{Analyzer, Insn, Mode};
+use crate::emit::{Access, Context, Emitter, LinkKind, Meta, Number, Output, Part, Target};
+use crate::memory::CodeMemory;
+use crate::stubs::{self, Stubs};
+
+/// Number of a block.
+pub type BlockId = u32;
+
+/// The key of a block that consists of one instruction the interpreter must run.
+pub const STEP_ONLY: BlockId = u32::MAX;
+
+/// What a block is found by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// Guest-physical address of the page.
+    pub page: u64,
+    /// Guest-virtual address of the first instruction.
+    pub address: u64,
+    pub mode: Mode,
+}
+
+/// A multiplicative hasher for keys made of integers.
+#[derive(Default)]
+pub struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn finish(&self) -> u64 {
+        self.0 ^ (self.0 >> 29)
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(u64::from(byte));
+        }
+    }
+
+    fn write_u8(&mut self, value: u8) {
+        self.write_u64(u64::from(value));
+    }
+
+    fn write_u32(&mut self, value: u32) {
+        self.write_u64(u64::from(value));
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(23) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+/// A hash map with [`KeyHasher`].
+pub type FastMap<K, V> = HashMap<K, V, BuildHasherDefault<KeyHasher>>;
+
+/// One translated block.
+pub struct Block {
+    pub key: Key,
+    /// Positions in the code cache.
+    pub hot: usize,
+    pub hot_len: usize,
+    pub cold: usize,
+    /// Entry behind the poll.
+    pub body: usize,
+    /// Entry with flags in the vCPU block.
+    pub indirect: usize,
+    stale: usize,
+    /// Bytes of the page: first and behind the last.
+    start: u16,
+    end: u16,
+    pads: Box<[(usize, u64)]>,
+    meta: Box<[Meta]>,
+    incoming: Vec<u32>,
+    /// Slots that may lead here.
+    slots: Vec<u32>,
+    alive: bool,
+}
+
+struct LinkEntry {
+    /// Position of the rel32.
+    at: usize,
+    /// Position of the unlinked code.
+    stub: usize,
+    target: u64,
+    kind: LinkKind,
+    source: BlockId,
+    destination: Option<BlockId>,
+}
+
+/// A cross-page jump target.
+pub struct Slot {
+    pub target: u64,
+    pub mode: Mode,
+    pub kind: LinkKind,
+    /// Host address of the code that asks the dispatcher.
+    pub thunk: u64,
+}
+
+#[derive(Default)]
+struct Page {
+    blocks: Vec<BlockId>,
+    steps: Vec<Key>,
+    /// A bit for each 64 bytes that hold translated code.
+    chunks: u64,
+    /// Writes that hit no code.
+    near_misses: u32,
+}
+
+/// What was forgotten, for the vCPUs' own caches.
+#[derive(Default)]
+pub struct Forgotten {
+    /// `(guest-virtual target, user)` of entries and landing pads.
+    pub targets: Vec<(u64, bool)>,
+    /// Slots to reset.
+    pub slots: Vec<u32>,
+    /// Guest-physical pages that hold no code any more.
+    pub empty_pages: Vec<u64>,
+}
+
+/// Counters of the cache.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CacheCounters {
+    pub blocks: u64,
+    pub instructions: u64,
+    pub code_bytes: u64,
+    pub invalidated: u64,
+    pub flushes: u64,
+    pub links: u64,
+}
+
+/// The cache has no room: everything must be flushed.
+#[derive(Debug)]
+pub struct Full;
+
+/// The code cache.
+pub struct Cache {
+    memory: CodeMemory,
+    pub stubs: Stubs,
+    analyzer: Analyzer,
+    encoder: Option<Encoder>,
+    blocks: Vec<Block>,
+    map: FastMap<Key, BlockId>,
+    pages: FastMap<u64, Page>,
+    links: Vec<LinkEntry>,
+    exits: Vec<(BlockId, u16)>,
+    accesses: Vec<(BlockId, Access)>,
+    slots: Vec<Slot>,
+    slot_map: FastMap<(u64, u8, u8), u32>,
+    hot: usize,
+    cold: usize,
+    pub counters: CacheCounters,
+    /// Bumped by every flush of everything.
+    pub generation: u64,
+}
+
+/// Slow writes to a page with code that miss the code, before all of its code is dropped.
+const NEAR_MISSES: u32 = 64;
+
+impl Cache {
+    /// A cache of `size` bytes; `slow_access` is the monitor's slow path.
+    pub fn new(size: usize, slow_access: u64, precise_flags: bool) -> std::io::Result<Self> {
+        let mut memory = CodeMemory::new(size)?;
+        let (code, stubs) = stubs::assemble(slow_access);
+        memory.write(0, &code);
+        let mut cache = Self {
+            memory,
+            stubs,
+            analyzer: Analyzer::new(precise_flags),
+            encoder: Some(Encoder::new(64)),
+            blocks: Vec::new(),
+            map: FastMap::default(),
+            pages: FastMap::default(),
+            links: Vec::new(),
+            exits: Vec::new(),
+            accesses: Vec::new(),
+            slots: Vec::new(),
+            slot_map: FastMap::default(),
+            hot: 0,
+            cold: 0,
+            counters: CacheCounters::default(),
+            generation: 0,
+        };
+        cache.reset();
+        Ok(cache)
+    }
+
+    fn reset(&mut self) {
+        self.hot = (self.stubs.end + 63) & !63;
+        self.cold = self.memory.size() / 5 * 2;
+    }
+
+    /// Host address of a position.
+    pub fn address(&self, position: usize) -> u64 {
+        self.memory.address(position)
+    }
+
+    /// Does this host address lie in the cache?
+    pub fn contains(&self, address: u64) -> bool {
+        self.memory.position(address).is_some()
+    }
+
+    /// Start and size of the executable view.
+    pub fn range(&self) -> (u64, usize) {
+        (self.memory.address(0), self.memory.size())
+    }
+
+    pub fn block(&self, id: BlockId) -> Option<&Block> {
+        self.blocks.get(id as usize)
+    }
+
+    pub fn find(&self, key: &Key) -> Option<BlockId> {
+        self.map.get(key).copied()
+    }
+
+    /// Guest-virtual address of exit site `number`.
+    pub fn exit_address(&self, number: u32) -> Option<u64> {
+        let &(block, offset) = self.exits.get(number as usize)?;
+        Some((self.block(block)?.key.address & !0xfff) + u64::from(offset))
+    }
+
+    /// Access site `number` and the guest-virtual address of its instruction.
+    pub fn access(&self, number: u32) -> Option<(Access, u64, bool)> {
+        let &(block, access) = self.accesses.get(number as usize)?;
+        let key = self.block(block)?.key;
+        Some((access, (key.address & !0xfff) + u64::from(access.offset), key.mode.user))
+    }
+
+    /// Target of link `number`.
+    pub fn link_target(&self, number: u32) -> Option<u64> {
+        self.links.get(number as usize).map(|l| l.target)
+    }
+
+    /// How link `number` enters its target.
+    pub fn link_kind(&self, number: u32) -> Option<LinkKind> {
+        self.links.get(number as usize).map(|l| l.kind)
+    }
+
+    /// Slot `number`.
+    pub fn slot(&self, number: u32) -> Option<&Slot> {
+        self.slots.get(number as usize)
+    }
+
+    /// All slots, to fill a vCPU's array.
+    pub fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// Host address at which `block` is entered by `kind`.
+    pub fn entry(&self, block: BlockId, kind: LinkKind) -> Option<u64> {
+        self.block(block).map(|b| self.address(Self::entry_position(b, kind)))
+    }
+
+    fn entry_position(block: &Block, kind: LinkKind) -> usize {
+        match kind {
+            LinkKind::Forward => block.body,
+            LinkKind::Backward => block.hot,
+            LinkKind::Call => block.indirect,
+        }
+    }
+
+    /// Notes that a vCPU's slot leads to `block`.
+    pub fn note_slot(&mut self, block: BlockId, slot: u32) {
+        if let Some(block) = self.blocks.get_mut(block as usize)
+            && !block.slots.contains(&slot)
+        {
+            block.slots.push(slot);
+        }
+    }
+
+    /// Makes link `number` jump straight to `block`, if both are alive and the link is of that target.
+    pub fn link(&mut self, number: u32, block: BlockId) {
+        let Some(entry) = self.links.get_mut(number as usize) else { return };
+        let alive = |id: BlockId| self.blocks.get(id as usize).is_some_and(|b| b.alive);
+        if entry.destination.is_some() || !alive(entry.source) || !alive(block) {
+            return;
+        }
+        let (source, destination) = (&self.blocks[entry.source as usize], &self.blocks[block as usize]);
+        if destination.key.address != entry.target
+            || destination.key.page != source.key.page
+            || destination.key.mode != source.key.mode
+        {
+            return;
+        }
+        entry.destination = Some(block);
+        let position = Self::entry_position(destination, entry.kind);
+        self.memory.link(entry.at, position);
+        self.blocks[block as usize].incoming.push(number);
+        self.counters.links += 1;
+    }
+
+    /// Translates the block at `key` from the page contents. [`STEP_ONLY`] when its first instruction crosses the page end.
+    /// New slots are appended to `new_slots`.
+    pub fn translate(&mut self, key: Key, page: &[u8], new_slots: &mut Vec<u32>) -> Result<BlockId, Full> {
+        let page_address = key.address & !0xfff;
+        let offset = (key.address & 0xfff) as usize;
+        let insns: Vec<Insn> = self.analyzer.block(page, page_address, offset, key.mode);
+        let entry = self.pages.entry(key.page).or_default();
+        if insns.is_empty() {
+            entry.steps.push(key);
+            for chunk in offset / 64..64 {
+                entry.chunks |= 1 << chunk;
+            }
+            self.map.insert(key, STEP_ONLY);
+            return Ok(STEP_ONLY);
+        }
+        let end = insns.last().map_or(offset, Insn::end);
+        let encoder = self.encoder.take().unwrap_or_else(|| Encoder::new(64));
+        let context = Context { stubs: &self.stubs, mode: key.mode, page: page_address, bytes: page };
+        let (output, encoder) = Emitter::block(context, &insns, encoder);
+        self.encoder = Some(encoder);
+        // Room: everything of this block, and a thunk for each slot.
+        let hot_len = (output.hot.len() + 15) & !15;
+        let cold_len = output.cold.len() + 16 * output.slots.len() + 16;
+        if self.hot + hot_len > self.memory.size() / 5 * 2
+            || self.cold + cold_len > self.memory.size()
+            || self.slots.len() + output.slots.len() > crate::block::MAX_SLOTS
+        {
+            return Err(Full);
+        }
+        let id = self.blocks.len() as BlockId;
+        let block = self.place(id, key, &insns, end, output, new_slots);
+        let entry = self.pages.entry(key.page).or_default();
+        entry.blocks.push(id);
+        for chunk in offset / 64..=(end.max(offset + 1) - 1) / 64 {
+            entry.chunks |= 1 << chunk;
+        }
+        self.counters.blocks += 1;
+        self.counters.instructions += insns.len() as u64;
+        self.counters.code_bytes += (hot_len + cold_len) as u64;
+        self.blocks.push(block);
+        self.map.insert(key, id);
+        Ok(id)
+    }
+
+    fn place(
+        &mut self,
+        id: BlockId,
+        key: Key,
+        insns: &[Insn],
+        end: usize,
+        mut output: Output,
+        new_slots: &mut Vec<u32>,
+    ) -> Block {
+        let (hot, cold) = (self.hot, self.cold);
+        let own = |part, at| match part {
+            Part::Hot => hot + at,
+            Part::Cold => cold + at,
+        };
+        let first_link = self.links.len() as u32;
+        let first_exit = self.exits.len() as u32;
+        let first_access = self.accesses.len() as u32;
+        for &(at, number) in &output.numbers {
+            let value = match number {
+                Number::Link(i) => first_link + i as u32,
+                Number::Exit(i) => first_exit + i as u32,
+                Number::Access(i) => first_access + i as u32,
+            };
+            output.cold[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        }
+        for fixup in &output.fixups {
+            let target = match fixup.target {
+                Target::Own(part, at) => own(part, at),
+                Target::Fixed(position) => position,
+            };
+            let displacement = (target as i64 - own(fixup.part, fixup.at) as i64 - 4) as i32;
+            let bytes = if fixup.part == Part::Hot { &mut output.hot } else { &mut output.cold };
+            bytes[fixup.at..fixup.at + 4].copy_from_slice(&displacement.to_le_bytes());
+        }
+        let mut thunk = cold + output.cold.len();
+        for slot in &output.slots {
+            let map_key = (slot.target, key.mode.bits(), slot.kind as u8);
+            let number = match self.slot_map.get(&map_key) {
+                Some(&number) => number,
+                None => {
+                    let number = self.slots.len() as u32;
+                    let mut code = [0x41, 0xba, 0, 0, 0, 0, 0xe9, 0, 0, 0, 0]; // mov r10d, n; jmp
+                    code[2..6].copy_from_slice(&number.to_le_bytes());
+                    self.memory.write(thunk, &code);
+                    self.memory.link(thunk + 7, self.stubs.exits[crate::block::reason::SLOT as usize]);
+                    self.slots.push(Slot {
+                        target: slot.target,
+                        mode: key.mode,
+                        kind: slot.kind,
+                        thunk: self.memory.address(thunk),
+                    });
+                    thunk += code.len();
+                    self.slot_map.insert(map_key, number);
+                    new_slots.push(number);
+                    number
+                }
+            };
+            let displacement = crate::block::off::slot(number);
+            let bytes = if slot.part == Part::Hot { &mut output.hot } else { &mut output.cold };
+            bytes[slot.at..slot.at + 4].copy_from_slice(&displacement.to_le_bytes());
+        }
+        self.memory.write(hot, &output.hot);
+        self.memory.write(cold, &output.cold);
+        for link in &output.links {
+            self.links.push(LinkEntry {
+                at: own(link.part, link.at),
+                stub: cold + link.stub,
+                target: link.target,
+                kind: link.kind,
+                source: id,
+                destination: None,
+            });
+        }
+        self.exits.extend(output.exits.iter().map(|&offset| (id, offset)));
+        self.accesses.extend(output.accesses.iter().map(|&access| (id, access)));
+        self.hot = (hot + output.hot.len() + 15) & !15;
+        self.cold = thunk;
+        Block {
+            key,
+            hot,
+            hot_len: output.hot.len(),
+            cold,
+            body: hot + output.body,
+            indirect: if output.indirect.1 { hot + output.indirect.0 } else { cold + output.indirect.0 },
+            stale: cold + output.stale,
+            start: insns.first().map_or(0, |i| i.offset),
+            end: end as u16,
+            pads: output.pads.iter().map(|&(at, address)| (hot + at, address)).collect(),
+            meta: output.meta.into_boxed_slice(),
+            incoming: Vec::new(),
+            slots: Vec::new(),
+            alive: true,
+        }
+    }
+
+    /// The block and instruction that the host address in the hot part belongs to: guest-virtual address, and how to restore state.
+    pub fn locate(&self, address: u64) -> Option<(u64, Meta)> {
+        let position = self.memory.position(address)?;
+        let after = self.blocks.partition_point(|b| b.hot <= position);
+        let block = self.blocks.get(after.checked_sub(1)?)?;
+        let offset = position.checked_sub(block.hot).filter(|&o| o < block.hot_len)? as u32;
+        let after = block.meta.partition_point(|m| m.at <= offset);
+        let meta = block.meta.get(after.checked_sub(1)?)?;
+        Some(((block.key.address & !0xfff) + u64::from(meta.offset), *meta))
+    }
+
+    /// Guest-physical bytes were written: forgets the translations they were made from.
+    pub fn written(&mut self, gpa: u64, len: u64, forgotten: &mut Forgotten) {
+        if len == 0 {
+            return;
+        }
+        let last = gpa.saturating_add(len - 1);
+        for page in (gpa >> 12)..=(last >> 12) {
+            let start = if page == gpa >> 12 { (gpa & 0xfff) as usize } else { 0 };
+            let end = if page == last >> 12 { (last & 0xfff) as usize + 1 } else { 4096 };
+            self.page_written(page << 12, start, end, forgotten);
+        }
+    }
+
+    fn page_written(&mut self, gpa: u64, start: usize, end: usize, forgotten: &mut Forgotten) {
+        let Some(page) = self.pages.get_mut(&gpa) else { return };
+        let mask = (start / 64..=(end - 1) / 64).fold(0_u64, |m, chunk| m | 1 << chunk);
+        let mut everything = false;
+        if page.chunks & mask == 0 {
+            page.near_misses += 1;
+            everything = page.near_misses > NEAR_MISSES;
+            if !everything {
+                return;
+            }
+        }
+        let blocks = std::mem::take(&mut page.blocks);
+        let steps = std::mem::take(&mut page.steps);
+        page.chunks = 0;
+        let (mut kept, mut kept_steps) = (Vec::new(), Vec::new());
+        let mut chunks = 0_u64;
+        for id in blocks {
+            let (first, behind) = {
+                let block = &self.blocks[id as usize];
+                (usize::from(block.start), usize::from(block.end))
+            };
+            if everything || (first < end && start < behind) {
+                self.kill(id, forgotten);
+            } else {
+                for chunk in first / 64..=(behind.max(first + 1) - 1) / 64 {
+                    chunks |= 1 << chunk;
+                }
+                kept.push(id);
+            }
+        }
+        for key in steps {
+            let first = (key.address & 0xfff) as usize;
+            if everything || end > first {
+                self.map.remove(&key);
+            } else {
+                for chunk in first / 64..64 {
+                    chunks |= 1 << chunk;
+                }
+                kept_steps.push(key);
+            }
+        }
+        if kept.is_empty() && kept_steps.is_empty() {
+            self.pages.remove(&gpa);
+            forgotten.empty_pages.push(gpa);
+        } else if let Some(page) = self.pages.get_mut(&gpa) {
+            page.blocks = kept;
+            page.steps = kept_steps;
+            page.chunks = chunks;
+        }
+    }
+
+    /// Takes a block out of use. Its memory stays until the next flush: a vCPU's call stack may lead to its landing pads.
+    fn kill(&mut self, id: BlockId, forgotten: &mut Forgotten) {
+        let Some(block) = self.blocks.get_mut(id as usize) else { return };
+        if !block.alive {
+            return;
+        }
+        block.alive = false;
+        self.counters.invalidated += 1;
+        self.map.remove(&block.key);
+        let user = block.key.mode.user;
+        forgotten.targets.push((block.key.address, user));
+        forgotten.slots.append(&mut block.slots);
+        let incoming = std::mem::take(&mut block.incoming);
+        let (hot, body, stale) = (block.hot, block.body, block.stale);
+        let pads = std::mem::take(&mut block.pads);
+        self.memory.write_jump(hot, stale);
+        self.memory.write_jump(body, stale);
+        // The entry for indirect jumps leads to `hot` in the end.
+        for &(at, address) in &pads {
+            forgotten.targets.push((address, user));
+            self.memory.write_jump(at, self.stubs.indirect[usize::from(user)]);
+        }
+        for link in incoming {
+            let entry = &mut self.links[link as usize];
+            // The code of a dead source is not run any more, and its entries hold jumps that must stay.
+            if entry.destination == Some(id) && self.blocks[entry.source as usize].alive {
+                entry.destination = None;
+                self.memory.link(entry.at, entry.stub);
+            }
+        }
+    }
+
+    /// Forgets everything. Only when no vCPU is inside translated code, and all call stacks are reset afterwards.
+    /// Returns the pages that held code.
+    pub fn flush(&mut self) -> Vec<u64> {
+        let pages = self.pages.keys().copied().collect();
+        self.blocks.clear();
+        self.map.clear();
+        self.pages.clear();
+        self.links.clear();
+        self.exits.clear();
+        self.accesses.clear();
+        self.slots.clear();
+        self.slot_map.clear();
+        self.reset();
+        self.counters.flushes += 1;
+        self.generation += 1;
+        pages
+    }
+}

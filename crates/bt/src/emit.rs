@@ -1,0 +1,1161 @@
+//! Translation of one analysed block into host code.
+//!
+//! The output is relocatable: two byte strings, `hot` (the path expected to run) and `cold` (slow paths), with fix-ups between
+//! them and to the stubs, and lists of the places that need entries in the cache's tables. [`crate::cache`] puts them into memory.
+
+use iced_x86::{Code, Encoder, Instruction, OpAccess, OpKind, Register};
+
+use crate::analyze::{ALL_FLAGS, Class, Insn, Mode};
+use crate::asm::{Asm, Mem, R9, R10, R11, RAX, RBP, RBX, RCX, RDI, RDX, RSI, Reg, cc};
+use crate::block::{off, reason, tlb_index};
+use crate::stubs::lookup_indirect;
+
+/// Which of the two byte strings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    Hot,
+    Cold,
+}
+
+/// Where a rel32 leads.
+#[derive(Clone, Copy, Debug)]
+pub enum Target {
+    /// An offset in the block's own code.
+    Own(Part, usize),
+    /// A position in the code cache.
+    Fixed(usize),
+}
+
+/// A 32-bit displacement to fill in.
+#[derive(Clone, Copy, Debug)]
+pub struct Fixup {
+    pub part: Part,
+    pub at: usize,
+    pub target: Target,
+}
+
+/// A 32-bit immediate in the cold part that takes the number of a table entry.
+#[derive(Clone, Copy, Debug)]
+pub enum Number {
+    /// Index into [`Output::links`].
+    Link(usize),
+    /// Index into [`Output::exits`].
+    Exit(usize),
+    /// Index into [`Output::accesses`].
+    Access(usize),
+}
+
+/// A direct jump within the page that can be linked to its target.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    /// Where the rel32 is.
+    pub part: Part,
+    pub at: usize,
+    /// Cold offset of the code that asks the dispatcher; where the rel32 leads while unlinked.
+    pub stub: usize,
+    /// Guest-virtual target.
+    pub target: u64,
+    pub kind: LinkKind,
+}
+
+/// How a link enters its target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LinkKind {
+    /// Flags in the host; behind the poll.
+    Forward,
+    /// Flags in the host; at the poll.
+    Backward,
+    /// Flags in the block; at the poll.
+    Call,
+}
+
+/// A cross-page jump through a slot.
+#[derive(Clone, Copy, Debug)]
+pub struct SlotUse {
+    pub part: Part,
+    /// Where the 32-bit displacement of the GS operand is.
+    pub at: usize,
+    pub target: u64,
+    pub kind: LinkKind,
+}
+
+/// A memory access with a slow path.
+#[derive(Clone, Copy, Debug)]
+pub struct Access {
+    /// Offset of the instruction in the page.
+    pub offset: u16,
+    pub size: u16,
+    pub write: bool,
+    /// Arithmetic flags are in the block, not in the host's RFLAGS.
+    pub flags_saved: bool,
+}
+
+/// What is needed to rebuild the guest's state when a signal hits inside an instruction.
+#[derive(Clone, Copy, Debug)]
+pub struct Meta {
+    /// Hot offset from which this holds.
+    pub at: u32,
+    pub offset: u16,
+    pub flags_saved: bool,
+    /// Guest registers lent to the instruction; their values are in the block. 0xff = none.
+    pub borrowed: [u8; 3],
+}
+
+/// A translated block, not yet placed.
+#[derive(Default)]
+pub struct Output {
+    pub hot: Vec<u8>,
+    pub cold: Vec<u8>,
+    pub fixups: Vec<Fixup>,
+    pub numbers: Vec<(usize, Number)>,
+    pub links: Vec<Link>,
+    pub slots: Vec<SlotUse>,
+    /// Offsets in the page of instructions at which the dispatcher is entered.
+    pub exits: Vec<u16>,
+    pub accesses: Vec<Access>,
+    pub meta: Vec<Meta>,
+    /// Hot offsets of return landing pads, with the guest-virtual address each stands for.
+    pub pads: Vec<(usize, u64)>,
+    /// Hot offset behind the poll.
+    pub body: usize,
+    /// Entry for indirect jumps.
+    pub indirect: (usize, bool),
+    /// Cold offset of code that reports the block as stale.
+    pub stale: usize,
+}
+
+/// Positions the emitter needs.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    pub stubs: &'a crate::stubs::Stubs,
+    pub mode: Mode,
+    /// Guest-virtual address of the page.
+    pub page: u64,
+    /// Contents of the page.
+    pub bytes: &'a [u8],
+}
+
+/// Where the guest's arithmetic flags are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flags {
+    Host,
+    Block,
+    /// Nowhere: nobody will read them.
+    Dead,
+}
+
+/// An address computed by [`Emitter::address`].
+#[derive(Clone, Copy)]
+enum Address {
+    /// A register and a displacement: usable again after the check.
+    Simple(Reg, i32),
+    /// A constant that fits a displacement.
+    Small(i32),
+    /// A constant.
+    Constant(u64),
+    /// Must be computed into R11; the steps are repeatable.
+    Computed,
+}
+
+/// Emits one block.
+pub struct Emitter<'a> {
+    context: Context<'a>,
+    hot: Asm,
+    cold: Asm,
+    out: Output,
+    flags: Flags,
+    encoder: Encoder,
+}
+
+/// How much has been emitted.
+struct Mark {
+    lengths: [usize; 9],
+    flags: Flags,
+}
+
+/// What an instruction cannot do here: the interpreter takes it.
+pub struct Unsupported;
+
+type Done = Result<(), Unsupported>;
+
+const GPR64: [Register; 16] = [
+    Register::RAX,
+    Register::RCX,
+    Register::RDX,
+    Register::RBX,
+    Register::RSP,
+    Register::RBP,
+    Register::RSI,
+    Register::RDI,
+    Register::R8,
+    Register::R9,
+    Register::R10,
+    Register::R11,
+    Register::R12,
+    Register::R13,
+    Register::R14,
+    Register::R15,
+];
+
+/// Is this guest register kept in the block?
+const fn spilled(reg: u8) -> bool {
+    reg >= 9 && reg <= 11
+}
+
+/// The host register of a guest register that has one.
+const fn host(reg: u8) -> Reg {
+    if reg == 4 { R9 } else { reg }
+}
+
+fn number(register: Register) -> u8 {
+    register.full_register().number() as u8
+}
+
+/// `register` resized to the width of `like`.
+fn resize(reg: Reg, like: Register) -> Register {
+    let wide = GPR64[reg as usize];
+    if like.is_gpr64() {
+        wide
+    } else if like.is_gpr32() {
+        wide.full_register32()
+    } else if like.is_gpr16() {
+        Register::AX + u32::from(reg)
+    } else {
+        match reg {
+            0..=3 => Register::AL + u32::from(reg),
+            _ => Register::SPL + u32::from(reg - 4),
+        }
+    }
+}
+
+fn is_high_byte(register: Register) -> bool {
+    matches!(register, Register::AH | Register::BH | Register::CH | Register::DH)
+}
+
+impl<'a> Emitter<'a> {
+    /// Translates the block `insns`; never empty.
+    pub fn block(context: Context<'a>, insns: &[Insn], encoder: Encoder) -> (Output, Encoder) {
+        let mut emitter = Emitter {
+            context,
+            hot: Asm { bytes: Vec::with_capacity(insns.len() * 24 + 64) },
+            cold: Asm { bytes: Vec::with_capacity(insns.len() * 24 + 64) },
+            out: Output::default(),
+            flags: Flags::Host,
+            encoder,
+        };
+        emitter.entry(&insns[0]);
+        let mut open = true;
+        for (i, insn) in insns.iter().enumerate() {
+            emitter.meta(insn, [0xff; 3]);
+            let mark = emitter.mark();
+            if emitter.instruction(insn).is_err() {
+                emitter.rewind(mark);
+                emitter.step(insn);
+                open = false;
+                break;
+            }
+            if i > 0 && insns[i - 1].class == Class::Sti {
+                emitter.poll_after_shadow(insn);
+            }
+            open = !insn.class.ends_block();
+        }
+        if open && let Some(last) = insns.last() {
+            emitter.meta(last, [0xff; 3]);
+            emitter.jump_to(last, last.ins.next_ip());
+        }
+        // A block can be overwritten by a five-byte jump at its entries.
+        while emitter.hot.len() < emitter.out.body + 5 {
+            emitter.hot.u8(0x90);
+        }
+        let Emitter { hot, cold, mut out, encoder, .. } = emitter;
+        out.hot = hot.bytes;
+        out.cold = cold.bytes;
+        (out, encoder)
+    }
+
+    fn mark(&self) -> Mark {
+        let out = &self.out;
+        Mark {
+            lengths: [
+                self.hot.len(),
+                self.cold.len(),
+                out.fixups.len(),
+                out.numbers.len(),
+                out.links.len(),
+                out.slots.len(),
+                out.accesses.len(),
+                out.meta.len(),
+                out.pads.len(),
+            ],
+            flags: self.flags,
+        }
+    }
+
+    /// Takes back what was emitted since `mark`.
+    fn rewind(&mut self, mark: Mark) {
+        let [hot, cold, fixups, numbers, links, slots, accesses, meta, pads] = mark.lengths;
+        self.hot.bytes.truncate(hot);
+        self.cold.bytes.truncate(cold);
+        let out = &mut self.out;
+        out.fixups.truncate(fixups);
+        out.numbers.truncate(numbers);
+        out.links.truncate(links);
+        out.slots.truncate(slots);
+        out.accesses.truncate(accesses);
+        out.meta.truncate(meta);
+        out.pads.truncate(pads);
+        self.flags = mark.flags;
+    }
+
+    fn entry(&mut self, first: &Insn) {
+        let exit = self.exit_number(first.offset);
+        let dead = first.live_before == 0;
+        // Stale: a dispatcher exit that names this place.
+        self.out.stale = self.cold.len();
+        self.cold_exit(exit, reason::STALE);
+        let poll_exit = self.cold.len();
+        self.cold_exit(exit, reason::POLL);
+        if dead {
+            self.out.indirect = (0, true);
+            self.hot.cmp32_mem_imm8(Mem::gs(off::KICK), 0);
+            let at = self.hot.jcc(cc::NE);
+            self.fix(Part::Hot, at, Target::Own(Part::Cold, poll_exit));
+        } else {
+            // Polling must not touch flags.
+            self.out.indirect = (self.cold.len(), false);
+            self.cold.restore_flags(off::FLAGS, R10);
+            let at = self.cold.jmp();
+            self.fix(Part::Cold, at, Target::Own(Part::Hot, 0));
+            let pending = self.cold.len();
+            self.cold.mov(RCX, R11);
+            let at = self.cold.jmp();
+            self.fix(Part::Cold, at, Target::Own(Part::Cold, poll_exit));
+            self.hot.mov(R11, RCX);
+            self.hot.load32(RCX, Mem::gs(off::KICK));
+            let go = self.hot.jecxz();
+            let at = self.hot.jmp();
+            self.fix(Part::Hot, at, Target::Own(Part::Cold, pending));
+            self.hot.patch8(go);
+            self.hot.mov(RCX, R11);
+        }
+        self.out.body = self.hot.len();
+    }
+
+    fn meta(&mut self, insn: &Insn, borrowed: [u8; 3]) {
+        self.out.meta.push(Meta {
+            at: self.hot.len() as u32,
+            offset: insn.offset,
+            flags_saved: self.flags == Flags::Block,
+            borrowed,
+        });
+    }
+
+    fn fix(&mut self, part: Part, at: usize, target: Target) {
+        self.out.fixups.push(Fixup { part, at, target });
+    }
+
+    fn exit_number(&mut self, offset: u16) -> usize {
+        if let Some(at) = self.out.exits.iter().position(|&o| o == offset) {
+            return at;
+        }
+        self.out.exits.push(offset);
+        self.out.exits.len() - 1
+    }
+
+    /// `mov r10d, number; jmp exit` in the cold part.
+    fn cold_exit(&mut self, exit: usize, why: u32) {
+        self.cold_number(Number::Exit(exit));
+        let at = self.cold.jmp();
+        self.fix(Part::Cold, at, Target::Fixed(self.context.stubs.exits[why as usize]));
+    }
+
+    fn cold_number(&mut self, number: Number) {
+        self.cold.raw(&[0x41, 0xba, 0, 0, 0, 0]); // mov r10d, imm32
+        self.out.numbers.push((self.cold.len() - 4, number));
+    }
+
+    /// Brings the flags into the host if somebody reads them.
+    fn flags_to_host(&mut self, live: u32) {
+        if self.flags == Flags::Block && live != 0 {
+            self.hot.restore_flags(off::FLAGS, R10);
+            self.flags = Flags::Host;
+        }
+    }
+
+    /// Brings the flags into the block if somebody reads them. Afterwards the host's may be clobbered.
+    fn flags_to_block(&mut self, live: u32) {
+        match self.flags {
+            Flags::Host if live != 0 => {
+                self.hot.save_flags(off::FLAGS, R10);
+                self.flags = Flags::Block;
+            }
+            Flags::Host => self.flags = Flags::Dead,
+            Flags::Block | Flags::Dead => {}
+        }
+    }
+
+    fn step(&mut self, insn: &Insn) {
+        self.flags_to_host(ALL_FLAGS);
+        let exit = self.exit_number(insn.offset);
+        let start = self.cold.len();
+        self.cold_exit(exit, reason::STEP);
+        let at = self.hot.jmp();
+        self.fix(Part::Hot, at, Target::Own(Part::Cold, start));
+    }
+
+    fn poll_after_shadow(&mut self, insn: &Insn) {
+        self.flags_to_block(insn.live_after);
+        self.hot.cmp32_mem_imm8(Mem::gs(off::IRQ_WAITING), 0);
+        let at = self.hot.jcc(cc::NE);
+        self.fix(Part::Hot, at, Target::Own(Part::Cold, self.cold.len()));
+        if self.flags == Flags::Block {
+            self.cold.restore_flags(off::FLAGS, R10);
+        }
+        let exit = self.exit_number(insn.end() as u16);
+        self.cold_exit(exit, reason::POLL);
+    }
+
+    // ---- direct jumps ----
+
+    fn in_page(&self, target: u64) -> bool {
+        target & !0xfff == self.context.page
+    }
+
+    /// A jump at the end of the block to `target`, with flags as a direct jump wants them.
+    fn jump_to(&mut self, insn: &Insn, target: u64) {
+        self.flags_to_host(insn.live_after);
+        if self.in_page(target) {
+            let at = self.hot.jmp();
+            self.link(Part::Hot, at, insn, target);
+        } else {
+            self.hot.jmp_mem(Mem::gs(0));
+            self.out.slots.push(SlotUse {
+                part: Part::Hot,
+                at: self.hot.len() - 4,
+                target,
+                kind: LinkKind::Backward,
+            });
+        }
+    }
+
+    fn link(&mut self, part: Part, at: usize, insn: &Insn, target: u64) {
+        let kind = if target > insn.ins.ip() { LinkKind::Forward } else { LinkKind::Backward };
+        self.link_kind(part, at, target, kind);
+    }
+
+    fn link_kind(&mut self, part: Part, at: usize, target: u64, kind: LinkKind) {
+        let stub = self.cold.len();
+        self.cold_number(Number::Link(self.out.links.len()));
+        let jump = self.cold.jmp();
+        self.fix(Part::Cold, jump, Target::Fixed(self.context.stubs.exits[reason::LINK as usize]));
+        self.fix(part, at, Target::Own(Part::Cold, stub));
+        self.out.links.push(Link { part, at, stub, target, kind });
+    }
+
+    /// A conditional jump to `target` whose rel32 is at `at` in the hot part.
+    fn conditional(&mut self, at: usize, insn: &Insn, target: u64) {
+        if self.in_page(target) {
+            self.link(Part::Hot, at, insn, target);
+        } else {
+            self.fix(Part::Hot, at, Target::Own(Part::Cold, self.cold.len()));
+            self.cold.jmp_mem(Mem::gs(0));
+            self.out.slots.push(SlotUse {
+                part: Part::Cold,
+                at: self.cold.len() - 4,
+                target,
+                kind: LinkKind::Backward,
+            });
+        }
+    }
+
+    // ---- memory ----
+
+    /// Classifies the address of the memory operand.
+    fn address(&self, ins: &Instruction, lea: bool) -> Address {
+        let segment = !lea && matches!(ins.memory_segment(), Register::FS | Register::GS);
+        let base = ins.memory_base();
+        let index = ins.memory_index();
+        if segment {
+            return Address::Computed;
+        }
+        if ins.is_ip_rel_memory_operand() || (base == Register::None && index == Register::None) {
+            let address = ins.memory_displacement64();
+            return match i32::try_from(address as i64) {
+                Ok(small) => Address::Small(small),
+                Err(_) => Address::Constant(address),
+            };
+        }
+        if index == Register::None && base.is_gpr64() && !spilled(number(base)) {
+            return Address::Simple(host(number(base)), ins.memory_displacement64() as i32);
+        }
+        Address::Computed
+    }
+
+    /// Computes the address of the memory operand into R11, using R10. Touches flags only for FS and GS.
+    fn compute(asm: &mut Asm, ins: &Instruction, lea: bool) {
+        let base = ins.memory_base();
+        let index = ins.memory_index();
+        let narrow = base.is_gpr32() || index.is_gpr32() || base == Register::EIP;
+        if ins.is_ip_rel_memory_operand() || (base == Register::None && index == Register::None) {
+            asm.mov_imm(R11, ins.memory_displacement64());
+        } else {
+            let index = if index == Register::None {
+                None
+            } else {
+                let n = number(index);
+                let reg = if spilled(n) {
+                    asm.load(R10, Mem::gs(off::gpr(n as usize)));
+                    R10
+                } else {
+                    host(n)
+                };
+                Some((reg, ins.memory_index_scale() as u8))
+            };
+            let base = if base == Register::None {
+                None
+            } else {
+                let n = number(base);
+                Some(if spilled(n) {
+                    asm.load(R11, Mem::gs(off::gpr(n as usize)));
+                    R11
+                } else {
+                    host(n)
+                })
+            };
+            let mem = Mem { base, index, disp: ins.memory_displacement64() as i32, gs: false, addr32: false };
+            asm.rm(!narrow, &[0x8d], R11, mem);
+        }
+        if !lea {
+            match ins.memory_segment() {
+                Register::FS => asm.add_mem(R11, Mem::gs(off::segment_base(4))),
+                Register::GS => asm.add_mem(R11, Mem::gs(off::segment_base(5))),
+                _ => {}
+            }
+        }
+    }
+
+    /// Checks an access of `size` bytes at the address; afterwards the returned operand reaches it, R10 holds the
+    /// delta and R11 may hold the address. `compute` puts the address into R11. Flags have been moved away if live.
+    fn check(
+        &mut self,
+        insn: &Insn,
+        address: Address,
+        size: u16,
+        write: bool,
+        compute: &dyn Fn(&mut Asm),
+    ) -> Result<Mem, Unsupported> {
+        self.flags_to_block(insn.live_before);
+        let table = off::tlb(self.context.mode.user, write);
+        let limit = 4096 - i32::from(size);
+        let mut recompute = true;
+        let condition;
+        match address {
+            Address::Small(value) => {
+                if (value & 0xfff) > limit {
+                    return Err(Unsupported);
+                }
+                let entry = table + 16 * tlb_index(value as i64 as u64) as i32;
+                self.hot.rm(true, &[0x81], 7, Mem::gs(entry)); // cmp qword, imm32
+                self.hot.i32(value & !0xfff);
+                condition = cc::NE;
+            }
+            Address::Constant(value) => {
+                let entry = table + 16 * tlb_index(value) as i32;
+                self.hot.mov_imm(R11, value);
+                self.hot.load(R10, Mem::gs(entry));
+                self.hot.rr(true, &[0x31], R11, R10); // xor r10, r11
+                self.hot.cmp_imm(R10, limit);
+                condition = cc::A;
+                recompute = false;
+            }
+            Address::Simple(..) | Address::Computed => {
+                match address {
+                    Address::Simple(base, 0) => self.hot.mov(R11, base),
+                    Address::Simple(base, disp) => self.hot.lea(R11, Mem::base(base, disp)),
+                    _ => compute(&mut self.hot),
+                }
+                self.hot.mov32(R10, R11);
+                self.hot.shr32(R10, 8);
+                self.hot.and32_imm(R10, 0xfff0);
+                self.hot.xor_mem(R11, Mem::gs_base(R10, table));
+                self.hot.cmp_imm(R11, limit);
+                condition = cc::A;
+            }
+        }
+        let slow = self.hot.jcc(condition);
+        self.fix(Part::Hot, slow, Target::Own(Part::Cold, self.cold.len()));
+        let operand = match address {
+            Address::Small(value) => {
+                let entry = table + 16 * tlb_index(value as i64 as u64) as i32;
+                self.hot.load(R10, Mem::gs(entry + 8));
+                Mem::base(R10, value)
+            }
+            Address::Constant(value) => {
+                let entry = table + 16 * tlb_index(value) as i32;
+                self.hot.load(R10, Mem::gs(entry + 8));
+                Mem::sum(R11, R10, 0)
+            }
+            Address::Simple(base, disp) => {
+                self.hot.load(R10, Mem::gs_base(R10, table + 8));
+                Mem::sum(base, R10, disp)
+            }
+            Address::Computed => {
+                self.hot.xor_mem(R11, Mem::gs_base(R10, table));
+                self.hot.load(R10, Mem::gs_base(R10, table + 8));
+                Mem::sum(R11, R10, 0)
+            }
+        };
+        let back = self.hot.len();
+        if recompute {
+            match address {
+                Address::Simple(base, 0) => self.cold.mov(R11, base),
+                Address::Simple(base, disp) => self.cold.lea(R11, Mem::base(base, disp)),
+                Address::Small(value) => self.cold.mov_imm(R11, value as i64 as u64),
+                _ => compute(&mut self.cold),
+            }
+        }
+        self.cold_number(Number::Access(self.out.accesses.len()));
+        self.out.accesses.push(Access {
+            offset: insn.offset,
+            size,
+            write,
+            flags_saved: self.flags == Flags::Block,
+        });
+        let at = self.cold.call();
+        self.fix(Part::Cold, at, Target::Fixed(self.context.stubs.slow_access));
+        let at = self.cold.jmp();
+        self.fix(Part::Cold, at, Target::Own(Part::Hot, back));
+        Ok(operand)
+    }
+
+    fn check_operand(&mut self, insn: &Insn, size: u16, write: bool) -> Result<Mem, Unsupported> {
+        let ins = insn.ins;
+        let address = self.address(&ins, false);
+        self.check(insn, address, size, write, &move |asm| Self::compute(asm, &ins, false))
+    }
+
+    fn check_stack(&mut self, insn: &Insn, disp: i32, write: bool) -> Result<Mem, Unsupported> {
+        self.check(insn, Address::Simple(R9, disp), 8, write, &|_| {})
+    }
+
+    // ---- instructions ----
+
+    fn instruction(&mut self, insn: &Insn) -> Done {
+        let ins = &insn.ins;
+        match insn.class {
+            Class::Skip => {}
+            Class::Plain => return self.plain(insn),
+            Class::Memory { write, size } => return self.memory(insn, size, write),
+            Class::BitTest { write } => return self.bit_test(insn, write),
+            Class::Lea => self.lea(ins),
+            Class::Push => return self.push(insn),
+            Class::PushMemory => {
+                let source = self.check_operand(insn, 8, false)?;
+                self.hot.load(R11, source);
+                self.hot.store(Mem::gs(off::SCRATCH), R11);
+                let top = self.check_stack(insn, -8, true)?;
+                self.hot.load(R11, Mem::gs(off::SCRATCH));
+                self.hot.store(top, R11);
+                self.hot.lea(R9, Mem::base(R9, -8));
+            }
+            Class::Pop => {
+                let top = self.check_stack(insn, 0, false)?;
+                let to = number(ins.op0_register());
+                if spilled(to) {
+                    self.hot.load(R11, top);
+                    self.hot.store(Mem::gs(off::gpr(to as usize)), R11);
+                } else {
+                    self.hot.load(host(to), top);
+                }
+                self.hot.lea(R9, Mem::base(R9, 8));
+            }
+            Class::Pushf => {
+                self.flags_to_host(ALL_FLAGS);
+                self.hot.pushfq();
+                self.hot.pop(R11);
+                self.hot.load(R10, Mem::gs(off::RFLAGS));
+                self.hot.lea(R11, Mem::sum(R11, R10, -0x202));
+                self.hot.rm(false, &[0x8b], R10, Mem::gs(off::IF_FLAG));
+                self.hot.lea(R11, Mem::sum(R11, R10, 0));
+                self.hot.store(Mem::gs(off::SCRATCH), R11);
+                let top = self.check_stack(insn, -8, true)?;
+                self.hot.load(R11, Mem::gs(off::SCRATCH));
+                self.hot.store(top, R11);
+                self.hot.lea(R9, Mem::base(R9, -8));
+            }
+            Class::Leave => {
+                let top = self.check(insn, Address::Simple(RBP, 0), 8, false, &|_| {})?;
+                self.hot.load(R11, top);
+                self.hot.lea(R9, Mem::base(RBP, 8));
+                self.hot.mov(RBP, R11);
+            }
+            Class::Jmp => self.jump_to(insn, ins.near_branch64()),
+            Class::Jcc => {
+                self.flags_to_host(ALL_FLAGS);
+                let at = self.hot.jcc(condition(ins));
+                self.conditional(at, insn, ins.near_branch64());
+            }
+            Class::CountJump => self.count_jump(insn),
+            Class::Call => return self.call(insn),
+            Class::CallIndirect => return self.call_indirect(insn),
+            Class::JmpIndirect => {
+                if ins.op0_kind() == OpKind::Memory {
+                    let source = self.check_operand(insn, 8, false)?;
+                    self.hot.load(R11, source);
+                } else {
+                    self.load_guest(R11, number(ins.op0_register()));
+                }
+                self.flags_to_block(ALL_FLAGS);
+                lookup_indirect(&mut self.hot, self.context.mode.user);
+                let at = self.hot.jmp();
+                self.fix(Part::Hot, at, Target::Fixed(self.context.stubs.indirect_miss));
+            }
+            Class::Ret => {
+                let top = self.check_stack(insn, 0, false)?;
+                self.hot.load(R11, top);
+                let extra = if ins.code() == Code::Retnq_imm16 { i32::from(ins.immediate16()) } else { 0 };
+                self.hot.lea(R9, Mem::base(R9, 8 + extra));
+                self.hot.ret();
+            }
+            Class::Cli => self.hot.store32_imm(Mem::gs(off::IF_FLAG), 0),
+            Class::Sti => self.hot.store32_imm(Mem::gs(off::IF_FLAG), 0x200),
+            Class::Swapgs => {
+                self.hot.load(R10, Mem::gs(off::segment_base(5)));
+                self.hot.load(R11, Mem::gs(off::KERNEL_GS_BASE));
+                self.hot.store(Mem::gs(off::KERNEL_GS_BASE), R10);
+                self.hot.store(Mem::gs(off::segment_base(5)), R11);
+            }
+            Class::Rdtsc => self.hot.raw(&[0x0f, 0x31]),
+            Class::Rdtscp => {
+                self.hot.raw(&[0x0f, 0x01, 0xf9]);
+                self.hot.load32(RCX, Mem::gs(off::TSC_AUX));
+            }
+            Class::Step => self.step(insn),
+        }
+        Ok(())
+    }
+
+    fn load_guest(&mut self, to: Reg, guest: u8) {
+        if spilled(guest) {
+            self.hot.load(to, Mem::gs(off::gpr(guest as usize)));
+        } else {
+            self.hot.mov(to, host(guest));
+        }
+    }
+
+    fn push(&mut self, insn: &Insn) -> Done {
+        let ins = &insn.ins;
+        let top = self.check_stack(insn, -8, true)?;
+        if ins.op0_kind() == OpKind::Register {
+            let from = number(ins.op0_register());
+            if spilled(from) {
+                self.hot.load(R11, Mem::gs(off::gpr(from as usize)));
+                self.hot.store(top, R11);
+            } else {
+                self.hot.store(top, host(from));
+            }
+        } else {
+            self.hot.store_imm(top, ins.immediate(0) as i32);
+        }
+        self.hot.lea(R9, Mem::base(R9, -8));
+        Ok(())
+    }
+
+    fn lea(&mut self, ins: &Instruction) {
+        let register = ins.op0_register();
+        let to = number(register);
+        Self::compute(&mut self.hot, ins, true);
+        if spilled(to) {
+            match register.size() {
+                8 => self.hot.store(Mem::gs(off::gpr(to as usize)), R11),
+                4 => {
+                    self.hot.mov32(R11, R11);
+                    self.hot.store(Mem::gs(off::gpr(to as usize)), R11);
+                }
+                _ => self.hot.store16(Mem::gs(off::gpr(to as usize)), R11),
+            }
+        } else {
+            match register.size() {
+                8 => self.hot.mov(host(to), R11),
+                4 => self.hot.mov32(host(to), R11),
+                _ => {
+                    self.hot.u8(0x66);
+                    self.hot.rr(false, &[0x89], R11, host(to));
+                }
+            }
+        }
+    }
+
+    /// Brings the flags where the copied instruction `insn` wants them. `scratch` may be clobbered.
+    fn flags_for(&mut self, insn: &Insn, scratch: Reg) {
+        let writes = insn.ins.rflags_modified() & ALL_FLAGS != 0;
+        let needed = insn.reads | if writes { insn.live_after & !insn.kills } else { 0 };
+        if self.flags == Flags::Block && needed != 0 {
+            self.hot.restore_flags(off::FLAGS, scratch);
+            self.flags = Flags::Host;
+        }
+    }
+
+    fn flags_after(&mut self, insn: &Insn) {
+        if insn.ins.rflags_modified() & ALL_FLAGS != 0 {
+            self.flags = Flags::Host;
+        }
+    }
+
+    fn plain(&mut self, insn: &Insn) -> Done {
+        self.flags_for(insn, R10);
+        self.copy(insn, None)?;
+        self.flags_after(insn);
+        Ok(())
+    }
+
+    fn memory(&mut self, insn: &Insn, size: u16, write: bool) -> Done {
+        let mut operand = self.check_operand(insn, size, write)?;
+        let writes = insn.ins.rflags_modified() & ALL_FLAGS != 0;
+        let needed = insn.reads | if writes { insn.live_after & !insn.kills } else { 0 };
+        if self.flags == Flags::Block && needed != 0 && uses_r11(operand) {
+            self.hot.lea(R11, operand);
+            operand = Mem::base(R11, 0);
+        }
+        let scratch = if uses_r11(operand) { R10 } else { R11 };
+        self.flags_for(insn, scratch);
+        self.copy(insn, Some(operand))?;
+        self.flags_after(insn);
+        Ok(())
+    }
+
+    /// Copies an instruction, renaming registers and replacing its memory operand by `operand`.
+    fn copy(&mut self, insn: &Insn, operand: Option<Mem>) -> Done {
+        let mut ins = insn.ins;
+        // Registers to be renamed.
+        let mut kept: [u8; 3] = [0xff; 3];
+        let mut kept_count = 0;
+        let mut rename = false;
+        let mut high_byte = false;
+        for i in 0..ins.op_count() {
+            if ins.op_kind(i) == OpKind::Register {
+                let register = ins.op_register(i);
+                if !register.is_gpr() {
+                    continue;
+                }
+                high_byte |= is_high_byte(register);
+                let n = number(register);
+                rename |= n == 4;
+                if spilled(n) {
+                    rename = true;
+                    if !kept[..kept_count].contains(&n) {
+                        kept[kept_count] = n;
+                        kept_count += 1;
+                    }
+                }
+            }
+        }
+        if operand.is_none() && !rename {
+            let start = usize::from(insn.offset);
+            let bytes = self.context.bytes.get(start..start + ins.len()).ok_or(Unsupported)?;
+            self.hot.raw(bytes);
+            return Ok(());
+        }
+        let mut operand = operand;
+        let mut free: Vec<Reg> = Vec::new();
+        let mut borrowed = [0xff_u8; 3];
+        let mut borrow_count = 0;
+        let mut used = insn.used | 1 << 4;
+        // A high-byte register excludes REX: no extended register may appear.
+        let legacy = high_byte;
+        match operand {
+            Some(mem) if kept_count > 0 || legacy => {
+                if !(mem.base == Some(R11) && mem.index.is_none() && mem.disp == 0) {
+                    self.hot.lea(R11, mem);
+                }
+                operand = Some(Mem::base(R11, 0));
+                if !legacy {
+                    free.push(R10);
+                }
+            }
+            Some(_) => {}
+            None if !legacy => free.extend([R10, R11]),
+            None => {}
+        }
+        let mut needed = kept_count + usize::from(legacy && operand.is_some());
+        needed = needed.saturating_sub(free.len());
+        if legacy && ins.op_count() > 0 {
+            // RSP cannot take part either: it would be R9.
+            for i in 0..ins.op_count() {
+                if ins.op_kind(i) == OpKind::Register && number(ins.op_register(i)) == 4 && !is_high_byte(ins.op_register(i)) {
+                    return Err(Unsupported);
+                }
+            }
+        }
+        let candidates: &[Reg] =
+            if legacy { &[RBX, RDX, RCX, RAX, RSI, RDI, RBP] } else { &[RBX, RBP, RSI, RDI, RDX, RCX, RAX] };
+        let mut lent: Vec<Reg> = Vec::new();
+        for _ in 0..needed {
+            let reg = *candidates
+                .iter()
+                .find(|&&r| used & (1 << r) == 0 && !(legacy && operand.is_none() && r > 3))
+                .ok_or(Unsupported)?;
+            used |= 1 << reg;
+            self.hot.store(Mem::gs(off::borrowed(borrow_count)), reg);
+            borrowed[borrow_count] = reg;
+            borrow_count += 1;
+            lent.push(reg);
+        }
+        if legacy && operand.is_some() {
+            let reg = lent.remove(0);
+            self.hot.mov(reg, R11);
+            operand = Some(Mem::base(reg, 0));
+        }
+        free.extend(lent);
+        // Load the kept registers.
+        let mut places = [(0xff_u8, 0_u8); 3];
+        for (i, &n) in kept[..kept_count].iter().enumerate() {
+            let reg = *free.get(i).ok_or(Unsupported)?;
+            places[i] = (n, reg);
+            self.hot.load(reg, Mem::gs(off::gpr(n as usize)));
+        }
+        let mut written = [false; 3];
+        let mut factory = iced_x86::InstructionInfoFactory::new();
+        let info = factory.info(&insn.ins);
+        for i in 0..ins.op_count() {
+            if ins.op_kind(i) != OpKind::Register {
+                continue;
+            }
+            let register = ins.op_register(i);
+            if !register.is_gpr() {
+                continue;
+            }
+            let n = number(register);
+            if n == 4 && !is_high_byte(register) {
+                ins.set_op_register(i, resize(R9, register));
+            } else if let Some(at) = places.iter().position(|&(guest, _)| guest == n && spilled(n)) {
+                if legacy && places[at].1 >= 4 && register.size() == 1 {
+                    return Err(Unsupported);
+                }
+                ins.set_op_register(i, resize(places[at].1, register));
+                let access = info.op_access(i);
+                written[at] |= !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
+            }
+        }
+        if let Some(mem) = operand {
+            set_memory(&mut ins, mem);
+        }
+        if borrow_count > 0 {
+            self.meta(insn, borrowed);
+        }
+        self.encode(&ins)?;
+        for (i, &(n, reg)) in places.iter().enumerate() {
+            if n != 0xff && written[i] {
+                self.hot.store(Mem::gs(off::gpr(n as usize)), reg);
+            }
+        }
+        for (i, &reg) in borrowed.iter().enumerate() {
+            if reg != 0xff {
+                self.hot.load(reg, Mem::gs(off::borrowed(i)));
+            }
+        }
+        Ok(())
+    }
+
+    fn encode(&mut self, ins: &Instruction) -> Done {
+        self.encoder.set_buffer(std::mem::take(&mut self.hot.bytes));
+        let result = self.encoder.encode(ins, 0);
+        self.hot.bytes = self.encoder.take_buffer();
+        result.map(|_| ()).map_err(|_| Unsupported)
+    }
+
+    /// BT and friends with a register offset: the offset selects the word, too.
+    fn bit_test(&mut self, insn: &Insn, write: bool) -> Done {
+        let ins = insn.ins;
+        let size = ins.memory_size().size() as u16;
+        let register = ins.op1_register();
+        let offset = number(register);
+        let base = ins.memory_base();
+        if (base.is_gpr() && (spilled(number(base)) || !base.is_gpr64()))
+            || matches!(ins.memory_segment(), Register::FS | Register::GS)
+            || base == Register::EIP
+        {
+            return Err(Unsupported);
+        }
+        let compute = move |asm: &mut Asm| {
+            if size == 8 {
+                if spilled(offset) {
+                    asm.load(R10, Mem::gs(off::gpr(offset as usize)));
+                } else {
+                    asm.mov(R10, host(offset));
+                }
+                asm.sar(R10, 6);
+            } else {
+                if spilled(offset) {
+                    asm.rm(true, &[0x63], R10, Mem::gs(off::gpr(offset as usize)));
+                } else {
+                    asm.rr(true, &[0x63], R10, host(offset)); // movsxd
+                }
+                asm.sar(R10, 5);
+            }
+            let scale = if size == 8 { 8 } else { 4 };
+            if base.is_gpr() {
+                let mem = Mem {
+                    base: Some(host(number(base))),
+                    index: Some((R10, scale)),
+                    disp: ins.memory_displacement64() as i32,
+                    gs: false,
+                    addr32: false,
+                };
+                asm.lea(R11, mem);
+            } else {
+                asm.mov_imm(R11, ins.memory_displacement64());
+                asm.lea(R11, Mem { base: Some(R11), index: Some((R10, scale)), disp: 0, gs: false, addr32: false });
+            }
+        };
+        let operand = self.check(insn, Address::Computed, size, write, &compute)?;
+        self.hot.lea(R11, operand);
+        self.flags_to_block(insn.live_before);
+        self.load_guest(R10, offset);
+        self.hot.and32_imm(R10, i32::from(size) * 8 - 1);
+        // The other flags pass through BT unchanged.
+        if self.flags == Flags::Block && (insn.live_after & !insn.kills) != 0 {
+            self.hot.store(Mem::gs(off::SCRATCH), R10);
+            self.hot.restore_flags(off::FLAGS, R10);
+            self.hot.load(R10, Mem::gs(off::SCRATCH));
+        }
+        let mut copy = ins;
+        copy.set_op1_register(resize(R10, register));
+        set_memory(&mut copy, Mem::base(R11, 0));
+        self.encode(&copy)?;
+        self.flags = Flags::Host;
+        Ok(())
+    }
+
+    fn count_jump(&mut self, insn: &Insn) {
+        let ins = &insn.ins;
+        self.flags_to_host(ALL_FLAGS);
+        let opcode = match ins.code() {
+            Code::Loopne_rel8_64_RCX | Code::Loopne_rel8_64_ECX => 0xe0,
+            Code::Loope_rel8_64_RCX | Code::Loope_rel8_64_ECX => 0xe1,
+            Code::Loop_rel8_64_RCX | Code::Loop_rel8_64_ECX => 0xe2,
+            _ => 0xe3,
+        };
+        if matches!(
+            ins.code(),
+            Code::Loopne_rel8_64_ECX | Code::Loope_rel8_64_ECX | Code::Loop_rel8_64_ECX | Code::Jecxz_rel8_64
+        ) {
+            self.hot.u8(0x67);
+        }
+        self.hot.raw(&[opcode, 2, 0xeb, 5]); // taken: over the short jump, to the near jump
+        let at = self.hot.jmp();
+        self.conditional(at, insn, ins.near_branch64());
+    }
+
+    // ---- calls ----
+
+    /// Checks and stores the return address; flags are in the block afterwards.
+    fn push_return(&mut self, insn: &Insn) -> Result<u64, Unsupported> {
+        let top = self.check_stack(insn, -8, true)?;
+        self.flags_to_block(ALL_FLAGS);
+        let address = insn.ins.next_ip();
+        match i32::try_from(address as i64) {
+            Ok(small) => self.hot.store_imm(top, small),
+            Err(_) => {
+                self.hot.mov_imm(R11, address);
+                self.hot.store(top, R11);
+            }
+        }
+        self.hot.lea(R9, Mem::base(R9, -8));
+        Ok(address)
+    }
+
+    /// What the callee's RET comes back to: R11 holds the guest's return address.
+    fn landing_pad(&mut self, insn: &Insn, address: u64) {
+        self.out.pads.push((self.hot.len(), address));
+        match i32::try_from(address as i64) {
+            Ok(small) => self.hot.cmp_imm(R11, small),
+            Err(_) => {
+                self.hot.mov_imm(R10, address);
+                self.hot.cmp(R11, R10);
+            }
+        }
+        let at = self.hot.jcc(cc::NE);
+        let stub = self.context.stubs.indirect[usize::from(self.context.mode.user)];
+        self.fix(Part::Hot, at, Target::Fixed(stub));
+        self.flags = Flags::Block;
+        if insn.live_after == 0 {
+            self.flags = Flags::Dead;
+        }
+    }
+
+    fn call(&mut self, insn: &Insn) -> Done {
+        let address = self.push_return(insn)?;
+        let target = insn.ins.near_branch64();
+        if self.in_page(target) {
+            let at = self.hot.call();
+            self.link_kind(Part::Hot, at, target, LinkKind::Call);
+        } else {
+            self.hot.call_mem(Mem::gs(0));
+            self.out.slots.push(SlotUse { part: Part::Hot, at: self.hot.len() - 4, target, kind: LinkKind::Call });
+        }
+        self.landing_pad(insn, address);
+        Ok(())
+    }
+
+    fn call_indirect(&mut self, insn: &Insn) -> Done {
+        let ins = &insn.ins;
+        if ins.op0_kind() == OpKind::Memory {
+            let source = self.check_operand(insn, 8, false)?;
+            self.hot.load(R11, source);
+        } else {
+            self.load_guest(R11, number(ins.op0_register()));
+        }
+        self.hot.store(Mem::gs(off::SCRATCH), R11);
+        let address = self.push_return(insn)?;
+        self.hot.load(R11, Mem::gs(off::SCRATCH));
+        let at = self.hot.call();
+        self.fix(Part::Hot, at, Target::Own(Part::Cold, self.cold.len()));
+        lookup_indirect(&mut self.cold, self.context.mode.user);
+        let at = self.cold.jmp();
+        self.fix(Part::Cold, at, Target::Fixed(self.context.stubs.indirect_miss));
+        self.landing_pad(insn, address);
+        Ok(())
+    }
+}
+
+fn uses_r11(mem: Mem) -> bool {
+    mem.base == Some(R11) || matches!(mem.index, Some((R11, _)))
+}
+
+/// Replaces the memory operand.
+fn set_memory(ins: &mut Instruction, mem: Mem) {
+    ins.set_segment_prefix(Register::None);
+    ins.set_memory_base(mem.base.map_or(Register::None, |r| GPR64[r as usize]));
+    ins.set_memory_index(mem.index.map_or(Register::None, |(r, _)| GPR64[r as usize]));
+    ins.set_memory_index_scale(1);
+    ins.set_memory_displacement64(mem.disp as i64 as u64);
+    ins.set_memory_displ_size(match mem.disp {
+        0 => 0,
+        -128..=127 => 1,
+        _ => 8,
+    });
+}
+
+/// The condition code of a Jcc.
+fn condition(ins: &Instruction) -> u8 {
+    use iced_x86::ConditionCode as C;
+    match ins.condition_code() {
+        C::o => 0,
+        C::no => 1,
+        C::b => 2,
+        C::ae => 3,
+        C::e => 4,
+        C::ne => 5,
+        C::be => 6,
+        C::a => 7,
+        C::s => 8,
+        C::ns => 9,
+        C::p => 10,
+        C::np => 11,
+        C::l => 12,
+        C::ge => 13,
+        C::le => 14,
+        _ => 15,
+    }
+}

@@ -1,0 +1,231 @@
+//! The vCPU's own caches of translations: software TLB, jump slots, indirect targets, fetch TLB.
+
+use std::collections::HashSet;
+
+use crate::block::{IBTC_ENTRIES, TLB_ENTRIES, TlbEntry, VcpuBlock, ibtc_index, tlb_index};
+
+/// A tag that no address compares equal to in entry `index`.
+const fn never(index: usize) -> u64 {
+    (1 << 63) | (((index as u64 + 1) & (TLB_ENTRIES as u64 - 1)) << 12)
+}
+
+/// An indirect target that is never looked up in entry `index`.
+const fn never_target(index: usize) -> u64 {
+    (1 << 63) | ((index as u64 + 1) & (IBTC_ENTRIES as u64 - 1))
+}
+
+/// One cached fetch translation.
+#[derive(Clone, Copy)]
+struct Fetch {
+    page: u64,
+    gpa: u64,
+    user: bool,
+    global: bool,
+}
+
+const FETCH_ENTRIES: usize = 512;
+const JOURNAL: usize = 4096;
+
+/// Bookkeeping of what the vCPU block's tables hold, so that flushes touch only what was filled.
+pub struct Tlbs {
+    fetch: Vec<Option<Fetch>>,
+    /// Software-TLB entries filled from non-global pages: table * TLB_ENTRIES + index.
+    local_tlb: Vec<u32>,
+    /// Slots resolved, by whether their target's page is global.
+    local_slots: Vec<u32>,
+    global_slots: Vec<u32>,
+    /// Indirect targets filled from non-global pages: user * IBTC_ENTRIES + index.
+    local_ibtc: Vec<u32>,
+    /// Pages that jumps may lead to.
+    jump_pages: HashSet<u64>,
+    /// 2 MiB regions touched through large pages (address >> 21), and 1 GiB ones (address >> 30).
+    large: HashSet<u64>,
+    huge: HashSet<u64>,
+    local_overflow: bool,
+}
+
+impl Tlbs {
+    pub fn new() -> Self {
+        Self {
+            fetch: vec![None; FETCH_ENTRIES],
+            local_tlb: Vec::with_capacity(JOURNAL),
+            local_slots: Vec::new(),
+            global_slots: Vec::new(),
+            local_ibtc: Vec::with_capacity(JOURNAL),
+            jump_pages: HashSet::new(),
+            large: HashSet::new(),
+            huge: HashSet::new(),
+            local_overflow: false,
+        }
+    }
+
+    /// Empties every table of the block; `thunk` gives each slot's unresolved address.
+    pub fn flush_all(&mut self, block: &mut VcpuBlock, thunk: impl Fn(u32) -> u64) {
+        for table in &mut block.tlb {
+            for (index, entry) in table.iter_mut().enumerate() {
+                *entry = TlbEntry { tag: never(index), delta: 0 };
+            }
+        }
+        self.local_tlb.clear();
+        self.local_overflow = false;
+        self.large.clear();
+        self.huge.clear();
+        self.flush_jumps(block, thunk);
+    }
+
+    /// Forgets all jump targets: slots, indirect targets, fetch translations.
+    pub fn flush_jumps(&mut self, block: &mut VcpuBlock, thunk: impl Fn(u32) -> u64) {
+        for slot in self.local_slots.drain(..).chain(self.global_slots.drain(..)) {
+            block.slots[slot as usize] = thunk(slot);
+        }
+        for table in &mut block.ibtc {
+            for (index, entry) in table.iter_mut().enumerate() {
+                entry.target = never_target(index);
+            }
+        }
+        self.local_ibtc.clear();
+        self.fetch.fill(None);
+        self.jump_pages.clear();
+    }
+
+    /// Forgets what comes from non-global pages.
+    pub fn flush_local(&mut self, block: &mut VcpuBlock, thunk: impl Fn(u32) -> u64) {
+        if self.local_overflow {
+            self.flush_all(block, thunk);
+            return;
+        }
+        for number in self.local_tlb.drain(..) {
+            let (table, index) = (number as usize / TLB_ENTRIES, number as usize % TLB_ENTRIES);
+            block.tlb[table][index].tag = never(index);
+        }
+        for slot in self.local_slots.drain(..) {
+            block.slots[slot as usize] = thunk(slot);
+        }
+        for number in self.local_ibtc.drain(..) {
+            let (table, index) = (number as usize / IBTC_ENTRIES, number as usize % IBTC_ENTRIES);
+            block.ibtc[table][index].target = never_target(index);
+        }
+        for entry in &mut self.fetch {
+            if entry.is_some_and(|e| !e.global) {
+                *entry = None;
+            }
+        }
+    }
+
+    /// INVLPG. Returns whether jumps were flushed (call stacks must be emptied then).
+    pub fn flush_page(&mut self, block: &mut VcpuBlock, address: u64, thunk: impl Fn(u32) -> u64) -> bool {
+        if self.large.contains(&(address >> 21)) || self.huge.contains(&(address >> 30)) {
+            self.flush_all(block, thunk);
+            return true;
+        }
+        let page = address & !0xfff;
+        let index = tlb_index(page);
+        for table in &mut block.tlb {
+            if table[index].tag == page {
+                table[index].tag = never(index);
+            }
+        }
+        let fetch = &mut self.fetch[(page >> 12) as usize % FETCH_ENTRIES];
+        if fetch.is_some_and(|f| f.page == page) {
+            *fetch = None;
+        }
+        if self.jump_pages.contains(&page) {
+            self.flush_jumps(block, thunk);
+            return true;
+        }
+        false
+    }
+
+    /// Enters a translation into the software TLB.
+    #[allow(clippy::too_many_arguments)]
+    pub fn fill(
+        &mut self,
+        block: &mut VcpuBlock,
+        user: bool,
+        write: bool,
+        address: u64,
+        host_page: u64,
+        global: bool,
+        page_size: u64,
+    ) -> u64 {
+        let page = address & !0xfff;
+        let index = tlb_index(page);
+        let table = usize::from(user) * 2 + usize::from(write);
+        let delta = host_page.wrapping_sub(page);
+        block.tlb[table][index] = TlbEntry { tag: page, delta };
+        if !global {
+            if self.local_tlb.len() < JOURNAL {
+                self.local_tlb.push((table * TLB_ENTRIES + index) as u32);
+            } else {
+                self.local_overflow = true;
+            }
+        }
+        if page_size > 4096 {
+            if page_size >= 1 << 30 {
+                self.huge.insert(page >> 30);
+            } else {
+                self.large.insert(page >> 21);
+            }
+        }
+        delta
+    }
+
+    /// Removes the write entries that lead to the host page: it now holds translated code.
+    pub fn protect(&mut self, block: &mut VcpuBlock, host_page: u64) {
+        for table in [1, 3] {
+            for (index, entry) in block.tlb[table].iter_mut().enumerate() {
+                if entry.tag.wrapping_add(entry.delta) == host_page {
+                    entry.tag = never(index);
+                }
+            }
+        }
+    }
+
+    /// The cached guest-physical page of an executable page, and whether it is global.
+    pub fn fetch(&self, page: u64, user: bool) -> Option<(u64, bool)> {
+        let entry = self.fetch[(page >> 12) as usize % FETCH_ENTRIES]?;
+        (entry.page == page && entry.user == user).then_some((entry.gpa, entry.global))
+    }
+
+    /// Enters a fetch translation.
+    pub fn fill_fetch(&mut self, page: u64, user: bool, gpa: u64, global: bool, page_size: u64) {
+        self.fetch[(page >> 12) as usize % FETCH_ENTRIES] = Some(Fetch { page, gpa, user, global });
+        if page_size >= 1 << 30 {
+            self.huge.insert(page >> 30);
+        } else if page_size > 4096 {
+            self.large.insert(page >> 21);
+        }
+    }
+
+    /// Resolves a slot.
+    pub fn fill_slot(&mut self, block: &mut VcpuBlock, slot: u32, host: u64, target: u64, global: bool) {
+        block.slots[slot as usize] = host;
+        if global { self.global_slots.push(slot) } else { self.local_slots.push(slot) }
+        self.jump_pages.insert(target & !0xfff);
+    }
+
+    /// Enters an indirect target.
+    pub fn fill_indirect(&mut self, block: &mut VcpuBlock, target: u64, user: bool, host: u64, global: bool) {
+        let index = ibtc_index(target);
+        let entry = &mut block.ibtc[usize::from(user)][index];
+        entry.target = target;
+        entry.host = host;
+        if !global {
+            if self.local_ibtc.len() < JOURNAL {
+                self.local_ibtc.push((usize::from(user) * IBTC_ENTRIES + index) as u32);
+            } else {
+                self.local_overflow = true;
+            }
+        }
+        self.jump_pages.insert(target & !0xfff);
+    }
+
+    /// Forgets an indirect target.
+    pub fn forget_indirect(&mut self, block: &mut VcpuBlock, target: u64, user: bool) {
+        let index = ibtc_index(target);
+        let entry = &mut block.ibtc[usize::from(user)][index];
+        if entry.target == target {
+            entry.target = never_target(index);
+        }
+    }
+}

@@ -1,0 +1,892 @@
+//! One vCPU under binary translation: the dispatcher.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use cpu::paging::{self, Access as PageAccess, Kind, PagingContext};
+use cpu::{CpuState, Exit, Kick, Vcpu, VcpuSetup, cr0, cr4, rflags};
+use interp::{Hooks, Interp, Outcome, TlbFlush};
+use memory::GuestRam;
+
+use crate::analyze::Mode;
+use crate::block::{CALL_STACK, VcpuBlock, reason};
+use crate::cache::{BlockId, Cache, Forgotten, Full, Key, STEP_ONLY};
+use crate::emit::LinkKind;
+use crate::signals::{self, ThreadInfo};
+use crate::tlb::Tlbs;
+
+/// What all vCPUs and the device threads share.
+pub struct Shared {
+    pub cache: Mutex<Cache>,
+    pub ram: GuestRam,
+    /// Guest-physical ranges written by somebody, whose translations must go.
+    written: Mutex<Vec<(u64, u64)>>,
+    has_written: AtomicBool,
+    kicks: Mutex<Vec<Arc<KickHandle>>>,
+}
+
+impl Shared {
+    pub fn new(cache: Cache, ram: GuestRam) -> Arc<Self> {
+        Arc::new(Self {
+            cache: Mutex::new(cache),
+            ram,
+            written: Mutex::new(Vec::new()),
+            has_written: AtomicBool::new(false),
+            kicks: Mutex::new(Vec::new()),
+        })
+    }
+
+    fn cache(&self) -> MutexGuard<'_, Cache> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl memory::CodeWriteListener for Shared {
+    fn code_written(&self, gpa: u64, len: u64) {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner).push((gpa, len));
+        self.has_written.store(true, Ordering::SeqCst);
+        for kick in self.kicks.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            kick.raise();
+        }
+    }
+}
+
+/// Memory of one vCPU: its block and its two guest-call stacks, in one mapping.
+struct VcpuMemory {
+    base: *mut u8,
+    size: usize,
+}
+
+// SAFETY: a mapping of our own; access is by raw pointer, from the vCPU's thread, and atomically (the kick word) from others.
+unsafe impl Send for VcpuMemory {}
+// SAFETY: as above.
+unsafe impl Sync for VcpuMemory {}
+
+const BLOCK_SIZE: usize = (size_of::<VcpuBlock>() + 4095) & !4095;
+/// One guard page, then the stack.
+const STACK_SIZE: usize = 4096 + CALL_STACK;
+
+impl VcpuMemory {
+    fn new() -> Result<Self, String> {
+        let size = BLOCK_SIZE + 2 * STACK_SIZE;
+        // SAFETY: a fresh anonymous mapping; guard pages lie inside it.
+        unsafe {
+            let base = libc::mmap(
+                std::ptr::null_mut(),
+                size,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            );
+            if base == libc::MAP_FAILED {
+                return Err(format!("no memory for a virtual CPU: {}", std::io::Error::last_os_error()));
+            }
+            let memory = Self { base: base.cast(), size };
+            for stack in 0..2 {
+                if libc::mprotect(memory.base.add(BLOCK_SIZE + stack * STACK_SIZE).cast(), 4096, libc::PROT_NONE) != 0 {
+                    return Err(format!("no guard page for a virtual CPU: {}", std::io::Error::last_os_error()));
+                }
+            }
+            Ok(memory)
+        }
+    }
+
+    fn block(&self) -> *mut VcpuBlock {
+        self.base.cast()
+    }
+
+    fn guard(&self, user: bool) -> u64 {
+        self.base as u64 + (BLOCK_SIZE + usize::from(user) * STACK_SIZE) as u64
+    }
+
+    /// Stack pointer of the empty stack: at its last word, which holds the underflow stub's address.
+    fn empty_stack(&self, user: bool) -> u64 {
+        self.guard(user) + (STACK_SIZE - 64) as u64
+    }
+
+    fn kick_word(&self) -> &AtomicU32 {
+        // SAFETY: the field is an atomic inside our mapping, which lives as long as `self`.
+        unsafe { &(*self.block()).kick }
+    }
+}
+
+impl Drop for VcpuMemory {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping; handles that could reach it hold an `Arc` of this value.
+        unsafe { libc::munmap(self.base.cast(), self.size) };
+    }
+}
+
+/// Wakes or interrupts the vCPU.
+pub struct KickHandle {
+    memory: VcpuMemory,
+    sleep: Mutex<()>,
+    wake: Condvar,
+    stop: AtomicBool,
+}
+
+impl KickHandle {
+    fn raise(&self) {
+        self.memory.kick_word().store(1, Ordering::SeqCst);
+        drop(self.sleep.lock().unwrap_or_else(PoisonError::into_inner));
+        self.wake.notify_all();
+    }
+
+    /// Sleeps until kicked.
+    fn wait(&self) {
+        let mut guard = self.sleep.lock().unwrap_or_else(PoisonError::into_inner);
+        while self.memory.kick_word().load(Ordering::SeqCst) == 0 {
+            guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl Kick for KickHandle {
+    fn kick(&self) {
+        self.raise();
+    }
+}
+
+struct StopHandle(Arc<KickHandle>);
+
+impl Kick for StopHandle {
+    fn kick(&self) {
+        self.0.stop.store(true, Ordering::SeqCst);
+        self.0.raise();
+    }
+}
+
+/// Counters of one vCPU.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counters {
+    pub exits: [u64; 9],
+    pub steps: u64,
+    pub tlb_misses: u64,
+    pub flush_all: u64,
+    pub flush_local: u64,
+    pub flush_page: u64,
+    pub interrupts: u64,
+    pub halts: u64,
+}
+
+/// A vCPU of engine `bt`.
+pub struct BtVcpu {
+    handle: Arc<KickHandle>,
+    shared: Arc<Shared>,
+    setup: VcpuSetup,
+    interp: Interp,
+    tlbs: Tlbs,
+    mode: Mode,
+    /// Call-stack pointers of the mode that is not running.
+    generation: u64,
+    other_rsp: u64,
+    breakpoints: Vec<u64>,
+    running_breakpoint: bool,
+    pub counters: Counters,
+    /// Instructions the interpreter ran, by mnemonic, when asked for.
+    pub step_histogram: Option<std::collections::HashMap<iced_x86::Code, u64>>,
+    page: Box<[u8; 4096]>,
+}
+
+/// What flushes the interpreter asked for during a step.
+#[derive(Default)]
+struct Flushes {
+    all: bool,
+    local: bool,
+    pages: Vec<u64>,
+}
+
+impl Hooks for Flushes {
+    fn tlb_flush(&mut self, what: TlbFlush) {
+        match what {
+            TlbFlush::All => self.all = true,
+            TlbFlush::NonGlobal => self.local = true,
+            TlbFlush::Page(address) => self.pages.push(address),
+        }
+    }
+}
+
+/// Where to go next.
+enum Next {
+    /// Look for pending events, then on at RIP.
+    Events,
+    /// Straight on at RIP.
+    Run,
+    Leave(Exit),
+}
+
+impl BtVcpu {
+    pub fn new(setup: VcpuSetup, shared: Arc<Shared>, interp: Interp) -> Result<Box<Self>, String> {
+        let handle = Arc::new(KickHandle {
+            memory: VcpuMemory::new()?,
+            sleep: Mutex::new(()),
+            wake: Condvar::new(),
+            stop: AtomicBool::new(false),
+        });
+        shared.kicks.lock().unwrap_or_else(PoisonError::into_inner).push(handle.clone());
+        let mut vcpu = Box::new(Self {
+            handle,
+            shared,
+            setup,
+            interp,
+            tlbs: Tlbs::new(),
+            mode: Mode::default(),
+            generation: u64::MAX,
+            other_rsp: 0,
+            breakpoints: Vec::new(),
+            running_breakpoint: false,
+            counters: Counters::default(),
+            step_histogram: None,
+            page: Box::new([0; 4096]),
+        });
+        let pointer = &raw mut *vcpu;
+        let block = vcpu.block();
+        block.state = CpuState::default();
+        block.runtime = pointer as u64;
+        block.host_mxcsr = 0x1f80;
+        vcpu.flush_everything();
+        Ok(vcpu)
+    }
+
+    fn reset_call_stacks(&mut self) {
+        let underflow = {
+            let cache = self.shared.cache();
+            cache.address(cache.stubs.underflow)
+        };
+        for user in [false, true] {
+            let empty = self.handle.memory.empty_stack(user);
+            // SAFETY: the address lies in our own stack mapping.
+            unsafe { *(empty as *mut u64) = underflow };
+        }
+        let user = self.mode.user;
+        self.block().call_rsp = self.handle.memory.empty_stack(user);
+        self.other_rsp = self.handle.memory.empty_stack(!user);
+    }
+
+    /// After a flush of the code cache, and at the start.
+    fn flush_everything(&mut self) {
+        self.flush_all();
+        let block = self.block();
+        let cache = self.shared.cache();
+        for (slot, place) in cache.slots().iter().zip(block.slots.iter_mut()) {
+            *place = slot.thunk;
+        }
+        self.generation = cache.generation;
+    }
+
+    fn flush_all(&mut self) {
+        self.counters.flush_all += 1;
+        {
+            let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
+            let block = self.block();
+            self.tlbs.flush_all(block, |slot| cache.slot(slot).map_or(0, |s| s.thunk));
+        }
+        self.reset_call_stacks();
+    }
+
+    fn flush_local(&mut self) {
+        self.counters.flush_local += 1;
+        {
+            let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
+            let block = self.block();
+            self.tlbs.flush_local(block, |slot| cache.slot(slot).map_or(0, |s| s.thunk));
+        }
+        self.reset_call_stacks();
+    }
+
+    fn flush_page(&mut self, address: u64) {
+        self.counters.flush_page += 1;
+        let jumps = {
+            let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
+            let block = self.block();
+            self.tlbs.flush_page(block, address, |slot| cache.slot(slot).map_or(0, |s| s.thunk))
+        };
+        if jumps {
+            self.reset_call_stacks();
+        }
+    }
+
+    /// Throws the whole code cache away.
+    fn flush_cache(&mut self) {
+        let pages = self.shared.cache().flush();
+        for page in pages {
+            self.shared.ram.code_pages().clear(page >> 12);
+        }
+        self.flush_everything();
+    }
+
+    /// Drops translations of memory that has been written.
+    fn drop_written(&mut self) {
+        if !self.shared.has_written.swap(false, Ordering::SeqCst) {
+            return;
+        }
+        let written =
+            std::mem::take(&mut *self.shared.written.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut forgotten = Forgotten::default();
+        {
+            let mut cache = self.shared.cache();
+            for (gpa, len) in written {
+                cache.written(gpa, len, &mut forgotten);
+            }
+        }
+        let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        let block = self.block();
+        for (target, user) in forgotten.targets {
+            self.tlbs.forget_indirect(block, target, user);
+        }
+        for slot in forgotten.slots {
+            if let Some(entry) = cache.slot(slot) {
+                block.slots[slot as usize] = entry.thunk;
+            }
+        }
+        for page in forgotten.empty_pages {
+            self.shared.ram.code_pages().clear(page >> 12);
+        }
+    }
+
+    /// The mode that the state asks for; `None` where only the interpreter can go on.
+    fn current_mode(state: &CpuState) -> Option<Mode> {
+        let cpl = state.cpl();
+        if !state.is_64bit_code()
+            || (cpl != 0 && cpl != 3)
+            || state.rflags & rflags::TF != 0
+            || state.interrupt_shadow
+            || state.dr[7] & 0xff != 0
+        {
+            return None;
+        }
+        Some(Mode {
+            user: cpl == 3,
+            no_fpu: state.cr0 & (cr0::TS | cr0::EM) != 0 || state.cr4 & cr4::OSFXSR == 0,
+            no_avx: state.cr4 & cr4::OSXSAVE == 0 || state.xcr0 & 6 != 6,
+            no_tsc: state.tsc_offset != 0 || (cpl == 3 && state.cr4 & cr4::TSD != 0),
+        })
+    }
+
+    fn set_mode(&mut self, mode: Mode) {
+        if mode == self.mode {
+            return;
+        }
+        if mode.user != self.mode.user {
+            let block = self.block();
+            // The kernel starts with an empty stack; the program's is kept for when it goes on.
+            let old = block.call_rsp;
+            if mode.user {
+                block.call_rsp = self.other_rsp;
+                self.other_rsp = self.handle.memory.empty_stack(false);
+            } else {
+                self.other_rsp = old;
+                block.call_rsp = self.handle.memory.empty_stack(false);
+            }
+            block.user = u32::from(mode.user);
+        }
+        let rest = |m: Mode| Mode { user: false, ..m };
+        let others = rest(mode) != rest(self.mode);
+        self.mode = mode;
+        if others && mode.no_tsc == self.mode.no_tsc {
+            self.flush_all();
+        }
+    }
+
+    /// The block at `address`, translated if need be. `None`: no executable RAM there, the interpreter raises the fault.
+    /// The flag tells whether its page is global.
+    fn find(&mut self, address: u64) -> Option<(BlockId, bool)> {
+        let page = address & !0xfff;
+        let user = self.mode.user;
+        let (gpa, global) = match self.tlbs.fetch(page, user) {
+            Some(hit) => hit,
+            None => {
+                if !paging::is_canonical(address) {
+                    return None;
+                }
+                let context = PagingContext::new(&self.block().state);
+                let mapping =
+                    paging::walk(&self.shared.ram, &context, page, PageAccess::new(Kind::Fetch, user)).ok()?;
+                self.shared.ram.host_page(mapping.gpa)?;
+                self.tlbs.fill_fetch(page, user, mapping.gpa, mapping.global, mapping.page_size);
+                (mapping.gpa, mapping.global)
+            }
+        };
+        let key = Key { page: gpa, address, mode: self.mode };
+        if let Some(id) = self.shared.cache().find(&key) {
+            return Some((id, global));
+        }
+        if self.breakpoints.contains(&address) {
+            return None;
+        }
+        // From now on writes to the page are noticed: first the mark, then the translation of what is there.
+        if !self.shared.ram.code_pages().test(gpa >> 12) {
+            self.shared.ram.code_pages().set(gpa >> 12);
+            let host = self.shared.ram.host_page(gpa)? as u64;
+            let block = self.block();
+            self.tlbs.protect(block, host);
+        }
+        if !self.shared.ram.read(gpa, &mut self.page[..]) {
+            return None;
+        }
+        let mut new_slots = Vec::new();
+        let result = self.shared.cache().translate(key, &self.page[..], &mut new_slots);
+        let block = self.block();
+        let cache = self.shared.cache();
+        for slot in new_slots {
+            if let Some(entry) = cache.slot(slot) {
+                block.slots[slot as usize] = entry.thunk;
+            }
+        }
+        drop(cache);
+        match result {
+            Ok(id) => Some((id, global)),
+            Err(Full) => {
+                self.flush_cache();
+                let mut new_slots = Vec::new();
+                self.shared.ram.code_pages().set(gpa >> 12);
+                let host = self.shared.ram.host_page(gpa)? as u64;
+                self.tlbs.protect(self.block(), host);
+                let id = self.shared.cache().translate(key, &self.page[..], &mut new_slots).ok()?;
+                let block = self.block();
+                let cache = self.shared.cache();
+                for slot in new_slots {
+                    if let Some(entry) = cache.slot(slot) {
+                        block.slots[slot as usize] = entry.thunk;
+                    }
+                }
+                Some((id, global))
+            }
+        }
+    }
+
+    #[allow(clippy::mut_from_ref)]
+    fn block<'a>(&self) -> &'a mut VcpuBlock {
+        // SAFETY: the block belongs to this vCPU and lives as long as it; only its own thread uses anything but the atomic
+        // kick word, and every caller takes a fresh reference that it does not keep across translated code.
+        unsafe { &mut *self.handle.memory.block() }
+    }
+
+    /// Saves the x87 registers, which stay in the CPU while the monitor runs, to the state.
+    fn save_x87(&mut self) {
+        let area = self.block().state.fp.bytes.as_mut_ptr();
+        // SAFETY: the area is 64-byte aligned and large enough for component 0; the instruction writes its legacy
+        // region and header only.
+        unsafe { std::arch::asm!("xsave64 [{}]", in(reg) area, in("eax") 1, in("edx") 0, options(nostack)) };
+        self.block().state.fp.bytes[cpu::FpState::XSTATE_BV] = 7;
+    }
+
+    /// The reverse of [`Self::save_x87`].
+    fn load_x87(&mut self) {
+        let area = self.block().state.fp.bytes.as_ptr();
+        // SAFETY: the area is aligned, in standard format, with a valid header.
+        unsafe { std::arch::asm!("xrstor64 [{}]", in(reg) area, in("eax") 1, in("edx") 0, options(nostack)) };
+    }
+
+    /// Runs one instruction in the interpreter.
+    fn interpret(&mut self) -> Next {
+        self.counters.steps += 1;
+        self.save_x87();
+        let mut flushes = Flushes::default();
+        let block = self.block();
+        if self.step_histogram.is_some() {
+            self.count_step();
+        }
+        let outcome = self.interp.step(&mut block.state, &mut flushes);
+        self.load_x87();
+        if flushes.all {
+            self.flush_all();
+        } else {
+            if flushes.local {
+                self.flush_local();
+            }
+            for page in flushes.pages {
+                self.flush_page(page);
+            }
+        }
+        match outcome {
+            Outcome::Done | Outcome::Halted => Next::Events,
+            Outcome::TripleFault => Next::Leave(Exit::TripleFault),
+            Outcome::Unsupported(what) => Next::Leave(Exit::Internal(what)),
+        }
+    }
+
+    #[cold]
+    fn count_step(&mut self) {
+        let mut bytes = [0; 15];
+        let state = self.block().state.clone();
+        let length = (4096 - (state.rip & 0xfff)).min(15) as usize;
+        if self.interp.debug_read(&state, state.rip, &mut bytes[..length]) {
+            let code = iced_x86::Decoder::new(64, &bytes, 0).decode().code();
+            if let Some(histogram) = &mut self.step_histogram {
+                *histogram.entry(code).or_default() += 1;
+            }
+        }
+    }
+
+    /// Takes what is pending. Returns an exit when the VMM must decide.
+    fn events(&mut self) -> Option<Exit> {
+        loop {
+            self.handle.memory.kick_word().store(0, Ordering::SeqCst);
+            if self.handle.stop.swap(false, Ordering::SeqCst) {
+                return Some(Exit::Stopped);
+            }
+            self.drop_written();
+            let block = self.block();
+            let state = &mut block.state;
+            let status = self.setup.lapic.status();
+            if status.nmi && !state.nmi_blocked && !state.interrupt_shadow {
+                self.setup.lapic.acknowledge_nmi();
+                state.halted = false;
+                if self.interp.deliver_nmi(state).is_err() {
+                    return Some(Exit::TripleFault);
+                }
+                continue;
+            }
+            if status.interrupt && state.rflags & rflags::IF != 0 && !state.interrupt_shadow {
+                if let Some(vector) = self.setup.lapic.acknowledge() {
+                    self.counters.interrupts += 1;
+                    state.halted = false;
+                    if self.interp.deliver_interrupt(state, vector).is_err() {
+                        return Some(Exit::TripleFault);
+                    }
+                }
+                continue;
+            }
+            block.irq_waiting = u32::from(status.interrupt);
+            if !state.halted {
+                return None;
+            }
+            if state.rflags & rflags::IF == 0 && !status.nmi {
+                return Some(Exit::Stuck);
+            }
+            self.counters.halts += 1;
+            self.handle.wait();
+        }
+    }
+
+    /// Runs translated code from `entry` until it exits.
+    fn enter(&mut self, entry: u64, enter: extern "C" fn(u64)) {
+        let block = self.block();
+        let flags = block.state.rflags;
+        block.if_flag = (flags & rflags::IF) as u32;
+        block.host_flags = (flags & (rflags::ARITH | rflags::DF)) | 0x202;
+        block.flags = pack_flags(flags);
+        block.state.rflags = flags & !(rflags::ARITH | rflags::DF | rflags::IF | rflags::RF);
+        enter(entry);
+    }
+
+    /// Puts RFLAGS together after an exit.
+    fn leave(&mut self, in_block: bool) {
+        let block = self.block();
+        let arithmetic = if in_block { unpack_flags(block.flags) } else { block.host_flags & rflags::ARITH };
+        block.state.rflags |= u64::from(block.if_flag) | (block.host_flags & rflags::DF) | arithmetic;
+    }
+
+    fn dispatch(&mut self, enter: extern "C" fn(u64)) -> Next {
+        let Some(mode) = Self::current_mode(&self.block().state) else { return self.interpret() };
+        self.set_mode(mode);
+        let address = self.block().state.rip;
+        if !self.breakpoints.is_empty() && self.breakpoints.contains(&address) {
+            return self.interpret();
+        }
+        let Some((mut id, _)) = self.find(address) else { return self.interpret() };
+        // What to fill in once the block at the target is known.
+        loop {
+            if id == STEP_ONLY {
+                return self.interpret();
+            }
+            let Some(entry) = self.shared.cache().entry(id, LinkKind::Backward) else {
+                return Next::Leave(Exit::Internal("a block without an entry".into()));
+            };
+            self.enter(entry, enter);
+            let block = self.block();
+            let (why, argument) = (block.exit_reason, block.exit_arg);
+            self.counters.exits[why as usize & 15] += 1;
+            match why {
+                reason::LINK => {
+                    let (target, kind) = {
+                        let cache = self.shared.cache();
+                        (cache.link_target(argument), cache.link_kind(argument))
+                    };
+                    let Some(target) = target else { return corrupt("link") };
+                    self.leave(kind == Some(LinkKind::Call));
+                    block.state.rip = target;
+                    let generation = self.generation;
+                    let Some((next, g)) = self.find(target) else { return self.interpret() };
+                    if generation == self.generation && next != STEP_ONLY {
+                        self.shared.cache().link(argument, next);
+                    }
+                    id = next;
+                }
+                reason::SLOT => {
+                    let slot = {
+                        let cache = self.shared.cache();
+                        cache.slot(argument).map(|s| (s.target, s.kind))
+                    };
+                    let Some((target, kind)) = slot else { return corrupt("slot") };
+                    self.leave(kind == LinkKind::Call);
+                    block.state.rip = target;
+                    let generation = self.generation;
+                    let Some((next, g)) = self.find(target) else { return self.interpret() };
+                    if generation == self.generation && next != STEP_ONLY {
+                        let mut cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
+                        if let Some(host) = cache.entry(next, kind) {
+                            cache.note_slot(next, argument);
+                            self.tlbs.fill_slot(block, argument, host, target, g);
+                        }
+                    }
+                    id = next;
+                }
+                reason::INDIRECT => {
+                    self.leave(true);
+                    let target = block.exit_target;
+                    block.state.rip = target;
+                    let Some((next, g)) = self.find(target) else { return self.interpret() };
+                    if next != STEP_ONLY {
+                        let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
+                        if let Some(host) = cache.entry(next, LinkKind::Call) {
+                            self.tlbs.fill_indirect(block, target, self.mode.user, host, g);
+                        }
+                    }
+                    id = next;
+                }
+                reason::STEP | reason::POLL | reason::STALE => {
+                    let Some(address) = self.shared.cache().exit_address(argument) else { return corrupt("exit") };
+                    self.leave(false);
+                    block.state.rip = address;
+                    return match why {
+                        reason::STEP => self.interpret(),
+                        reason::STALE => Next::Run,
+                        _ => Next::Events,
+                    };
+                }
+                reason::ACCESS => {
+                    let Some((access, address, _)) = self.shared.cache().access(argument) else {
+                        return corrupt("access");
+                    };
+                    self.leave(access.flags_saved);
+                    block.state.rip = address;
+                    return self.interpret();
+                }
+                reason::FAULT => {
+                    let pc = block.fault_pc;
+                    let Some((address, meta)) = self.shared.cache().locate(pc) else {
+                        return Next::Leave(Exit::Internal(format!(
+                            "host signal {} at {pc:#x} outside translated instructions",
+                            block.fault_signal
+                        )));
+                    };
+                    self.leave(meta.flags_saved);
+                    for (i, &register) in meta.borrowed.iter().enumerate() {
+                        if register != 0xff {
+                            block.state.gpr[usize::from(register)] = block.borrowed[i];
+                        }
+                    }
+                    block.state.rip = address;
+                    return self.interpret();
+                }
+                _ => return corrupt("reason"),
+            }
+        }
+    }
+
+    /// The slow path of a memory check. Returns the delta, or tells to leave.
+    fn slow_access(&mut self, address: u64, descriptor: u32) -> Option<u64> {
+        self.counters.tlb_misses += 1;
+        let (access, _, user) = self.shared.cache().access(descriptor)?;
+        if (address & 0xfff) + u64::from(access.size) > 4096 || !paging::is_canonical(address) {
+            return None;
+        }
+        let block = self.block();
+        let kind = if access.write { Kind::Write } else { Kind::Read };
+        let context = PagingContext::new(&block.state);
+        let mapping = paging::walk(&self.shared.ram, &context, address, PageAccess::new(kind, user)).ok()?;
+        let host = self.shared.ram.host_page(mapping.gpa)? as u64;
+        if access.write && self.shared.ram.code_pages().test(mapping.gpa >> 12) {
+            return None;
+        }
+        Some(self.tlbs.fill(block, user, access.write, address, host, mapping.global, mapping.page_size))
+    }
+
+    fn thread_info(&self) -> ThreadInfo {
+        let cache = self.shared.cache();
+        let block = self.block();
+        let memory = &self.handle.memory;
+        ThreadInfo {
+            code: cache.range(),
+            fault_stub: cache.address(cache.stubs.fault),
+            fault_pc: &raw mut block.fault_pc,
+            fault_signal: &raw mut block.fault_signal,
+            stacks: [false, true].map(|user| (memory.guard(user), memory.empty_stack(user))),
+        }
+    }
+
+    /// Prepares the thread: GS base, signal handlers, x87 registers. Returns the entry stub.
+    fn prepare_thread(&mut self) -> extern "C" fn(u64) {
+        let block = self.handle.memory.block() as u64;
+        self.block().runtime = &raw mut *self as u64;
+        // SAFETY: the GS base is not used by anything else in a 64-bit Linux process.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, 0x1001, block) };
+        signals::install(self.thread_info());
+        let enter = {
+            let cache = self.shared.cache();
+            cache.address(cache.stubs.enter)
+        };
+        self.load_x87();
+        // SAFETY: the stub has this signature and saves what the ABI wants saved.
+        unsafe { std::mem::transmute::<u64, extern "C" fn(u64)>(enter) }
+    }
+}
+
+fn corrupt(what: &str) -> Next {
+    Next::Leave(Exit::Internal(format!("translated code named an unknown {what}")))
+}
+
+/// RFLAGS to what LAHF and SETO leave in EAX.
+fn pack_flags(flags: u64) -> u32 {
+    ((flags as u32 & 0xd5) << 8) | 0x200 | u32::from(flags & rflags::OF != 0)
+}
+
+/// The reverse of [`pack_flags`].
+fn unpack_flags(packed: u32) -> u64 {
+    u64::from((packed >> 8) & 0xd5) | if packed & 1 != 0 { rflags::OF } else { 0 }
+}
+
+#[repr(C)]
+pub struct SlowResult {
+    delta: u64,
+    leave: u64,
+}
+
+/// Called by the stub of the same name on the monitor's stack.
+///
+/// # Safety
+/// `vcpu` is the runtime pointer of the running vCPU's block.
+pub unsafe extern "C" fn slow_access(vcpu: *mut BtVcpu, address: u64, descriptor: u32) -> SlowResult {
+    // SAFETY: the vCPU is inside `enter`, on this thread, and holds no reference across it that is used meanwhile.
+    let vcpu = unsafe { &mut *vcpu };
+    match vcpu.slow_access(address, descriptor) {
+        Some(delta) => SlowResult { delta, leave: 0 },
+        None => {
+            vcpu.block().exit_arg = descriptor;
+            SlowResult { delta: 0, leave: 1 }
+        }
+    }
+}
+
+impl Vcpu for BtVcpu {
+    fn run(&mut self) -> Exit {
+        let enter = self.prepare_thread();
+        if self.breakpoints.contains(&self.block().state.rip) {
+            // Leave the breakpoint we stand on.
+            if let Next::Leave(exit) = self.interpret() {
+                self.save_x87();
+                return exit;
+            }
+        }
+        let mut events = true;
+        let exit = loop {
+            if events && let Some(exit) = self.events() {
+                break exit;
+            }
+            if !self.breakpoints.is_empty() && self.breakpoints.contains(&self.block().state.rip) {
+                break Exit::Debug;
+            }
+            match self.dispatch(enter) {
+                Next::Events => events = true,
+                Next::Run => events = false,
+                Next::Leave(exit) => break exit,
+            }
+        };
+        self.save_x87();
+        exit
+    }
+
+    fn state(&mut self) -> CpuState {
+        self.block().state.clone()
+    }
+
+    fn set_state(&mut self, state: &CpuState) {
+        self.block().state = state.clone();
+        self.interp.flush();
+        if let Some(mode) = Self::current_mode(state) {
+            self.mode = mode;
+            self.block().user = u32::from(mode.user);
+        }
+        self.flush_all();
+    }
+
+    fn kick_handle(&self) -> Arc<dyn Kick> {
+        self.handle.clone()
+    }
+
+    fn stop_handle(&self) -> Arc<dyn Kick> {
+        Arc::new(StopHandle(self.handle.clone()))
+    }
+
+    fn step(&mut self) -> Exit {
+        self.prepare_thread();
+        if let Some(exit) = self.events() {
+            self.save_x87();
+            return exit;
+        }
+        let next = self.interpret();
+        self.save_x87();
+        match next {
+            Next::Leave(exit) => exit,
+            _ => Exit::Debug,
+        }
+    }
+
+    fn set_breakpoints(&mut self, addresses: &[u64]) {
+        self.breakpoints = addresses.to_vec();
+        self.flush_cache();
+    }
+
+    fn read_virtual(&mut self, address: u64, data: &mut [u8]) -> bool {
+        self.interp.debug_read(&self.block().state, address, data)
+    }
+
+    fn write_virtual(&mut self, address: u64, data: &[u8]) -> bool {
+        self.interp.debug_write(&self.block().state, address, data)
+    }
+
+    fn counters(&self) -> Vec<(String, u64)> {
+        let c = &self.counters;
+        let cache = self.shared.cache();
+        let k = &cache.counters;
+        let mut out: Vec<(String, u64)> = [
+            ("blocks translated", k.blocks),
+            ("instructions translated", k.instructions),
+            ("code bytes", k.code_bytes),
+            ("blocks invalidated", k.invalidated),
+            ("code cache flushes", k.flushes),
+            ("links made", k.links),
+            ("exits: link", c.exits[1]),
+            ("exits: slot", c.exits[2]),
+            ("exits: indirect", c.exits[3]),
+            ("exits: step", c.exits[4]),
+            ("exits: poll", c.exits[5]),
+            ("exits: access", c.exits[6]),
+            ("exits: fault", c.exits[7]),
+            ("exits: stale", c.exits[8]),
+            ("instructions interpreted", c.steps),
+            ("TLB misses", c.tlb_misses),
+            ("TLB flushes: all", c.flush_all),
+            ("TLB flushes: non-global", c.flush_local),
+            ("TLB flushes: page", c.flush_page),
+            ("interrupts", c.interrupts),
+            ("halts", c.halts),
+        ]
+        .iter()
+        .map(|&(name, value)| (name.to_string(), value))
+        .collect();
+        if let Some(histogram) = &self.step_histogram {
+            let mut rows: Vec<_> = histogram.iter().map(|(code, &n)| (format!("interpreted {code:?}"), n)).collect();
+            rows.sort_by_key(|row| std::cmp::Reverse(row.1));
+            rows.truncate(60);
+            out.extend(rows);
+        }
+        out
+    }
+}
+
+// SAFETY: the raw pointers inside lead to this vCPU's own memory; it is used by one thread at a time.
+unsafe impl Send for BtVcpu {}
