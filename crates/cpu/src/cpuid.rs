@@ -1,17 +1,483 @@
-//! What the guest's CPUID instruction answers. (Being written.)
+//! What the guest's CPUID instruction answers.
+//!
+//! A [`CpuidModel`] is a baseline of ours, cut to what the host CPU can execute. It shows an Intel server part (family 6, model 143)
+//! on which Linux needs no mitigations that a translated kernel would pay for ([`ARCH_CAPABILITIES`]), with everything in it that
+//! kernels calibrate clocks by (KVM clock leaves, TSC frequency, invariant TSC), and hides what costs an engine work: SMEP, SMAP,
+//! UMIP, PCID, INVPCID, protection keys, CET, LA57, AVX-512, AMX, MPX, performance counters, MONITOR, TSX, compacted XSAVE, RDPID.
+//!
+//! Sources: SDM volume 2, CPUID; the KVM leaves as documented with the Linux kernel (`Documentation/virt/kvm/x86/cpuid.rst`).
 
-/// The CPUID model of one VM.
+use crate::{CpuState, cr4};
+
+/// Input clock of the local APIC's timer, in Hz, as leaves 0x15 and 0x4000_0010 tell it: what KVM gives its guests too.
+pub const LAPIC_HZ: u32 = 1_000_000_000;
+
+/// IA32_ARCH_CAPABILITIES: not affected by Meltdown (0), enhanced IBRS (1), no L1D flush needed (3), not affected by speculative
+/// store bypass (4), MDS (5), page-size-change machine checks (6), TAA (8), the MMIO stale data family (13 to 15), branch history
+/// injection (20), PBRSB (24), GDS (26), RFDS (27), ITS (62). So Linux neither isolates page tables, nor uses retpolines or return
+/// thunks, nor clears buffers or history on entry.
+pub const ARCH_CAPABILITIES: u64 = 1
+    | 1 << 1
+    | 1 << 3
+    | 1 << 4
+    | 1 << 5
+    | 1 << 6
+    | 1 << 8
+    | 1 << 13
+    | 1 << 14
+    | 1 << 15
+    | 1 << 20
+    | 1 << 24
+    | 1 << 26
+    | 1 << 27
+    | 1 << 62;
+
+/// Feature bits of leaf 1, ECX.
+#[allow(missing_docs)]
+pub mod leaf1_ecx {
+    pub const SSE3: u32 = 1 << 0;
+    pub const PCLMULQDQ: u32 = 1 << 1;
+    pub const SSSE3: u32 = 1 << 9;
+    pub const FMA: u32 = 1 << 12;
+    pub const CX16: u32 = 1 << 13;
+    pub const SSE4_1: u32 = 1 << 19;
+    pub const SSE4_2: u32 = 1 << 20;
+    pub const X2APIC: u32 = 1 << 21;
+    pub const MOVBE: u32 = 1 << 22;
+    pub const POPCNT: u32 = 1 << 23;
+    pub const TSC_DEADLINE: u32 = 1 << 24;
+    pub const AES: u32 = 1 << 25;
+    pub const XSAVE: u32 = 1 << 26;
+    pub const OSXSAVE: u32 = 1 << 27;
+    pub const AVX: u32 = 1 << 28;
+    pub const F16C: u32 = 1 << 29;
+    pub const RDRAND: u32 = 1 << 30;
+    pub const HYPERVISOR: u32 = 1 << 31;
+}
+
+/// Feature bits of leaf 7, subleaf 0, EBX.
+#[allow(missing_docs)]
+pub mod leaf7_ebx {
+    pub const FSGSBASE: u32 = 1 << 0;
+    pub const TSC_ADJUST: u32 = 1 << 1;
+    pub const BMI1: u32 = 1 << 3;
+    pub const AVX2: u32 = 1 << 5;
+    pub const FDP_EXCPTN_ONLY: u32 = 1 << 6;
+    pub const SMEP: u32 = 1 << 7;
+    pub const BMI2: u32 = 1 << 8;
+    pub const ERMS: u32 = 1 << 9;
+    pub const ZERO_FCS_FDS: u32 = 1 << 13;
+    pub const RDSEED: u32 = 1 << 18;
+    pub const ADX: u32 = 1 << 19;
+    pub const SMAP: u32 = 1 << 20;
+    pub const CLFLUSHOPT: u32 = 1 << 23;
+    pub const CLWB: u32 = 1 << 24;
+    pub const SHA: u32 = 1 << 29;
+}
+
+/// Feature bits of leaf 7, subleaf 0, ECX.
+#[allow(missing_docs)]
+pub mod leaf7_ecx {
+    pub const UMIP: u32 = 1 << 2;
+    pub const GFNI: u32 = 1 << 8;
+    pub const VAES: u32 = 1 << 9;
+    pub const VPCLMULQDQ: u32 = 1 << 10;
+    pub const RDPID: u32 = 1 << 22;
+}
+
+/// Feature bits of leaf 7, subleaf 0, EDX.
+mod leaf7_edx {
+    pub const FSRM: u32 = 1 << 4;
+    pub const SPEC_CTRL: u32 = 1 << 26;
+    pub const ARCH_CAPABILITIES: u32 = 1 << 29;
+}
+
+/// Feature bits of leaf 0x8000_0001, ECX.
+#[allow(missing_docs)]
+pub mod extended_ecx {
+    pub const LAHF: u32 = 1 << 0;
+    pub const LZCNT: u32 = 1 << 5;
+    pub const PREFETCHW: u32 = 1 << 8;
+}
+
+/// Feature bits of leaf 0xd, subleaf 1, EAX.
+#[allow(missing_docs)]
+pub mod leaf_d_eax {
+    pub const XSAVEOPT: u32 = 1 << 0;
+    pub const XGETBV1: u32 = 1 << 2;
+}
+
+/// Feature words of a CPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Features {
+    /// Leaf 1, ECX, see [`leaf1_ecx`].
+    pub leaf1_ecx: u32,
+    /// Leaf 1, EDX.
+    pub leaf1_edx: u32,
+    /// Leaf 7.0, EBX, see [`leaf7_ebx`].
+    pub leaf7_ebx: u32,
+    /// Leaf 7.0, ECX, see [`leaf7_ecx`].
+    pub leaf7_ecx: u32,
+    /// Leaf 7.0, EDX.
+    pub leaf7_edx: u32,
+    /// Leaf 0x8000_0001, ECX, see [`extended_ecx`].
+    pub extended_ecx: u32,
+    /// Leaf 0x8000_0001, EDX.
+    pub extended_edx: u32,
+    /// Leaf 0xd.1, EAX, see [`leaf_d_eax`].
+    pub leaf_d_eax: u32,
+}
+
+impl Features {
+    /// All that a model may show, were the host to have it.
+    fn baseline() -> Self {
+        use extended_ecx as x;
+        use leaf1_ecx as a;
+        use leaf7_ebx as b;
+        use leaf7_ecx as c;
+        // FPU DE PSE TSC MSR PAE MCE CX8, APIC, SEP MTRR PGE MCA CMOV PAT PSE36, CLFSH, MMX FXSR SSE SSE2 SS.
+        let leaf1_edx = 0x1fd | 1 << 9 | 0x7f << 11 | 1 << 19 | 0x1f << 23;
+        Self {
+            leaf1_ecx: a::SSE3
+                | a::PCLMULQDQ
+                | a::SSSE3
+                | a::FMA
+                | a::CX16
+                | a::SSE4_1
+                | a::SSE4_2
+                | a::X2APIC
+                | a::MOVBE
+                | a::POPCNT
+                | a::TSC_DEADLINE
+                | a::AES
+                | a::XSAVE
+                | a::AVX
+                | a::F16C
+                | a::RDRAND
+                | a::HYPERVISOR,
+            leaf1_edx,
+            leaf7_ebx: b::FSGSBASE
+                | b::TSC_ADJUST
+                | b::BMI1
+                | b::AVX2
+                | b::FDP_EXCPTN_ONLY
+                | b::BMI2
+                | b::ERMS
+                | b::ZERO_FCS_FDS
+                | b::RDSEED
+                | b::ADX
+                | b::CLFLUSHOPT
+                | b::CLWB
+                | b::SHA,
+            leaf7_ecx: c::GFNI | c::VAES | c::VPCLMULQDQ,
+            leaf7_edx: leaf7_edx::FSRM | leaf7_edx::SPEC_CTRL | leaf7_edx::ARCH_CAPABILITIES,
+            extended_ecx: x::LAHF | x::LZCNT | x::PREFETCHW,
+            // SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
+            extended_edx: 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29,
+            leaf_d_eax: leaf_d_eax::XSAVEOPT | leaf_d_eax::XGETBV1,
+        }
+    }
+
+    /// The baseline cut to what this host executes. What an engine emulates itself stays in whatever the host has.
+    fn for_host() -> Self {
+        use leaf1_ecx as a;
+        use leaf7_ebx as b;
+        use leaf7_ecx as c;
+        let leaf = |leaf: u32, subleaf: u32| {
+            let r = host_cpuid(leaf, subleaf);
+            [r.eax, r.ebx, r.ecx, r.edx]
+        };
+        let [_, _, ecx1, _] = leaf(1, 0);
+        let [_, ebx7, ecx7, edx7] = leaf(7, 0);
+        let [_, _, ecxx, _] = leaf(0x8000_0001, 0);
+        let emulated1 = a::X2APIC | a::TSC_DEADLINE | a::HYPERVISOR;
+        let emulated7 = b::TSC_ADJUST | b::ZERO_FCS_FDS | b::ERMS;
+        let mut this = Self::baseline();
+        this.leaf1_ecx &= ecx1 | emulated1;
+        this.leaf7_ebx &= ebx7 | emulated7;
+        this.leaf7_ecx &= ecx7;
+        this.leaf7_edx &= edx7 | leaf7_edx::SPEC_CTRL | leaf7_edx::ARCH_CAPABILITIES;
+        this.extended_ecx &= ecxx | extended_ecx::LAHF;
+        // The host's own system must have enabled AVX state.
+        if !std::is_x86_feature_detected!("avx") {
+            this.leaf1_ecx &= !(a::AVX | a::FMA | a::F16C);
+            this.leaf7_ebx &= !b::AVX2;
+            this.leaf7_ecx &= !(c::VAES | c::VPCLMULQDQ);
+        }
+        this
+    }
+}
+
+fn host_cpuid(leaf: u32, subleaf: u32) -> std::arch::x86_64::CpuidResult {
+    let base = leaf & 0x8000_0000;
+    if std::arch::x86_64::__cpuid(base).eax < leaf {
+        return std::arch::x86_64::CpuidResult { eax: 0, ebx: 0, ecx: 0, edx: 0 };
+    }
+    std::arch::x86_64::__cpuid_count(leaf, subleaf)
+}
+
+/// The CPUID model of one VM: the same for all its vCPUs but for the APIC id.
 #[derive(Clone, Debug)]
 pub struct CpuidModel {
     /// Number of vCPUs.
     pub cpus: u32,
-    /// Frequency of the time-stamp counter, in kHz.
+    /// Frequency of the guest's time-stamp counter, in kHz.
     pub tsc_khz: u32,
+    /// What is shown.
+    pub features: Features,
 }
 
 impl CpuidModel {
-    /// The model for a VM with `cpus` vCPUs whose TSC runs at `tsc_khz`.
+    /// The model for a VM with `cpus` vCPUs whose TSC runs at `tsc_khz`, on this host.
     pub fn new(cpus: u32, tsc_khz: u32) -> Self {
-        Self { cpus, tsc_khz }
+        Self { cpus: cpus.max(1), tsc_khz, features: Features::for_host() }
+    }
+
+    /// What CPUID answers for `leaf` (EAX) and `subleaf` (ECX) on vCPU `index` in `state`: EAX, EBX, ECX, EDX.
+    pub fn cpuid(&self, index: u32, state: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let f = &self.features;
+        let leaf = match leaf {
+            0..=0x1f | 0x4000_0000..=0x4000_0010 | 0x8000_0000..=0x8000_0008 => leaf,
+            // Beyond the highest leaf Intel CPUs answer as for the highest basic one.
+            _ => 0x1f,
+        };
+        match leaf {
+            0 => text_leaf(0x1f, b"GenuineIntel"),
+            1 => {
+                let mut ecx = f.leaf1_ecx;
+                if state.cr4 & cr4::OSXSAVE != 0 {
+                    ecx |= leaf1_ecx::OSXSAVE;
+                }
+                let logical = 1u32 << self.core_bits().min(7);
+                let htt = if self.cpus > 1 { 1 << 28 } else { 0 };
+                [0x0008_06f8, (index & 0xff) << 24 | logical << 16 | 8 << 8, ecx, f.leaf1_edx | htt]
+            }
+            // Use leaf 4; 64-byte prefetch.
+            2 => [0x00fe_ff01, 0x0000_00f0, 0, 0],
+            4 => self.cache(subleaf),
+            // ARAT.
+            6 => [1 << 2, 0, 0, 0],
+            7 if subleaf == 0 => [0, f.leaf7_ebx, f.leaf7_ecx, f.leaf7_edx],
+            0xb | 0x1f => self.topology(index, subleaf),
+            0xd => self.xsave(state, subleaf),
+            0x15 => {
+                let (numerator, denominator) = tsc_ratio(self.tsc_khz);
+                [denominator, numerator, LAPIC_HZ, 0]
+            }
+            0x16 => {
+                let mhz = (self.tsc_khz + 500) / 1000;
+                [mhz, mhz, 100, 0]
+            }
+            0x4000_0000 => {
+                // The characters are in EBX, ECX, EDX here, unlike in leaf 0.
+                let [max, first, third, second] = text_leaf(0x4000_0010, b"KVMKVMKVM\0\0\0");
+                [max, first, second, third]
+            }
+            // CLOCKSOURCE, NOP_IO_DELAY, CLOCKSOURCE2, CLOCKSOURCE_STABLE.
+            0x4000_0001 => [1 | 1 << 1 | 1 << 3 | 1 << 24, 0, 0, 0],
+            0x4000_0010 => [self.tsc_khz, LAPIC_HZ / 1000, 0, 0],
+            0x8000_0000 => [0x8000_0008, 0, 0, 0],
+            0x8000_0001 => [0, 0, f.extended_ecx, f.extended_edx],
+            0x8000_0002..=0x8000_0004 => brand(leaf - 0x8000_0002),
+            // 2 MiB of second-level cache, 64-byte lines.
+            0x8000_0006 => [0, 0, 0x0800_8040, 0],
+            // Invariant TSC.
+            0x8000_0007 => [0, 0, 0, 1 << 8],
+            0x8000_0008 => [crate::paging::PHYSICAL_BITS | 48 << 8, 0, 0, 0],
+            _ => [0; 4],
+        }
+    }
+
+    /// Bits of the APIC id that number cores.
+    fn core_bits(&self) -> u32 {
+        self.cpus.next_power_of_two().trailing_zeros()
+    }
+
+    /// Leaf 4: 48 KiB L1 data, 32 KiB L1 instruction, 2 MiB L2 a core, 32 MiB L3 for all.
+    fn cache(&self, subleaf: u32) -> [u32; 4] {
+        let shared = (1u32 << self.core_bits().min(6)) - 1;
+        let (kind, level, sharing, ways, sets) = match subleaf {
+            0 => (1, 1, 0, 12, 64),
+            1 => (2, 1, 0, 8, 64),
+            2 => (3, 2, 0, 16, 2048),
+            3 => (3, 3, shared, 16, 32768),
+            _ => return [0; 4],
+        };
+        [kind | level << 5 | 1 << 8 | sharing << 14 | shared << 26, 63 | (ways - 1) << 22, sets - 1, 0]
+    }
+
+    /// Leaves 0xb and 0x1f: one thread a core, all cores in one package.
+    fn topology(&self, index: u32, subleaf: u32) -> [u32; 4] {
+        match subleaf {
+            0 => [0, 1, 1 << 8, index],
+            1 => [self.core_bits(), self.cpus & 0xffff, 2 << 8 | 1, index],
+            _ => [0, 0, subleaf & 0xff, index],
+        }
+    }
+
+    fn xsave(&self, state: &CpuState, subleaf: u32) -> [u32; 4] {
+        if self.features.leaf1_ecx & leaf1_ecx::XSAVE == 0 {
+            return [0; 4];
+        }
+        let size = |xcr0: u64| if xcr0 & 4 != 0 { 832 } else { 576 };
+        match subleaf {
+            0 => [self.xcr0_mask() as u32, size(state.xcr0), size(self.xcr0_mask()), 0],
+            1 => [self.features.leaf_d_eax, 0, 0, 0],
+            2 if self.xcr0_mask() & 4 != 0 => [256, 576, 0, 0],
+            _ => [0; 4],
+        }
+    }
+
+    /// The bits XCR0 may have.
+    pub fn xcr0_mask(&self) -> u64 {
+        if self.features.leaf1_ecx & leaf1_ecx::AVX != 0 { 7 } else { 3 }
+    }
+
+    /// The bits CR4 may have.
+    pub fn cr4_mask(&self) -> u64 {
+        let f = &self.features;
+        let mut mask = cr4::TSD
+            | cr4::DE
+            | cr4::PSE
+            | cr4::PAE
+            | cr4::MCE
+            | cr4::PGE
+            | cr4::PCE
+            | cr4::OSFXSR
+            | cr4::OSXMMEXCPT;
+        for (shown, bit) in [
+            (f.leaf7_ebx & leaf7_ebx::FSGSBASE != 0, cr4::FSGSBASE),
+            (f.leaf1_ecx & leaf1_ecx::XSAVE != 0, cr4::OSXSAVE),
+            (f.leaf7_ebx & leaf7_ebx::SMEP != 0, cr4::SMEP),
+            (self.has_smap(), cr4::SMAP),
+            (f.leaf7_ecx & leaf7_ecx::UMIP != 0, cr4::UMIP),
+        ] {
+            if shown {
+                mask |= bit;
+            }
+        }
+        mask
+    }
+
+    /// Is SMAP shown (and so CLAC and STAC)?
+    pub fn has_smap(&self) -> bool {
+        self.features.leaf7_ebx & leaf7_ebx::SMAP != 0
+    }
+
+    /// Is RDPID shown?
+    pub fn has_rdpid(&self) -> bool {
+        self.features.leaf7_ecx & leaf7_ecx::RDPID != 0
+    }
+
+    /// Is XGETBV with ECX = 1 shown?
+    pub fn has_xgetbv1(&self) -> bool {
+        self.features.leaf_d_eax & leaf_d_eax::XGETBV1 != 0
+    }
+}
+
+/// EAX, then twelve characters in EBX, EDX, ECX as leaf 0 has them.
+fn text_leaf(eax: u32, text: &[u8; 12]) -> [u32; 4] {
+    let word = |at: usize| text.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes);
+    [eax, word(0), word(8), word(4)]
+}
+
+/// 16 characters of the brand string.
+fn brand(part: u32) -> [u32; 4] {
+    let mut text = [0u8; 48];
+    for (to, from) in text.iter_mut().zip(b"Tightrope Virtual CPU (x86-64-v3)") {
+        *to = *from;
+    }
+    let at = part as usize * 16;
+    std::array::from_fn(|i| {
+        text.get(at + i * 4..at + i * 4 + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes)
+    })
+}
+
+/// The TSC's frequency as a fraction of [`LAPIC_HZ`]: the nearest one whose numerator stays small enough for guests that multiply it
+/// by the crystal's kHz in 32 bits.
+fn tsc_ratio(tsc_khz: u32) -> (u32, u32) {
+    let crystal = u64::from(LAPIC_HZ / 1000);
+    let limit = u64::from(u32::MAX) / crystal;
+    let tsc = u64::from(tsc_khz);
+    let mut best = (0, 1, u64::MAX);
+    for denominator in 1..=limit {
+        let numerator = (tsc * denominator + crystal / 2) / crystal;
+        if numerator > limit {
+            break;
+        }
+        // The error in units of 1 / (denominator * crystal), made comparable by scaling.
+        let error = (numerator * crystal).abs_diff(tsc * denominator) * 1_000_000 / denominator;
+        if error < best.2 {
+            best = (numerator, denominator, error);
+        }
+    }
+    (best.0 as u32, best.1 as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model(cpus: u32) -> (CpuidModel, CpuState) {
+        (CpuidModel::new(cpus, 2_299_998), CpuState::default())
+    }
+
+    fn text(words: &[u32]) -> String {
+        words.iter().flat_map(|word| word.to_le_bytes()).take_while(|b| *b != 0).map(char::from).collect()
+    }
+
+    #[test]
+    fn vendor_and_brand() {
+        let (m, s) = model(1);
+        let [max, b, c, d] = m.cpuid(0, &s, 0, 0);
+        assert_eq!((max, text(&[b, d, c]).as_str()), (0x1f, "GenuineIntel"));
+        let words: Vec<u32> = (0x8000_0002..=0x8000_0004).flat_map(|leaf| m.cpuid(0, &s, leaf, 0)).collect();
+        assert!(text(&words).starts_with("Tightrope Virtual CPU"));
+        let [max, b, c, d] = m.cpuid(0, &s, 0x4000_0000, 0);
+        assert_eq!((max, text(&[b, c, d]).as_str()), (0x4000_0010, "KVMKVMKVM"));
+    }
+
+    #[test]
+    fn hidden_and_dynamic() {
+        let (m, mut s) = model(4);
+        let [_, ebx, ecx, _] = m.cpuid(2, &s, 1, 0);
+        assert_eq!(ebx >> 24, 2);
+        assert_eq!(ecx & (1 << 3 | 1 << 17 | leaf1_ecx::OSXSAVE), 0, "MONITOR, PCID, OSXSAVE");
+        s.cr4 |= cr4::OSXSAVE;
+        assert_ne!(m.cpuid(2, &s, 1, 0)[2] & leaf1_ecx::OSXSAVE, 0);
+        let [max, ebx, ecx, edx] = m.cpuid(0, &s, 7, 0);
+        assert_eq!(max, 0);
+        // SMEP, INVPCID, RTM, MPX, AVX-512F, SMAP.
+        assert_eq!(ebx & (1 << 7 | 1 << 10 | 1 << 11 | 1 << 14 | 1 << 16 | 1 << 20), 0);
+        // UMIP, PKU, LA57, RDPID, CET.
+        assert_eq!(ecx & (1 << 2 | 1 << 3 | 1 << 16 | 1 << 22 | 1 << 7), 0);
+        assert_eq!(edx & (1 << 20 | 0x3 << 22), 0);
+        assert_eq!(m.cr4_mask() & (cr4::SMEP | cr4::SMAP | cr4::PCIDE | cr4::LA57 | cr4::PKE), 0);
+        assert_eq!(m.cpuid(0, &s, 0xd, 1)[0] & !5, 0);
+    }
+
+    #[test]
+    fn topology_and_time() {
+        let (m, s) = model(3);
+        assert_eq!(m.cpuid(1, &s, 0xb, 0), [0, 1, 0x100, 1]);
+        assert_eq!(m.cpuid(1, &s, 0x1f, 1), [2, 3, 0x201, 1]);
+        assert_eq!(m.cpuid(1, &s, 0x1f, 2), [0, 0, 2, 1]);
+        assert_eq!(m.cpuid(0, &s, 0x4000_0010, 0)[0], 2_299_998);
+        for khz in [2_299_998, 2_194_843, 3_000_000, 1_000_000, 4_100_123] {
+            let (numerator, denominator) = tsc_ratio(khz);
+            let hz = f64::from(LAPIC_HZ) * f64::from(numerator) / f64::from(denominator);
+            assert!((hz / 1000.0 / f64::from(khz) - 1.0).abs() < 3e-6, "{khz}: {numerator}/{denominator}");
+            assert!(1_000_000u32.checked_mul(numerator).is_some());
+        }
+    }
+
+    #[test]
+    fn every_leaf_answers() {
+        let (m, s) = model(2);
+        for leaf in (0..0x40).chain(0x4000_0000..0x4000_0020).chain(0x8000_0000..0x8000_0020) {
+            for subleaf in 0..4 {
+                m.cpuid(0, &s, leaf, subleaf);
+            }
+        }
     }
 }
