@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 /// Longest line kept; what exceeds it is cut into lines of this length.
 const LONGEST: usize = 64 * 1024;
 /// Lines remembered for error messages.
-const REMEMBERED: usize = 25;
+const REMEMBERED: usize = 60;
 
 /// What the next line is, or why there is none.
 #[derive(Debug)]

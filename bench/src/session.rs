@@ -149,6 +149,9 @@ pub struct Outcome {
     pub wall: Duration,
 }
 
+/// How long a dying guest is listened to.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// Runs a task and hands each line of the agent to `take`: its mark (`@@` or `@=`), the rest, and the process id.
 /// A guest that hangs, dies or stays on is an [`Outcome`] with trouble, not an error.
 ///
@@ -172,9 +175,13 @@ pub fn run(
     let mut out = Outcome::default();
     // Guest time in ns and host time, at the agent's first word.
     let mut first: Option<(f64, Duration)> = None;
+    // What the guest's kernel said before its end, and when.
+    let mut dying: Option<(&'static str, Duration)> = None;
     let trouble = loop {
-        let (line, at) = match console.next(setup.silence) {
+        let patience = if dying.is_some() { LAST_WORDS } else { setup.silence };
+        let (line, at) = match console.next(patience) {
             Event::Line(line, at) => (line, at),
+            Event::End | Event::Silence if dying.is_some() => break dying.map(|(what, _)| what.to_owned()),
             Event::End => break (!out.done).then(|| "ended before its task was done".to_owned()),
             Event::Silence => {
                 let what = if out.done { "does not switch itself off" } else { "hangs" };
@@ -182,10 +189,15 @@ pub fn run(
             }
         };
         out.wall = at;
-        let Some((mark, rest)) = agent_line(&line) else {
-            if let Some(death) = fatal(&line) {
-                break Some(death.to_owned());
+        if let Some(death) = &dying {
+            // The rest of the message is worth having.
+            if at > death.1 + LAST_WORDS {
+                break Some(death.0.to_owned());
             }
+            continue;
+        }
+        let Some((mark, rest)) = agent_line(&line) else {
+            dying = fatal(&line).map(|what| (what, at));
             continue;
         };
         if let Some(rest) = rest.strip_prefix("boot ") {

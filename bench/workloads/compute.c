@@ -44,7 +44,7 @@ static uint64_t sort_body(void)
 
 /* Pointer chase: each load's address comes from the load before. */
 struct node { struct node *next; uint64_t pad[7]; };
-enum { CHASE_BIG = 12 << 20, CHASE_SMALL = 1 << 20, CHASE_STEPS = 4000000, CHASE_SMALL_STEPS = 10000000 };
+enum { CHASE_BIG = 12 << 20, CHASE_SMALL = 1 << 20, CHASE_STEPS = 3000000, CHASE_SMALL_STEPS = 10000000 };
 static struct node *chase_start;
 static void chase_make(size_t bytes)
 {

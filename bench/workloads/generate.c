@@ -31,9 +31,14 @@ static void words(FILE *f, size_t size)
         for (int k = 0; k < len; k++)
             word[i][k] = letters[rng(&s) % (sizeof letters - 1)];
     }
+    uint64_t last = 0;
     for (size_t written = 0, column = 0; written < size;) {
         /* The square of a uniform number: few words are frequent, most are rare. */
         uint64_t u = rng(&s) % 65536, w = u * u / 65536 * WORDS / 65536;
+        /* Phrases: half of the words follow from the one before. */
+        if (rng(&s) & 1)
+            w = (last * 7 + 5) % WORDS;
+        last = w;
         int n = fprintf(f, "%s%s", word[w], column > 70 ? "\n" : rng(&s) % 12 ? " " : ", ");
         if (n < 0)
             fail("write");

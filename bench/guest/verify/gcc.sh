@@ -13,5 +13,5 @@ gcc -O2 -Wall -o "$d/arith" verify/arith.c -lm
 gcc -O3 -mavx2 -o "$d/arith" verify/arith.c -lm
 "$d/arith" | sha256sum
 echo 'int main(void) { return undeclared; }' | gcc -x c - -o "$d/x" 2>&1 | head -n 3
-objdump -d "$d/sample.o" | sha256sum
+(cd "$d" && objdump -d sample.o) | sha256sum
 sh sh/make.sh
