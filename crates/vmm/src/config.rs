@@ -65,6 +65,15 @@ impl VmConfig {
             ready_marker: None,
         }
     }
+
+    /// Can the engine that is asked for do what is asked of it? [`crate::Vm::new`] asks too; this is for those who would first fetch
+    /// or build something.
+    ///
+    /// # Errors
+    /// [`crate::Error`] with one line for the user.
+    pub fn check(&self) -> Result<(), crate::Error> {
+        crate::engine::check(self)
+    }
 }
 
 /// `--engine`

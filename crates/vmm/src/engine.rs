@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use cpu::Engine;
 use memory::GuestRam;
 
-use crate::config::{EngineChoice, VmConfig};
+use crate::config::{EngineChoice, MAX_CPUS, VmConfig};
 use crate::error::Error;
 
 /// What is known about `/dev/kvm` without asking it to run anything.
@@ -28,6 +28,9 @@ fn no_kvm(state: &str) -> Error {
 
 /// Can the engine that is asked for do what is asked of it?
 pub(crate) fn check(config: &VmConfig) -> Result<(), Error> {
+    if config.cpus == 0 || config.cpus > MAX_CPUS {
+        return Err(Error::Input(format!("a VM with {} vCPUs is not possible: choose 1 to {MAX_CPUS}", config.cpus)));
+    }
     if config.engine == EngineChoice::Kvm {
         return Err(no_kvm(&kvm_state()));
     }

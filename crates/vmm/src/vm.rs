@@ -74,13 +74,6 @@ impl Vm {
     pub fn new(config: &VmConfig, started: Instant) -> Result<Self, Error> {
         sandbox::at_start();
         signals::block();
-        if config.cpus == 0 || config.cpus > crate::config::MAX_CPUS {
-            return Err(Error::Input(format!(
-                "a VM with {} vCPUs is not possible: choose 1 to {}",
-                config.cpus,
-                crate::config::MAX_CPUS
-            )));
-        }
         engine::check(config)?;
         let kernel = inputs::open_kernel(&config.kernel)?;
         let initrd =

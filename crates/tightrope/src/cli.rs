@@ -1,0 +1,188 @@
+//! The command line, for clap: also the source of `--help`, the man page and the shell completions.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueHint};
+use vmm::{DiskConfig, EngineChoice, GdbAddress, SerialMode, StatsFormat, TraceConfig};
+
+const EXAMPLES: &str = "\
+Examples:
+  tightrope
+      boot Debian to a shell (the first time, fetch it)
+  tightrope run --memory 2G --disk data.img
+      the same with 2 GiB of memory and a disk, which is /dev/vda
+  tightrope run --kernel vmlinuz --initrd initrd.img --append 'root=/dev/vda1 ro' --disk debian.img
+      boot your own
+  echo 'uname -a; poweroff' | tightrope run
+      drive it from a script
+  tightrope run --kernel vmlinux --gdb 1234
+      wait for a debugger: gdb vmlinux -ex 'target remote :1234'
+
+At the console, Ctrl-A X quits and Ctrl-A H shows the other keys.
+
+Exit codes: 0 the guest switched itself off, or you quit; 1 something given cannot be used; 2 wrong usage;
+3 the guest crashed; 128 + n ended by signal n.
+
+A file $XDG_CONFIG_HOME/tightrope/config.toml may hold: memory = \"1G\", engine = \"bt\", mirror = \"https://…\".";
+
+/// A virtual machine monitor for any x86-64 Linux host, with KVM or without
+///
+/// Without a command, tightrope runs Debian: the same as `tightrope run`.
+#[derive(Debug, Parser)]
+#[command(name = "tightrope", version, after_help = EXAMPLES, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a virtual machine (the default)
+    Run(Box<RunArgs>),
+    /// Print the completions for a shell
+    Completions {
+        /// bash, elvish, fish, powershell or zsh
+        shell: clap_complete::Shell,
+    },
+    /// Print the man page (man -l shows it: tightrope man | man -l -)
+    Man,
+}
+
+/// `tightrope run`
+#[derive(Args, Clone, Debug, Default)]
+#[command(after_help = EXAMPLES)]
+pub struct RunArgs {
+    /// The image to run: `debian`, the only one so far, is Debian stable's own kernel and a BusyBox shell
+    #[arg(conflicts_with = "kernel")]
+    pub image: Option<String>,
+
+    /// Run this kernel instead: a bzImage (vmlinuz) or an ELF vmlinux
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub kernel: Option<PathBuf>,
+
+    /// The initial RAM file system that goes with --kernel
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+
+    /// Add to the kernel command line
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub append: Vec<String>,
+
+    /// A raw disk image or block device, which the guest sees as /dev/vda (then vdb, …); `,ro` keeps it from being written
+    #[arg(long, value_name = "FILE[,ro]", value_hint = ValueHint::FilePath)]
+    pub disk: Vec<DiskConfig>,
+
+    /// Guest memory, like 512M or 2G [default: 512M]
+    #[arg(long, value_name = "SIZE", env = "TIGHTROPE_MEMORY", value_parser = vmm::parse_memory)]
+    pub memory: Option<u64>,
+
+    /// Number of virtual CPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(vmm::MAX_CPUS)))]
+    pub cpus: u32,
+
+    /// What executes the guest: auto, bt (binary translation), kvm (hardware) or interp (precise, slow) [default: auto]
+    #[arg(long, value_name = "ENGINE", env = "TIGHTROPE_ENGINE")]
+    pub engine: Option<EngineChoice>,
+
+    /// Where the console goes: stdio, none, pty, file:PATH or unix:PATH
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    pub serial: SerialMode,
+
+    /// Print counters at the end (and at any time on SIGUSR1 or Ctrl-A C); --stats=json for programs
+    #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
+    pub stats: Option<StatsFormat>,
+
+    /// Write down what happens: a list of int, exits, blocks, tlb; to standard error or to a file
+    #[arg(long, value_name = "KIND,…[:FILE]")]
+    pub trace: Option<TraceConfig>,
+
+    /// Start stopped and wait for gdb at a TCP port (of the loopback interface, unless an address is given) or at unix:PATH
+    #[arg(long, value_name = "[ADDRESS:]PORT")]
+    pub gdb: Option<GdbAddress>,
+
+    /// Where to fetch Debian from [default: what the host's own APT uses]
+    #[arg(long, value_name = "URL", env = "TIGHTROPE_MIRROR", value_hint = ValueHint::Url)]
+    pub mirror: Option<String>,
+
+    /// Run every block in the interpreter too, and stop at the first difference
+    #[arg(long, hide = true)]
+    pub lockstep: bool,
+
+    /// Do not confine the process (for debuggers and profilers)
+    #[arg(long, hide = true, env = "TIGHTROPE_NO_SANDBOX", value_parser = clap::builder::FalseyValueParser::new())]
+    pub no_sandbox: bool,
+
+    /// Name a system call that the sandbox forbids, instead of being killed without a word
+    #[arg(long, hide = true, conflicts_with = "no_sandbox")]
+    pub sandbox_debug: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    fn run(args: &[&str]) -> Result<RunArgs, clap::Error> {
+        match Cli::try_parse_from([&["tightrope", "run"], args].concat())?.command {
+            Some(Command::Run(args)) => Ok(*args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn everything_at_once() {
+        let args = run(&[
+            "--kernel=k",
+            "--initrd=i",
+            "--append",
+            "-x",
+            "--append",
+            "y",
+            "--disk",
+            "a",
+            "--disk",
+            "b,ro",
+            "--memory=1G",
+            "--cpus=2",
+            "--engine=bt",
+            "--serial=none",
+            "--stats",
+            "--trace=int:f",
+            "--gdb=1234",
+        ])
+        .unwrap();
+        assert_eq!(args.append, ["-x", "y"]);
+        assert_eq!(args.disk.len(), 2);
+        assert!(args.disk[1].read_only);
+        assert_eq!(args.memory, Some(1 << 30));
+        assert_eq!(args.stats, Some(StatsFormat::Text));
+        assert_eq!(run(&["--stats=json"]).unwrap().stats, Some(StatsFormat::Json));
+    }
+
+    #[test]
+    fn wrong_usage() {
+        for args in [
+            &["--cpus=0"][..],
+            &["--cpus=65"],
+            &["--memory=1M"],
+            &["--memory=lots"],
+            &["--engine=xen"],
+            &["--serial=tty"],
+            &["--initrd=i"],
+            &["debian", "--kernel=k"],
+            &["--stats=xml"],
+            &["--trace=all"],
+            &["--gdb=here"],
+            &["--no-sandbox", "--sandbox-debug"],
+        ] {
+            assert_eq!(run(args).unwrap_err().exit_code(), 2, "{args:?}");
+        }
+    }
+}
