@@ -2,6 +2,8 @@
 //!
 //! * [`bus`]: port I/O and MMIO dispatch to devices, with counters; implements [`cpu::Bus`].
 //! * [`irq`]: interrupt lines and message-signalled interrupts.
+//! * [`clock`]: the machine's time and its timer thread.
+//! * [`lapic`]: local APICs, which are also what an engine asks for interrupts.
 //! * [`pci`]: host bridge, configuration space, BARs, MSI-X, and the trait [`pci::PciDevice`] that virtio builds on.
 //!
 //! Devices know guest memory, an interrupt line and their backend, nothing else. Each has a saved state that is a plain type of
@@ -13,7 +15,9 @@
 #![deny(unsafe_code)]
 
 pub mod bus;
+pub mod clock;
 pub mod irq;
+pub mod lapic;
 pub mod layout;
 pub mod pci;
 pub mod state;
