@@ -16,8 +16,11 @@
 
 pub mod bus;
 pub mod clock;
+pub mod ioapic;
 pub mod irq;
 pub mod lapic;
 pub mod layout;
 pub mod pci;
+pub mod pic;
+pub mod pit;
 pub mod state;
