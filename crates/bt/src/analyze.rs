@@ -18,6 +18,8 @@ pub struct Mode {
     pub no_fpu: bool,
     /// XCR0 or CR4.OSXSAVE do not allow AVX.
     pub no_avx: bool,
+    /// RFLAGS.DF is set.
+    pub df: bool,
     /// RDTSC must go through the interpreter (CR4.TSD at level 3, or a TSC offset).
     pub no_tsc: bool,
 }
@@ -25,7 +27,11 @@ pub struct Mode {
 impl Mode {
     /// As a small number, for hashing and arrays.
     pub const fn bits(self) -> u8 {
-        self.user as u8 | (self.no_fpu as u8) << 1 | (self.no_avx as u8) << 2 | (self.no_tsc as u8) << 3
+        self.user as u8
+            | (self.no_fpu as u8) << 1
+            | (self.no_avx as u8) << 2
+            | (self.no_tsc as u8) << 3
+            | (self.df as u8) << 4
     }
 }
 
@@ -37,9 +43,14 @@ pub enum Class {
     /// No memory operand: copied, registers renamed where needed.
     Plain,
     /// One explicit memory operand of `size` bytes.
-    Memory { write: bool, size: u16 },
+    Memory {
+        write: bool,
+        size: u16,
+    },
     /// BT, BTS, BTR, BTC with a memory operand and a register bit offset.
-    BitTest { write: bool },
+    BitTest {
+        write: bool,
+    },
     Lea,
     Push,
     PushMemory,
@@ -59,6 +70,15 @@ pub enum Class {
     Swapgs,
     Rdtsc,
     Rdtscp,
+    Syscall,
+    Sysret,
+    Iret,
+    /// MOVS or STOS of `size` bytes, with or without REP, upwards.
+    String {
+        movs: bool,
+        rep: bool,
+        size: u8,
+    },
     /// The interpreter runs it.
     Step,
 }
@@ -66,7 +86,10 @@ pub enum Class {
 impl Class {
     /// Does the block end here?
     pub fn ends_block(self) -> bool {
-        matches!(self, Self::Jmp | Self::JmpIndirect | Self::Ret | Self::Step)
+        matches!(
+            self,
+            Self::Jmp | Self::JmpIndirect | Self::Ret | Self::Step | Self::Syscall | Self::Sysret | Self::Iret
+        )
     }
 
     fn is_control_flow(self) -> bool {
@@ -276,7 +299,13 @@ impl Analyzer {
     fn classify(&mut self, ins: Instruction, offset: u16, mode: Mode) -> Insn {
         let class = self.class(&ins, mode);
         let (reads, kills) = match class {
-            Class::Step | Class::JmpIndirect | Class::Ret | Class::Pushf => (ALL_FLAGS, 0),
+            Class::Step
+            | Class::JmpIndirect
+            | Class::Ret
+            | Class::Pushf
+            | Class::Syscall
+            | Class::Sysret
+            | Class::Iret => (ALL_FLAGS, 0),
             Class::Call | Class::CallIndirect => (ALL_FLAGS, ALL_FLAGS),
             Class::Jcc | Class::CountJump => (ALL_FLAGS, 0),
             Class::Jmp | Class::Skip => (0, 0),
@@ -302,6 +331,22 @@ impl Analyzer {
 
     fn class(&mut self, ins: &Instruction, mode: Mode) -> Class {
         use Mnemonic as M;
+        match ins.code() {
+            Code::Syscall if mode.user => return Class::Syscall,
+            Code::Sysretq if !mode.user => return Class::Sysret,
+            Code::Iretq if !mode.user => return Class::Iret,
+            Code::Cld => return if mode.df { Class::Step } else { Class::Skip },
+            Code::Std => return if mode.df { Class::Skip } else { Class::Step },
+            Code::Movsb_m8_m8 => return string(ins, mode, true, 1),
+            Code::Movsw_m16_m16 => return string(ins, mode, true, 2),
+            Code::Movsd_m32_m32 => return string(ins, mode, true, 4),
+            Code::Movsq_m64_m64 => return string(ins, mode, true, 8),
+            Code::Stosb_m8_AL => return string(ins, mode, false, 1),
+            Code::Stosw_m16_AX => return string(ins, mode, false, 2),
+            Code::Stosd_m32_EAX => return string(ins, mode, false, 4),
+            Code::Stosq_m64_RAX => return string(ins, mode, false, 8),
+            _ => {}
+        }
         if ins.is_invalid() || must_step(ins) {
             return Class::Step;
         }
@@ -322,8 +367,16 @@ impl Analyzer {
             return Class::Step;
         }
         match ins.mnemonic() {
-            M::Nop | M::Endbr64 | M::Endbr32 | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchnta
-            | M::Prefetchw | M::Prefetch | M::Reservednop => return Class::Skip,
+            M::Nop
+            | M::Endbr64
+            | M::Endbr32
+            | M::Prefetcht0
+            | M::Prefetcht1
+            | M::Prefetcht2
+            | M::Prefetchnta
+            | M::Prefetchw
+            | M::Prefetch
+            | M::Reservednop => return Class::Skip,
             M::Cli => return if mode.user { Class::Step } else { Class::Cli },
             M::Sti => return if mode.user { Class::Step } else { Class::Sti },
             M::Swapgs => return if mode.user { Class::Step } else { Class::Swapgs },
@@ -351,8 +404,13 @@ impl Analyzer {
             return Class::Jcc;
         }
         match ins.code() {
-            Code::Jrcxz_rel8_64 | Code::Jecxz_rel8_64 | Code::Loop_rel8_64_RCX | Code::Loop_rel8_64_ECX
-            | Code::Loope_rel8_64_RCX | Code::Loope_rel8_64_ECX | Code::Loopne_rel8_64_RCX
+            Code::Jrcxz_rel8_64
+            | Code::Jecxz_rel8_64
+            | Code::Loop_rel8_64_RCX
+            | Code::Loop_rel8_64_ECX
+            | Code::Loope_rel8_64_RCX
+            | Code::Loope_rel8_64_ECX
+            | Code::Loopne_rel8_64_RCX
             | Code::Loopne_rel8_64_ECX => return Class::CountJump,
             _ => {}
         }
@@ -372,8 +430,14 @@ impl Analyzer {
                         return Class::Step;
                     }
                 }
-                OpKind::Immediate8 | OpKind::Immediate8_2nd | OpKind::Immediate16 | OpKind::Immediate32
-                | OpKind::Immediate64 | OpKind::Immediate8to16 | OpKind::Immediate8to32 | OpKind::Immediate8to64
+                OpKind::Immediate8
+                | OpKind::Immediate8_2nd
+                | OpKind::Immediate16
+                | OpKind::Immediate32
+                | OpKind::Immediate64
+                | OpKind::Immediate8to16
+                | OpKind::Immediate8to32
+                | OpKind::Immediate8to64
                 | OpKind::Immediate32to64 => {}
                 _ => return Class::Step,
             }
@@ -399,10 +463,34 @@ impl Analyzer {
             _ => return Class::Step,
         };
         if matches!(ins.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc) && ins.op1_kind() == OpKind::Register {
-            return if ins.memory_index() == Register::None && size >= 4 { Class::BitTest { write } } else { Class::Step };
+            return if ins.memory_index() == Register::None && size >= 4 {
+                Class::BitTest { write }
+            } else {
+                Class::Step
+            };
         }
         Class::Memory { write, size: size as u16 }
     }
+}
+
+fn string(ins: &Instruction, mode: Mode, movs: bool, size: u8) -> Class {
+    let narrow = (0..ins.op_count())
+        .any(|i| !matches!(ins.op_kind(i), OpKind::MemorySegRSI | OpKind::MemoryESRDI | OpKind::Register));
+    if mode.df || narrow || ins.has_repne_prefix() || matches!(ins.memory_segment(), Register::FS | Register::GS) {
+        return Class::Step;
+    }
+    Class::String { movs, rep: ins.has_rep_prefix(), size }
+}
+
+/// Does the instruction read or write x87, MMX, SSE or AVX state?
+pub fn uses_fpu(ins: &Instruction) -> bool {
+    ins.is_invalid()
+        || ins
+            .code()
+            .cpuid_features()
+            .iter()
+            .any(|&f| needs_fpu(f) || matches!(f, CpuidFeature::FXSR | CpuidFeature::XSAVE | CpuidFeature::XSAVEOPT))
+        || !matches!(ins.code().encoding(), EncodingKind::Legacy)
 }
 
 fn needs_fpu(feature: CpuidFeature) -> bool {
@@ -437,7 +525,7 @@ fn must_step(ins: &Instruction) -> bool {
     use Mnemonic as M;
     if matches!(
         ins.mnemonic(),
-        M::Cli | M::Sti | M::Swapgs | M::Rdtsc | M::Rdtscp | M::Pushfq | M::Ret | M::Jmp | M::Call
+        M::Cld | M::Std | M::Cli | M::Sti | M::Swapgs | M::Rdtsc | M::Rdtscp | M::Pushfq | M::Ret | M::Jmp | M::Call
     ) {
         return false;
     }

@@ -441,10 +441,10 @@ mod tests {
             "lea r8,[r15*8+4]"
         );
         assert_eq!(text(|a| a.cmp_imm(R11, 4088)), "cmp r11,0FF8h");
-        assert_eq!(text(|a| a.vmovdqu(12, Mem::gs(64), true)), "vmovdqu ymmword ptr gs:[40h],ymm12");
-        assert_eq!(text(|a| a.vmovdqu_xmm(3, Mem::gs(64), false)), "vmovdqu xmm3,xmmword ptr gs:[40h]");
-        assert_eq!(text(|a| a.vextract_high(Mem::gs(64), 9)), "vextracti128 xmmword ptr gs:[40h],ymm9,1");
-        assert_eq!(text(|a| a.vinsert_high(9, Mem::gs(64))), "vinserti128 ymm9,ymm9,xmmword ptr gs:[40h],1");
+        assert_eq!(text(|a| a.vmovdqu(12, Mem::gs(64), true)), "vmovdqu gs:[40h],ymm12");
+        assert_eq!(text(|a| a.vmovdqu_xmm(3, Mem::gs(64), false)), "vmovdqu xmm3,gs:[40h]");
+        assert_eq!(text(|a| a.vextract_high(Mem::gs(64), 9)), "vextracti128 gs:[40h],ymm9,1");
+        assert_eq!(text(|a| a.vinsert_high(9, Mem::gs(64))), "vinserti128 ymm9,ymm9,gs:[40h],1");
         assert_eq!(text(|a| a.mov_imm(R11, 0xffff_ffff_8100_0000)), "mov r11,0FFFFFFFF81000000h");
         assert_eq!(text(|a| a.mov_imm(RCX, 0x5555_0000_1000)), "mov rcx,555500001000h");
         assert_eq!(text(|a| a.store16(Mem::base(R11, 2), RDX)), "mov [r11+2],dx");

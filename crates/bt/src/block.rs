@@ -90,10 +90,18 @@ pub struct VcpuBlock {
     pub fault_signal: u64,
     /// The monitor's stack pointer.
     pub host_rsp: u64,
-    /// Stack pointer of the guest-call stack.
+    /// Stack pointer of the guest-call stack of the running privilege.
     pub call_rsp: u64,
+    /// Stack pointer of the program's guest-call stack while the kernel runs.
+    pub user_rsp: u64,
+    /// Stack pointer of the kernel's guest-call stack when it is empty.
+    pub kernel_empty: u64,
     /// Where to go on entry.
     pub entry: u64,
+    /// May SYSCALL and SYSRET be done in the cache? See `BtVcpu::update_fast`.
+    pub fast_syscall: u32,
+    /// CS and SS after SYSCALL, CS and SS after SYSRET.
+    pub fast_segments: [cpu::Segment; 4],
     /// Host registers lent to an instruction.
     pub borrowed: [u64; 4],
     /// The runtime of this vCPU, for the slow path.
@@ -124,7 +132,6 @@ pub mod off {
         FP + (FpState::YMM_HIGH + 16 * index) as i32
     }
     pub const MXCSR: i32 = FP + FpState::MXCSR as i32;
-    pub const RIP: i32 = offset_of!(VcpuBlock, state.rip) as i32;
     pub const RFLAGS: i32 = offset_of!(VcpuBlock, state.rflags) as i32;
     pub const KICK: i32 = offset_of!(VcpuBlock, kick) as i32;
     pub const IRQ_WAITING: i32 = offset_of!(VcpuBlock, irq_waiting) as i32;
@@ -139,6 +146,16 @@ pub mod off {
     pub const SCRATCH: i32 = offset_of!(VcpuBlock, scratch) as i32;
     pub const HOST_RSP: i32 = offset_of!(VcpuBlock, host_rsp) as i32;
     pub const CALL_RSP: i32 = offset_of!(VcpuBlock, call_rsp) as i32;
+    pub const USER_RSP: i32 = offset_of!(VcpuBlock, user_rsp) as i32;
+    pub const KERNEL_EMPTY: i32 = offset_of!(VcpuBlock, kernel_empty) as i32;
+    pub const FAST_SYSCALL: i32 = offset_of!(VcpuBlock, fast_syscall) as i32;
+    pub const fn fast_segment(index: usize) -> i32 {
+        (offset_of!(VcpuBlock, fast_segments) + index * size_of::<cpu::Segment>()) as i32
+    }
+    /// Offset of the selector in a segment.
+    pub const SELECTOR: i32 = offset_of!(cpu::Segment, selector) as i32;
+    pub const NMI_BLOCKED: i32 = offset_of!(VcpuBlock, state.nmi_blocked) as i32;
+    pub const LSTAR: i32 = offset_of!(VcpuBlock, state.lstar) as i32;
     pub const ENTRY: i32 = offset_of!(VcpuBlock, entry) as i32;
     pub const fn borrowed(index: usize) -> i32 {
         (offset_of!(VcpuBlock, borrowed) + 8 * index) as i32
@@ -161,7 +178,6 @@ pub mod off {
         (offset_of!(VcpuBlock, state.segments) + index * size_of::<cpu::Segment>()) as i32
     }
     pub const KERNEL_GS_BASE: i32 = offset_of!(VcpuBlock, state.kernel_gs_base) as i32;
-    pub const TSC_OFFSET: i32 = offset_of!(VcpuBlock, state.tsc_offset) as i32;
     pub const TSC_AUX: i32 = offset_of!(VcpuBlock, state.tsc_aux) as i32;
 }
 

@@ -150,7 +150,7 @@ pub struct Cache {
     map: FastMap<Key, BlockId>,
     pages: FastMap<u64, Page>,
     links: Vec<LinkEntry>,
-    exits: Vec<(BlockId, u16)>,
+    exits: Vec<(BlockId, u16, bool)>,
     accesses: Vec<(BlockId, Access)>,
     slots: Vec<Slot>,
     slot_map: FastMap<(u64, u8, u8), u32>,
@@ -202,11 +202,6 @@ impl Cache {
         self.memory.address(position)
     }
 
-    /// Does this host address lie in the cache?
-    pub fn contains(&self, address: u64) -> bool {
-        self.memory.position(address).is_some()
-    }
-
     /// Start and size of the executable view.
     pub fn range(&self) -> (u64, usize) {
         (self.memory.address(0), self.memory.size())
@@ -220,10 +215,10 @@ impl Cache {
         self.map.get(key).copied()
     }
 
-    /// Guest-virtual address of exit site `number`.
-    pub fn exit_address(&self, number: u32) -> Option<u64> {
-        let &(block, offset) = self.exits.get(number as usize)?;
-        Some((self.block(block)?.key.address & !0xfff) + u64::from(offset))
+    /// Guest-virtual address of exit site `number`, and whether its instruction uses x87 or SSE state.
+    pub fn exit_address(&self, number: u32) -> Option<(u64, bool)> {
+        let &(block, offset, fpu) = self.exits.get(number as usize)?;
+        Some(((self.block(block)?.key.address & !0xfff) + u64::from(offset), fpu))
     }
 
     /// Access site `number` and the guest-virtual address of its instruction.
@@ -365,6 +360,9 @@ impl Cache {
             };
             output.cold[at..at + 4].copy_from_slice(&value.to_le_bytes());
         }
+        for &(at, exit) in &output.hot_numbers {
+            output.hot[at..at + 4].copy_from_slice(&(first_exit + exit as u32).to_le_bytes());
+        }
         for fixup in &output.fixups {
             let target = match fixup.target {
                 Target::Own(part, at) => own(part, at),
@@ -413,7 +411,7 @@ impl Cache {
                 destination: None,
             });
         }
-        self.exits.extend(output.exits.iter().map(|&offset| (id, offset)));
+        self.exits.extend(output.exits.iter().map(|&(offset, fpu)| (id, offset, fpu)));
         self.accesses.extend(output.accesses.iter().map(|&access| (id, access)));
         self.hot = (hot + output.hot.len() + 15) & !15;
         self.cold = thunk;

@@ -88,6 +88,8 @@ pub struct Access {
     pub write: bool,
     /// Arithmetic flags are in the block, not in the host's RFLAGS.
     pub flags_saved: bool,
+    /// The instruction uses x87 or SSE state.
+    pub fpu: bool,
 }
 
 /// What is needed to rebuild the guest's state when a signal hits inside an instruction.
@@ -108,10 +110,12 @@ pub struct Output {
     pub cold: Vec<u8>,
     pub fixups: Vec<Fixup>,
     pub numbers: Vec<(usize, Number)>,
+    /// The same in the hot part, for exits.
+    pub hot_numbers: Vec<(usize, usize)>,
     pub links: Vec<Link>,
     pub slots: Vec<SlotUse>,
-    /// Offsets in the page of instructions at which the dispatcher is entered.
-    pub exits: Vec<u16>,
+    /// Offsets in the page of instructions at which the dispatcher is entered, and whether they use x87 or SSE state.
+    pub exits: Vec<(u16, bool)>,
     pub accesses: Vec<Access>,
     pub meta: Vec<Meta>,
     /// Hot offsets of return landing pads, with the guest-virtual address each stands for.
@@ -308,7 +312,7 @@ impl<'a> Emitter<'a> {
     }
 
     fn entry(&mut self, first: &Insn) {
-        let exit = self.exit_number(first.offset);
+        let exit = self.exit_number(first.offset, true);
         let dead = first.live_before == 0;
         // Stale: a dispatcher exit that names this place.
         self.out.stale = self.cold.len();
@@ -354,11 +358,11 @@ impl<'a> Emitter<'a> {
         self.out.fixups.push(Fixup { part, at, target });
     }
 
-    fn exit_number(&mut self, offset: u16) -> usize {
-        if let Some(at) = self.out.exits.iter().position(|&o| o == offset) {
+    fn exit_number(&mut self, offset: u16, fpu: bool) -> usize {
+        if let Some(at) = self.out.exits.iter().position(|&o| o == (offset, fpu)) {
             return at;
         }
-        self.out.exits.push(offset);
+        self.out.exits.push((offset, fpu));
         self.out.exits.len() - 1
     }
 
@@ -396,7 +400,7 @@ impl<'a> Emitter<'a> {
 
     fn step(&mut self, insn: &Insn) {
         self.flags_to_host(ALL_FLAGS);
-        let exit = self.exit_number(insn.offset);
+        let exit = self.exit_number(insn.offset, crate::analyze::uses_fpu(&insn.ins));
         let start = self.cold.len();
         self.cold_exit(exit, reason::STEP);
         let at = self.hot.jmp();
@@ -411,7 +415,7 @@ impl<'a> Emitter<'a> {
         if self.flags == Flags::Block {
             self.cold.restore_flags(off::FLAGS, R10);
         }
-        let exit = self.exit_number(insn.end() as u16);
+        let exit = self.exit_number(insn.end() as u16, true);
         self.cold_exit(exit, reason::POLL);
     }
 
@@ -429,12 +433,7 @@ impl<'a> Emitter<'a> {
             self.link(Part::Hot, at, insn, target);
         } else {
             self.hot.jmp_mem(Mem::gs(0));
-            self.out.slots.push(SlotUse {
-                part: Part::Hot,
-                at: self.hot.len() - 4,
-                target,
-                kind: LinkKind::Backward,
-            });
+            self.out.slots.push(SlotUse { part: Part::Hot, at: self.hot.len() - 4, target, kind: LinkKind::Backward });
         }
     }
 
@@ -620,6 +619,7 @@ impl<'a> Emitter<'a> {
             size,
             write,
             flags_saved: self.flags == Flags::Block,
+            fpu: crate::analyze::uses_fpu(&insn.ins),
         });
         let at = self.cold.call();
         self.fix(Part::Cold, at, Target::Fixed(self.context.stubs.slow_access));
@@ -730,9 +730,39 @@ impl<'a> Emitter<'a> {
                 self.hot.raw(&[0x0f, 0x01, 0xf9]);
                 self.hot.load32(RCX, Mem::gs(off::TSC_AUX));
             }
+            Class::Syscall => {
+                self.flags_to_host(ALL_FLAGS);
+                self.transition_exit(insn);
+                self.hot.mov_imm(R10, ins.next_ip());
+                self.jump_fixed(self.context.stubs.syscall);
+            }
+            Class::Sysret => {
+                self.flags_to_block(ALL_FLAGS);
+                self.transition_exit(insn);
+                self.jump_fixed(self.context.stubs.sysret);
+            }
+            Class::Iret => {
+                let frame = self.check(insn, Address::Simple(R9, 0), 40, false, &|_| {})?;
+                self.hot.lea(R11, frame);
+                self.transition_exit(insn);
+                self.jump_fixed(self.context.stubs.iret);
+            }
+            Class::String { movs, rep, size } => self.string(insn, movs, rep, size),
             Class::Step => self.step(insn),
         }
         Ok(())
+    }
+
+    fn jump_fixed(&mut self, position: usize) {
+        let at = self.hot.jmp();
+        self.fix(Part::Hot, at, Target::Fixed(position));
+    }
+
+    /// Leaves the number of the exit to the interpreter in the block, for the case that the stub cannot do it.
+    fn transition_exit(&mut self, insn: &Insn) {
+        let exit = self.exit_number(insn.offset, false);
+        self.hot.store32_imm(Mem::gs(off::SCRATCH), 0);
+        self.out.hot_numbers.push((self.hot.len() - 4, exit));
     }
 
     fn load_guest(&mut self, to: Reg, guest: u8) {
@@ -882,7 +912,10 @@ impl<'a> Emitter<'a> {
         if legacy && ins.op_count() > 0 {
             // RSP cannot take part either: it would be R9.
             for i in 0..ins.op_count() {
-                if ins.op_kind(i) == OpKind::Register && number(ins.op_register(i)) == 4 && !is_high_byte(ins.op_register(i)) {
+                if ins.op_kind(i) == OpKind::Register
+                    && number(ins.op_register(i)) == 4
+                    && !is_high_byte(ins.op_register(i))
+                {
                     return Err(Unsupported);
                 }
             }
@@ -934,7 +967,8 @@ impl<'a> Emitter<'a> {
                 }
                 ins.set_op_register(i, resize(places[at].1, register));
                 let access = info.op_access(i);
-                written[at] |= !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
+                written[at] |=
+                    !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
             }
         }
         if let Some(mem) = operand {
@@ -1025,6 +1059,83 @@ impl<'a> Emitter<'a> {
         self.encode(&copy)?;
         self.flags = Flags::Host;
         Ok(())
+    }
+
+    /// MOVS and STOS whose operands lie within a page each run natively; what crosses a page goes to the interpreter.
+    fn string(&mut self, insn: &Insn, movs: bool, rep: bool, size: u8) {
+        self.flags_to_block(insn.live_before);
+        let step = self.cold.len();
+        if self.flags == Flags::Block {
+            self.cold.restore_flags(off::FLAGS, R10);
+        }
+        let exit = self.exit_number(insn.offset, false);
+        self.cold_exit(exit, reason::STEP);
+        let mut done = None;
+        if rep {
+            self.hot.rr(true, &[0x85], RCX, RCX); // test
+            done = Some(self.hot.jcc(cc::E));
+            self.hot.cmp_imm(RCX, 4096 / i32::from(size));
+            let at = self.hot.jcc(cc::A);
+            self.fix(Part::Hot, at, Target::Own(Part::Cold, step));
+        }
+        if movs {
+            self.string_operand(insn, RSI, false, rep, size, step);
+            self.hot.store(Mem::gs(off::SCRATCH), R10);
+        }
+        self.string_operand(insn, RDI, true, rep, size, step);
+        if movs {
+            self.hot.add_mem(RSI, Mem::gs(off::SCRATCH));
+        }
+        self.hot.rr(true, &[0x01], R10, RDI); // add rdi, r10
+        let start = usize::from(insn.offset);
+        if let Some(bytes) = self.context.bytes.get(start..start + insn.ins.len()) {
+            self.hot.raw(bytes);
+        }
+        self.hot.rr(true, &[0x29], R10, RDI); // sub rdi, r10
+        if movs {
+            self.hot.rm(true, &[0x2b], RSI, Mem::gs(off::SCRATCH)); // sub rsi, mem
+        }
+        if let Some(at) = done {
+            self.hot.patch32(at);
+        }
+    }
+
+    /// Checks the operand at `pointer`; R10 holds its delta afterwards.
+    fn string_operand(&mut self, insn: &Insn, pointer: Reg, write: bool, rep: bool, size: u8, step: usize) {
+        let table = off::tlb(self.context.mode.user, write);
+        self.hot.mov(R11, pointer);
+        self.hot.mov32(R10, R11);
+        self.hot.shr32(R10, 8);
+        self.hot.and32_imm(R10, 0xfff0);
+        self.hot.xor_mem(R11, Mem::gs_base(R10, table));
+        self.hot.cmp_imm(R11, 4095);
+        let slow = self.hot.jcc(cc::A);
+        self.fix(Part::Hot, slow, Target::Own(Part::Cold, self.cold.len()));
+        self.hot.load(R10, Mem::gs_base(R10, table + 8));
+        let back = self.hot.len();
+        // Does it end in the page?
+        if rep {
+            self.hot.lea(R11, Mem { base: Some(R11), index: Some((RCX, size)), disp: 0, gs: false, addr32: false });
+            self.hot.cmp_imm(R11, 4096);
+        } else {
+            self.hot.cmp_imm(R11, 4096 - i32::from(size));
+        }
+        let at = self.hot.jcc(cc::A);
+        self.fix(Part::Hot, at, Target::Own(Part::Cold, step));
+        self.cold.mov(R11, pointer);
+        self.cold_number(Number::Access(self.out.accesses.len()));
+        self.out.accesses.push(Access {
+            offset: insn.offset,
+            size: 1,
+            write,
+            flags_saved: self.flags == Flags::Block,
+            fpu: false,
+        });
+        let at = self.cold.call();
+        self.fix(Part::Cold, at, Target::Fixed(self.context.stubs.slow_access));
+        self.cold.and32_imm(R11, 0xfff);
+        let at = self.cold.jmp();
+        self.fix(Part::Cold, at, Target::Own(Part::Hot, back));
     }
 
     fn count_jump(&mut self, insn: &Insn) {

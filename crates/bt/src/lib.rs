@@ -42,6 +42,8 @@ pub struct Options {
     pub code_cache: usize,
     /// Keep even those arithmetic flags exact at faults that no instruction reads any more. Slower; for tests.
     pub precise_flags: bool,
+    /// Do SYSCALL, SYSRET and IRET inside the code cache where nothing unusual is asked.
+    pub fast_transitions: bool,
     /// Count interpreted instructions by kind.
     pub step_histogram: bool,
     /// What CPUID answers.
@@ -51,7 +53,7 @@ pub struct Options {
 impl Options {
     /// The usual settings for a guest with this CPUID model.
     pub fn new(model: Arc<CpuidModel>) -> Self {
-        Self { code_cache: 160 << 20, precise_flags: false, step_histogram: false, model }
+        Self { code_cache: 160 << 20, precise_flags: false, fast_transitions: true, step_histogram: false, model }
     }
 }
 
@@ -69,8 +71,9 @@ impl BtEngine {
     /// One line why not: a host CPU without AVX2 and BMI2, or no memory for the code cache.
     pub fn new(ram: GuestRam, options: Options) -> Result<Self, String> {
         if !std::is_x86_feature_detected!("avx2") || !std::is_x86_feature_detected!("xsave") {
-            return Err("engine bt needs a host CPU with AVX2 (any since 2015): this one has none, use --engine interp"
-                .into());
+            return Err(
+                "engine bt needs a host CPU with AVX2 (any since 2015): this one has none, use --engine interp".into(),
+            );
         }
         if !(16 << 20..=1 << 30).contains(&options.code_cache) || options.code_cache % 4096 != 0 {
             return Err(format!("a code cache of {} bytes is not possible: 16 MiB to 1 GiB", options.code_cache));
@@ -95,6 +98,7 @@ impl Engine for BtEngine {
         }
         let interp = Interp::new(setup.clone(), self.ram.clone(), self.options.model.clone());
         let mut vcpu = BtVcpu::new(setup, self.shared.clone(), interp)?;
+        vcpu.fast_transitions = self.options.fast_transitions;
         if self.options.step_histogram {
             vcpu.step_histogram = Some(Default::default());
         }

@@ -41,6 +41,12 @@ pub struct Stubs {
     pub indirect: [usize; 2],
     /// An indirect jump to R11 that missed the target cache.
     pub indirect_miss: usize,
+    /// SYSCALL: R10 = next RIP, `scratch` = exit number; flags in the host.
+    pub syscall: usize,
+    /// SYSRETQ: `scratch` = exit number; flags in the block.
+    pub sysret: usize,
+    /// IRETQ: R11 = host address of the frame, `scratch` = exit number; flags in the block.
+    pub iret: usize,
     /// What lies at the bottom of the guest-call stack.
     pub underflow: usize,
     /// Where the signal handler sends a fault.
@@ -176,8 +182,184 @@ pub fn assemble(slow_access: u64) -> (Vec<u8>, Stubs) {
     asm.store32_imm(Mem::gs(off::EXIT_REASON), reason::ACCESS);
     let at = asm.jmp();
     link(&mut asm, at, exit_after_registers);
+    transitions(&mut asm, &mut stubs);
     stubs.end = asm.len();
     (asm.bytes, stubs)
+}
+
+/// Flags that the fast transitions take: the arithmetic ones, IF and the fixed one.
+const PLAIN_FLAGS: i32 = 0xad7;
+const CS: usize = 1;
+const SS: usize = 2;
+
+/// SYSCALL, SYSRET and IRET without leaving the cache, where nothing unusual is asked of them; else the interpreter does them.
+fn transitions(asm: &mut Asm, stubs: &mut Stubs) {
+    let step = stubs.exits[reason::STEP as usize];
+
+    stubs.syscall = asm.len();
+    asm.pushfq();
+    asm.pop(R11);
+    asm.cmp32_mem_imm8(Mem::gs(off::FAST_SYSCALL), 0);
+    let slow = asm.jcc(cc::E);
+    asm.mov(RCX, R10);
+    asm.load(R10, Mem::gs(off::RFLAGS));
+    asm.lea(R11, Mem::sum(R11, R10, -0x202));
+    asm.load32(R10, Mem::gs(off::IF_FLAG));
+    asm.lea(R11, Mem::sum(R11, R10, 0));
+    asm.store(Mem::gs(off::gpr(11)), R11);
+    asm.u8(0xfc); // cld
+    asm.store_imm(Mem::gs(off::RFLAGS), 2);
+    asm.store32_imm(Mem::gs(off::IF_FLAG), 0);
+    asm.store32_imm(Mem::gs(off::FLAGS), 0x200);
+    copy_segments(asm, 0, R10);
+    asm.store(Mem::gs(off::USER_RSP), RSP);
+    asm.load(RSP, Mem::gs(off::KERNEL_EMPTY));
+    asm.store32_imm(Mem::gs(off::USER), 0);
+    asm.load(R11, Mem::gs(off::LSTAR));
+    let at = asm.jmp();
+    link(asm, at, stubs.indirect[0]);
+    asm.patch32(slow);
+    asm.push(R11);
+    asm.popfq();
+    asm.load32(R10, Mem::gs(off::SCRATCH));
+    let at = asm.jmp();
+    link(asm, at, step);
+
+    let slow = asm.len();
+    asm.restore_flags(off::FLAGS, R10);
+    asm.load32(R10, Mem::gs(off::SCRATCH));
+    let at = asm.jmp();
+    link(asm, at, step);
+
+    stubs.sysret = asm.len();
+    asm.cmp32_mem_imm8(Mem::gs(off::FAST_SYSCALL), 0);
+    jcc_to(asm, cc::E, slow);
+    asm.load(R11, Mem::gs(off::gpr(11)));
+    asm.rr(true, &[0xf7], 0, R11); // test r11, imm32
+    asm.i32(!PLAIN_FLAGS);
+    jcc_to(asm, cc::NE, slow);
+    asm.cmp32_mem_imm8(Mem::gs(off::IRQ_WAITING), 0);
+    jcc_to(asm, cc::NE, slow);
+    asm.mov(R10, RCX);
+    asm.rr(true, &[0xc1], 5, R10); // shr
+    asm.u8(47);
+    jcc_to(asm, cc::NE, slow);
+    commit_flags(asm, R11, R10);
+    copy_segments(asm, 2, R10);
+    asm.load(RSP, Mem::gs(off::USER_RSP));
+    asm.store32_imm(Mem::gs(off::USER), 1);
+    asm.mov(R11, RCX);
+    let at = asm.jmp();
+    link(asm, at, stubs.indirect[1]);
+
+    let slow = asm.len();
+    asm.load(RAX, Mem::gs(off::gpr(0)));
+    asm.load(RCX, Mem::gs(off::gpr(1)));
+    asm.restore_flags(off::FLAGS, R10);
+    asm.load32(R10, Mem::gs(off::SCRATCH));
+    let at = asm.jmp();
+    link(asm, at, step);
+
+    stubs.iret = asm.len();
+    asm.store(Mem::gs(off::gpr(0)), RAX);
+    asm.store(Mem::gs(off::gpr(1)), RCX);
+    asm.cmp32_mem_imm8(Mem::gs(off::FAST_SYSCALL), 0);
+    jcc_to(asm, cc::E, slow);
+    // RFLAGS and RIP of the frame must be plain.
+    asm.load(RAX, Mem::base(R11, 16));
+    asm.rr(true, &[0xf7], 0, RAX);
+    asm.i32(!PLAIN_FLAGS);
+    jcc_to(asm, cc::NE, slow);
+    asm.load(RCX, Mem::base(R11, 0));
+    asm.sar(RCX, 47);
+    asm.rr(true, &[0xff], 0, RCX); // inc
+    asm.cmp_imm(RCX, 1);
+    jcc_to(asm, cc::A, slow);
+    asm.rm(false, &[0x80], 7, Mem::gs(off::NMI_BLOCKED)); // cmp byte
+    asm.u8(0);
+    jcc_to(asm, cc::NE, slow);
+    asm.rr(false, &[0xf7], 0, RAX); // test eax, IF
+    asm.i32(0x200);
+    asm.raw(&[0x74, 0]);
+    let disabled = asm.len() - 1;
+    asm.cmp32_mem_imm8(Mem::gs(off::IRQ_WAITING), 0);
+    jcc_to(asm, cc::NE, slow);
+    asm.patch8(disabled);
+    asm.rm(false, &[0x0f, 0xb7], RCX, Mem::base(R11, 8)); // movzx
+    asm.rm(false, &[0x0f, 0xb7], R10, Mem::base(R11, 32));
+    cmp16(asm, RCX, off::segment_base(CS) + off::SELECTOR);
+    let to_user = asm.jcc(cc::NE);
+    cmp16(asm, R10, off::segment_base(SS) + off::SELECTOR);
+    jcc_to(asm, cc::NE, slow);
+    asm.mov(R10, RAX);
+    commit_flags(asm, R10, RCX);
+    asm.load(R9, Mem::base(R11, 24));
+    asm.load(R11, Mem::base(R11, 0));
+    asm.load(RAX, Mem::gs(off::gpr(0)));
+    asm.load(RCX, Mem::gs(off::gpr(1)));
+    let at = asm.jmp();
+    link(asm, at, stubs.indirect[0]);
+
+    asm.patch32(to_user);
+    cmp16(asm, RCX, off::fast_segment(2) + off::SELECTOR);
+    jcc_to(asm, cc::NE, slow);
+    cmp16(asm, R10, off::fast_segment(3) + off::SELECTOR);
+    jcc_to(asm, cc::NE, slow);
+    // ES, DS, FS, GS must be null: nothing to take away from the program.
+    asm.rm(false, &[0x0f, 0xb7], RCX, Mem::gs(off::segment_base(0) + off::SELECTOR));
+    for segment in [3, 4, 5] {
+        asm.rm_prefixed(0x66, false, &[0x0b], RCX, Mem::gs(off::segment_base(segment) + off::SELECTOR));
+    }
+    asm.rr(false, &[0x85], RCX, RCX); // test
+    jcc_to(asm, cc::NE, slow);
+    asm.mov(R10, RAX);
+    commit_flags(asm, R10, RCX);
+    copy_segments(asm, 2, R10);
+    asm.load(R9, Mem::base(R11, 24));
+    asm.load(R11, Mem::base(R11, 0));
+    asm.load(RAX, Mem::gs(off::gpr(0)));
+    asm.load(RCX, Mem::gs(off::gpr(1)));
+    asm.load(RSP, Mem::gs(off::USER_RSP));
+    asm.store32_imm(Mem::gs(off::USER), 1);
+    let at = asm.jmp();
+    link(asm, at, stubs.indirect[1]);
+}
+
+fn jcc_to(asm: &mut Asm, condition: u8, target: usize) {
+    let at = asm.jcc(condition);
+    link(asm, at, target);
+}
+
+fn cmp16(asm: &mut Asm, reg: u8, offset: i32) {
+    asm.rm_prefixed(0x66, false, &[0x3b], reg, Mem::gs(offset));
+}
+
+/// Makes plain flags in `from` the guest's: IF, the other system flags, the arithmetic flags in the block, DF. Clobbers both.
+fn commit_flags(asm: &mut Asm, from: u8, temp: u8) {
+    asm.mov32(temp, from);
+    asm.and32_imm(temp, 0x200);
+    asm.store32(Mem::gs(off::IF_FLAG), temp);
+    asm.store_imm(Mem::gs(off::RFLAGS), 2);
+    asm.mov32(temp, from);
+    asm.and32_imm(temp, 0xd5);
+    asm.shl32(temp, 8);
+    asm.shr32(from, 11);
+    asm.and32_imm(from, 1);
+    asm.rr(false, &[0x09], from, temp); // or
+    asm.rr(false, &[0x81], 1, temp); // or imm
+    asm.i32(0x200);
+    asm.store32(Mem::gs(off::FLAGS), temp);
+    asm.u8(0xfc); // cld
+}
+
+/// Copies CS and SS from the prepared pair that starts at `first`.
+fn copy_segments(asm: &mut Asm, first: usize, temp: u8) {
+    for (i, segment) in [(first, CS), (first + 1, SS)] {
+        for half in [0, 8] {
+            asm.load(temp, Mem::gs(off::fast_segment(i) + half));
+            asm.store(Mem::gs(off::segment_base(segment) + half), temp);
+        }
+    }
 }
 
 /// Saves the guest's general registers, DF and arithmetic flags to the block; leaves the host's DF clear, R10's old

@@ -200,7 +200,11 @@ impl Tlbs {
     /// Resolves a slot.
     pub fn fill_slot(&mut self, block: &mut VcpuBlock, slot: u32, host: u64, target: u64, global: bool) {
         block.slots[slot as usize] = host;
-        if global { self.global_slots.push(slot) } else { self.local_slots.push(slot) }
+        if global {
+            self.global_slots.push(slot)
+        } else {
+            self.local_slots.push(slot)
+        }
         self.jump_pages.insert(target & !0xfff);
     }
 

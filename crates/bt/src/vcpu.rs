@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use cpu::paging::{self, Access as PageAccess, Kind, PagingContext};
-use cpu::{CpuState, Exit, Kick, Vcpu, VcpuSetup, cr0, cr4, rflags};
+use cpu::{CpuState, Exit, Kick, Segment, Vcpu, VcpuSetup, cr0, cr4, efer, rflags};
 use interp::{Hooks, Interp, Outcome, TlbFlush};
 use memory::GuestRam;
 
@@ -178,11 +178,10 @@ pub struct BtVcpu {
     interp: Interp,
     tlbs: Tlbs,
     mode: Mode,
-    /// Call-stack pointers of the mode that is not running.
     generation: u64,
-    other_rsp: u64,
     breakpoints: Vec<u64>,
-    running_breakpoint: bool,
+    /// SYSCALL, SYSRET and IRET inside the code cache.
+    pub fast_transitions: bool,
     pub counters: Counters,
     /// Instructions the interpreter ran, by mnemonic, when asked for.
     pub step_histogram: Option<std::collections::HashMap<iced_x86::Code, u64>>,
@@ -233,9 +232,8 @@ impl BtVcpu {
             tlbs: Tlbs::new(),
             mode: Mode::default(),
             generation: u64::MAX,
-            other_rsp: 0,
             breakpoints: Vec::new(),
-            running_breakpoint: false,
+            fast_transitions: true,
             counters: Counters::default(),
             step_histogram: None,
             page: Box::new([0; 4096]),
@@ -259,9 +257,11 @@ impl BtVcpu {
             // SAFETY: the address lies in our own stack mapping.
             unsafe { *(empty as *mut u64) = underflow };
         }
-        let user = self.mode.user;
-        self.block().call_rsp = self.handle.memory.empty_stack(user);
-        self.other_rsp = self.handle.memory.empty_stack(!user);
+        let memory = &self.handle.memory;
+        let block = self.block();
+        block.kernel_empty = memory.empty_stack(false);
+        block.user_rsp = memory.empty_stack(true);
+        block.call_rsp = memory.empty_stack(block.user != 0);
     }
 
     /// After a flush of the code cache, and at the start.
@@ -321,8 +321,7 @@ impl BtVcpu {
         if !self.shared.has_written.swap(false, Ordering::SeqCst) {
             return;
         }
-        let written =
-            std::mem::take(&mut *self.shared.written.lock().unwrap_or_else(PoisonError::into_inner));
+        let written = std::mem::take(&mut *self.shared.written.lock().unwrap_or_else(PoisonError::into_inner));
         let mut forgotten = Forgotten::default();
         {
             let mut cache = self.shared.cache();
@@ -360,32 +359,34 @@ impl BtVcpu {
             user: cpl == 3,
             no_fpu: state.cr0 & (cr0::TS | cr0::EM) != 0 || state.cr4 & cr4::OSFXSR == 0,
             no_avx: state.cr4 & cr4::OSXSAVE == 0 || state.xcr0 & 6 != 6,
+            df: state.rflags & rflags::DF != 0,
             no_tsc: state.tsc_offset != 0 || (cpl == 3 && state.cr4 & cr4::TSD != 0),
         })
     }
 
     fn set_mode(&mut self, mode: Mode) {
-        if mode == self.mode {
-            return;
-        }
-        if mode.user != self.mode.user {
-            let block = self.block();
+        let block = self.block();
+        if mode.user != (block.user != 0) {
             // The kernel starts with an empty stack; the program's is kept for when it goes on.
-            let old = block.call_rsp;
             if mode.user {
-                block.call_rsp = self.other_rsp;
-                self.other_rsp = self.handle.memory.empty_stack(false);
+                block.call_rsp = block.user_rsp;
             } else {
-                self.other_rsp = old;
-                block.call_rsp = self.handle.memory.empty_stack(false);
+                block.user_rsp = block.call_rsp;
+                block.call_rsp = block.kernel_empty;
             }
             block.user = u32::from(mode.user);
         }
         let rest = |m: Mode| Mode { user: false, ..m };
         let others = rest(mode) != rest(self.mode);
         self.mode = mode;
-        if others && mode.no_tsc == self.mode.no_tsc {
-            self.flush_all();
+        if others {
+            // Indirect targets and landing pads are not keyed by these, nor do the fast transitions look at them.
+            {
+                let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
+                self.tlbs.flush_jumps(block, |slot| cache.slot(slot).map_or(0, |s| s.thunk));
+            }
+            self.reset_call_stacks();
+            self.update_fast();
         }
     }
 
@@ -479,17 +480,45 @@ impl BtVcpu {
         unsafe { std::arch::asm!("xrstor64 [{}]", in(reg) area, in("eax") 1, in("edx") 0, options(nostack)) };
     }
 
-    /// Runs one instruction in the interpreter.
-    fn interpret(&mut self) -> Next {
+    /// Prepares the transitions that stay in the cache: only for an IA32_FMASK that clears everything they do not handle.
+    fn update_fast(&mut self) {
+        const MASKED: u64 =
+            rflags::ARITH | rflags::TF | rflags::IF | rflags::DF | rflags::IOPL | rflags::NT | rflags::AC | rflags::ID;
+        let block = self.block();
+        let state = &block.state;
+        let ok =
+            self.fast_transitions && !self.mode.df && state.efer & efer::SCE != 0 && state.sfmask & MASKED == MASKED;
+        let kernel = (state.star >> 32) as u16 & 0xfffc;
+        let user = (state.star >> 48) as u16;
+        let flat = |selector: u16, attributes: u16| Segment { base: 0, limit: u32::MAX, attributes, selector };
+        block.fast_segments = [
+            flat(kernel, 0xa09b),
+            flat(kernel.wrapping_add(8), 0xc093),
+            flat(user.wrapping_add(16) | 3, 0xa0fb),
+            flat(user.wrapping_add(8) | 3, 0xc0f3),
+        ];
+        block.fast_syscall = u32::from(ok);
+    }
+
+    /// Runs one instruction in the interpreter. `fpu`: it may use x87 or SSE state.
+    fn interpret(&mut self, fpu: bool) -> Next {
         self.counters.steps += 1;
-        self.save_x87();
+        if fpu {
+            self.save_x87();
+        }
         let mut flushes = Flushes::default();
         let block = self.block();
         if self.step_histogram.is_some() {
             self.count_step();
         }
+        let before = (block.state.star, block.state.sfmask, block.state.efer);
         let outcome = self.interp.step(&mut block.state, &mut flushes);
-        self.load_x87();
+        if before != (block.state.star, block.state.sfmask, block.state.efer) {
+            self.update_fast();
+        }
+        if fpu {
+            self.load_x87();
+        }
         if flushes.all {
             self.flush_all();
         } else {
@@ -580,17 +609,17 @@ impl BtVcpu {
     }
 
     fn dispatch(&mut self, enter: extern "C" fn(u64)) -> Next {
-        let Some(mode) = Self::current_mode(&self.block().state) else { return self.interpret() };
+        let Some(mode) = Self::current_mode(&self.block().state) else { return self.interpret(true) };
         self.set_mode(mode);
         let address = self.block().state.rip;
         if !self.breakpoints.is_empty() && self.breakpoints.contains(&address) {
-            return self.interpret();
+            return self.interpret(true);
         }
-        let Some((mut id, _)) = self.find(address) else { return self.interpret() };
+        let Some((mut id, _)) = self.find(address) else { return self.interpret(true) };
         // What to fill in once the block at the target is known.
         loop {
             if id == STEP_ONLY {
-                return self.interpret();
+                return self.interpret(true);
             }
             let Some(entry) = self.shared.cache().entry(id, LinkKind::Backward) else {
                 return Next::Leave(Exit::Internal("a block without an entry".into()));
@@ -598,6 +627,13 @@ impl BtVcpu {
             self.enter(entry, enter);
             let block = self.block();
             let (why, argument) = (block.exit_reason, block.exit_arg);
+            let user = block.user != 0;
+            if user != self.mode.user {
+                // A transition inside the cache.
+                self.mode.user = user;
+                self.mode.df = false;
+                self.mode.no_tsc = block.state.tsc_offset != 0 || (user && block.state.cr4 & cr4::TSD != 0);
+            }
             self.counters.exits[why as usize & 15] += 1;
             match why {
                 reason::LINK => {
@@ -609,7 +645,7 @@ impl BtVcpu {
                     self.leave(kind == Some(LinkKind::Call));
                     block.state.rip = target;
                     let generation = self.generation;
-                    let Some((next, g)) = self.find(target) else { return self.interpret() };
+                    let Some((next, g)) = self.find(target) else { return self.interpret(true) };
                     if generation == self.generation && next != STEP_ONLY {
                         self.shared.cache().link(argument, next);
                     }
@@ -624,7 +660,7 @@ impl BtVcpu {
                     self.leave(kind == LinkKind::Call);
                     block.state.rip = target;
                     let generation = self.generation;
-                    let Some((next, g)) = self.find(target) else { return self.interpret() };
+                    let Some((next, g)) = self.find(target) else { return self.interpret(true) };
                     if generation == self.generation && next != STEP_ONLY {
                         let mut cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
                         if let Some(host) = cache.entry(next, kind) {
@@ -638,7 +674,7 @@ impl BtVcpu {
                     self.leave(true);
                     let target = block.exit_target;
                     block.state.rip = target;
-                    let Some((next, g)) = self.find(target) else { return self.interpret() };
+                    let Some((next, g)) = self.find(target) else { return self.interpret(true) };
                     if next != STEP_ONLY {
                         let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
                         if let Some(host) = cache.entry(next, LinkKind::Call) {
@@ -648,11 +684,13 @@ impl BtVcpu {
                     id = next;
                 }
                 reason::STEP | reason::POLL | reason::STALE => {
-                    let Some(address) = self.shared.cache().exit_address(argument) else { return corrupt("exit") };
+                    let Some((address, fpu)) = self.shared.cache().exit_address(argument) else {
+                        return corrupt("exit");
+                    };
                     self.leave(false);
                     block.state.rip = address;
                     return match why {
-                        reason::STEP => self.interpret(),
+                        reason::STEP => self.interpret(fpu),
                         reason::STALE => Next::Run,
                         _ => Next::Events,
                     };
@@ -663,7 +701,7 @@ impl BtVcpu {
                     };
                     self.leave(access.flags_saved);
                     block.state.rip = address;
-                    return self.interpret();
+                    return self.interpret(access.fpu);
                 }
                 reason::FAULT => {
                     let pc = block.fault_pc;
@@ -680,7 +718,7 @@ impl BtVcpu {
                         }
                     }
                     block.state.rip = address;
-                    return self.interpret();
+                    return self.interpret(true);
                 }
                 _ => return corrupt("reason"),
             }
@@ -776,7 +814,7 @@ impl Vcpu for BtVcpu {
         let enter = self.prepare_thread();
         if self.breakpoints.contains(&self.block().state.rip) {
             // Leave the breakpoint we stand on.
-            if let Next::Leave(exit) = self.interpret() {
+            if let Next::Leave(exit) = self.interpret(true) {
                 self.save_x87();
                 return exit;
             }
@@ -810,6 +848,7 @@ impl Vcpu for BtVcpu {
             self.mode = mode;
             self.block().user = u32::from(mode.user);
         }
+        self.update_fast();
         self.flush_all();
     }
 
@@ -827,7 +866,7 @@ impl Vcpu for BtVcpu {
             self.save_x87();
             return exit;
         }
-        let next = self.interpret();
+        let next = self.interpret(true);
         self.save_x87();
         match next {
             Next::Leave(exit) => exit,

@@ -109,7 +109,8 @@ fn memory_stack_and_calls() {
         a.mov(qword_ptr(r11 + 8), rax).unwrap();
         a.add(qword_ptr(r11 + 8), r10).unwrap();
         a.mov(rbx, rsp).unwrap();
-        a.mov(byte_ptr(r11 + 3), bh).unwrap();
+        a.mov(rdi, r11).unwrap();
+        a.mov(byte_ptr(rdi + 3), bh).unwrap();
         a.call(function).unwrap();
     });
     assert_eq!(state.gpr[10], 7);
