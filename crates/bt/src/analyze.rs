@@ -114,6 +114,8 @@ pub struct Insn {
     pub live_after: u32,
     /// Registers used, by number, as a bit mask (general registers only).
     pub used: u16,
+    /// Operands that the instruction may write, as a bit mask.
+    pub writes: u8,
 }
 
 impl Insn {
@@ -312,11 +314,21 @@ impl Analyzer {
             _ => (arithmetic_reads(&ins), certain_kills(&ins)),
         };
         let mut used = 0;
+        let mut writes = 0;
         if matches!(class, Class::Plain | Class::Memory { .. } | Class::BitTest { .. }) {
-            for register in self.factory.info_options(&ins, InstructionInfoOptions::NO_MEMORY_USAGE).used_registers() {
+            let info = self.factory.info_options(&ins, InstructionInfoOptions::NO_MEMORY_USAGE);
+            for register in info.used_registers() {
                 let full = register.register().full_register();
                 if full.is_gpr() {
                     used |= 1 << full.number();
+                }
+            }
+            for i in 0..ins.op_count().min(5) {
+                if !matches!(
+                    info.op_access(i),
+                    OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess
+                ) {
+                    writes |= 1 << i;
                 }
             }
             // NO_MEMORY_USAGE leaves address registers out.
@@ -326,7 +338,7 @@ impl Analyzer {
                 }
             }
         }
-        Insn { ins, offset, class, reads, kills, live_before: ALL_FLAGS, live_after: ALL_FLAGS, used }
+        Insn { ins, offset, class, reads, kills, live_before: ALL_FLAGS, live_after: ALL_FLAGS, used, writes }
     }
 
     fn class(&mut self, ins: &Instruction, mode: Mode) -> Class {

@@ -3,7 +3,7 @@
 //! The output is relocatable: two byte strings, `hot` (the path expected to run) and `cold` (slow paths), with fix-ups between
 //! them and to the stubs, and lists of the places that need entries in the cache's tables. [`crate::cache`] puts them into memory.
 
-use iced_x86::{Code, Encoder, Instruction, OpAccess, OpKind, Register};
+use iced_x86::{Code, Encoder, Instruction, OpKind, Register};
 
 use crate::analyze::{ALL_FLAGS, Class, Insn, Mode};
 use crate::asm::{Asm, Mem, R9, R10, R11, RAX, RBP, RBX, RCX, RDI, RDX, RSI, Reg, cc};
@@ -948,8 +948,6 @@ impl<'a> Emitter<'a> {
             self.hot.load(reg, Mem::gs(off::gpr(n as usize)));
         }
         let mut written = [false; 3];
-        let mut factory = iced_x86::InstructionInfoFactory::new();
-        let info = factory.info(&insn.ins);
         for i in 0..ins.op_count() {
             if ins.op_kind(i) != OpKind::Register {
                 continue;
@@ -966,9 +964,7 @@ impl<'a> Emitter<'a> {
                     return Err(Unsupported);
                 }
                 ins.set_op_register(i, resize(places[at].1, register));
-                let access = info.op_access(i);
-                written[at] |=
-                    !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
+                written[at] |= insn.writes & (1 << i) != 0;
             }
         }
         if let Some(mem) = operand {
