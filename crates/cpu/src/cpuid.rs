@@ -336,15 +336,8 @@ impl CpuidModel {
     /// The bits CR4 may have.
     pub fn cr4_mask(&self) -> u64 {
         let f = &self.features;
-        let mut mask = cr4::TSD
-            | cr4::DE
-            | cr4::PSE
-            | cr4::PAE
-            | cr4::MCE
-            | cr4::PGE
-            | cr4::PCE
-            | cr4::OSFXSR
-            | cr4::OSXMMEXCPT;
+        let mut mask =
+            cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE | cr4::OSFXSR | cr4::OSXMMEXCPT;
         for (shown, bit) in [
             (f.leaf7_ebx & leaf7_ebx::FSGSBASE != 0, cr4::FSGSBASE),
             (f.leaf1_ecx & leaf1_ecx::XSAVE != 0, cr4::OSXSAVE),

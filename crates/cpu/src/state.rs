@@ -268,6 +268,8 @@ pub struct CpuState {
     pub tsc_aux: u64,
     /// What is added to the host's TSC to give the guest's.
     pub tsc_offset: u64,
+    /// IA32_TSC_ADJUST: what the guest added to its TSC (already part of `tsc_offset`).
+    pub tsc_adjust: u64,
     /// IA32_PAT.
     pub pat: u64,
     /// IA32_MISC_ENABLE.
@@ -329,6 +331,7 @@ impl Default for CpuState {
             sysenter: [0; 3],
             tsc_aux: 0,
             tsc_offset: 0,
+            tsc_adjust: 0,
             pat: 0x0007_0406_0007_0406,
             misc_enable: 1,
             spec_ctrl: 0,
@@ -363,6 +366,11 @@ impl CpuState {
         self.cr4 = cr4::PAE;
         self.efer = efer::SCE | efer::LME | efer::LMA | efer::NXE;
         self.rflags = rflags::FIXED;
+        // As firmware leaves them: MTRRs and the fixed ranges enabled, everything write-back.
+        self.mtrr[0] = 0xc06;
+        for fixed in &mut self.mtrr[1..12] {
+            *fixed = 0x0606_0606_0606_0606;
+        }
         let data = Segment { base: 0, limit: u32::MAX, attributes: 0xc093, selector: data_selector };
         self.segments = [data; 6];
         self.segments[SegmentIndex::Cs as usize] =

@@ -38,7 +38,7 @@ fn class(vector: u8) -> Class {
 }
 
 /// Is the exception a fault, so that the saved RFLAGS has RF set (SDM volume 3, 17.3.1.1)?
-fn is_fault(vector: u8) -> bool {
+pub(crate) fn is_fault(vector: u8) -> bool {
     !matches!(vector, vector::DB | vector::NMI | vector::BP | vector::OF | vector::DF | vector::MC)
 }
 

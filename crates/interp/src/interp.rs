@@ -3,10 +3,20 @@
 use std::sync::Arc;
 
 use cpu::cpuid::CpuidModel;
-use cpu::{CpuState, VcpuSetup};
-use memory::GuestRam;
+use cpu::paging::Kind;
+use cpu::{CpuState, Exception, VcpuSetup, rflags, vector};
+use memory::{GuestRam, PAGE_SIZE};
 
-use crate::mmu::Mmu;
+use crate::decode::{DecodeCache, Decoded, Insn, MAX_LENGTH, decode};
+use crate::events::{TripleFault, is_fault};
+use crate::host_memory;
+use crate::mmu::{Mmu, Target};
+use crate::msr::MsrEnv;
+use crate::native::Assist;
+use crate::ops::Cx;
+
+/// DR6: single step.
+const DR6_BS: u64 = 1 << 14;
 
 /// What a caller's own translation caches must forget.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,13 +73,15 @@ pub struct Interp {
     pub(crate) setup: VcpuSetup,
     pub(crate) model: Arc<CpuidModel>,
     pub(crate) counters: Counters,
+    pub(crate) assist: Assist,
+    cache: DecodeCache,
 }
 
 impl Interp {
     /// An executor for the vCPU `setup` over `ram`; CPUID answers by `model`.
     pub fn new(setup: VcpuSetup, ram: GuestRam, model: Arc<CpuidModel>) -> Self {
         let mmu = Mmu::new(ram, setup.bus.clone());
-        Self { mmu, setup, model, counters: Counters::default() }
+        Self { mmu, setup, model, counters: Counters::default(), assist: Assist::default(), cache: DecodeCache::new() }
     }
 
     /// Forgets cached translations: to be called when somebody else changed CR0, CR3, CR4, EFER, or page tables without the guest
@@ -78,12 +90,183 @@ impl Interp {
         self.mmu.flush();
     }
 
+    /// Events so far, as `(kind, number)`: instructions, decodings, TLB misses, exceptions by vector.
+    pub fn counters(&self) -> Vec<(String, u64)> {
+        let c = &self.counters;
+        let mut all: Vec<(String, u64)> = [
+            ("instructions", c.instructions),
+            ("instructions by native assist", c.native),
+            ("instructions decoded", c.decoded),
+            ("TLB misses", self.mmu.misses),
+            ("interrupts", c.interrupts),
+            ("halts", c.halts),
+        ]
+        .map(|(kind, number)| (kind.to_string(), number))
+        .into();
+        let raised = c.exceptions.iter().enumerate().filter(|(_, number)| **number > 0);
+        all.extend(raised.map(|(vector, number)| (format!("exception {vector}"), *number)));
+        all
+    }
+
+    /// What [`crate::msr`] needs.
+    pub(crate) fn msr_env(&self) -> MsrEnv<'_> {
+        MsrEnv { ram: &self.mmu.ram, lapic: &*self.setup.lapic, model: &self.model }
+    }
+
     /// Executes one instruction at `state.rip`. An exception it raises is delivered through the guest's IDT in here, as is the
     /// single-step trap. Interrupts are the caller's: between steps it may call [`Self::deliver_interrupt`] when RFLAGS.IF is set
     /// and [`CpuState::interrupt_shadow`] is not.
     pub fn step(&mut self, state: &mut CpuState, hooks: &mut dyn Hooks) -> Outcome {
-        let _ = (state, hooks);
-        Outcome::Unsupported("not yet written".into())
+        if state.halted {
+            return Outcome::Halted;
+        }
+        if !state.is_64bit_code() {
+            return Outcome::Unsupported(format!("16/32-bit code at {:#x}", state.rip));
+        }
+        // The cache is taken out so that the instruction can be borrowed from it while the rest changes.
+        let mut cache = std::mem::take(&mut self.cache);
+        let outcome = self.step_with(&mut cache, state, hooks);
+        self.cache = cache;
+        outcome
+    }
+
+    #[inline(always)]
+    fn step_with(&mut self, cache: &mut DecodeCache, state: &mut CpuState, hooks: &mut dyn Hooks) -> Outcome {
+        let single_step = state.rflags & rflags::TF != 0;
+        if state.dr[7] & 0xff != 0 && self.instruction_breakpoint(state) {
+            return self.fault(state, Exception::plain(vector::DB), true);
+        }
+        let user = state.cpl() == 3;
+        let insn = match self.fetch(cache, state, user) {
+            Ok(insn) => insn,
+            Err(exception) => return self.fault(state, exception, true),
+        };
+        self.counters.instructions += 1;
+        let mut cx = Cx {
+            next: state.rip.wrapping_add(u64::from(insn.len)),
+            user,
+            shadow: false,
+            no_trap: false,
+            debug_trap: false,
+            keep_rf: false,
+            outcome: None,
+            it: self,
+            st: state,
+            hooks,
+        };
+        let result = (insn.run)(&mut cx, insn);
+        let Cx { next, shadow, no_trap, debug_trap, keep_rf, outcome, .. } = cx;
+        if let Some(unsupported @ Outcome::Unsupported(_)) = outcome {
+            return unsupported;
+        }
+        if let Err(exception) = result {
+            state.interrupt_shadow = false;
+            let fault = exception.vector != vector::DB || state.dr[6] & (1 << 13) != 0;
+            return self.fault(state, exception, fault);
+        }
+        state.rip = next;
+        state.interrupt_shadow = shadow;
+        if !keep_rf {
+            state.rflags &= !rflags::RF;
+        }
+        if (single_step && !no_trap) || debug_trap {
+            if single_step {
+                state.dr[6] |= DR6_BS;
+            }
+            return self.fault(state, Exception::plain(vector::DB), false);
+        }
+        outcome.unwrap_or(Outcome::Done)
+    }
+
+    /// Delivers an exception as part of a step.
+    fn fault(&mut self, state: &mut CpuState, exception: Exception, fault: bool) -> Outcome {
+        let restart = fault && exception.vector == vector::DB || is_fault(exception.vector);
+        match self.deliver_first(state, exception, restart) {
+            Ok(()) => Outcome::Done,
+            Err(TripleFault) => Outcome::TripleFault,
+        }
+    }
+
+    /// Is an instruction breakpoint of DR0 to DR3 set here? Sets DR6 if so.
+    fn instruction_breakpoint(&mut self, state: &mut CpuState) -> bool {
+        if state.rflags & rflags::RF != 0 {
+            return false;
+        }
+        let dr7 = state.dr[7];
+        let hits = (0..4u64)
+            .filter(|i| {
+                let enabled = dr7 >> (i * 2) & 3 != 0;
+                // R/W = 00: execution.
+                let execute = dr7 >> (16 + i * 4) & 3 == 0;
+                enabled && execute && state.dr.get(*i as usize) == Some(&state.rip)
+            })
+            .fold(0, |bits, i| bits | 1 << i);
+        state.dr[6] |= hits;
+        hits != 0
+    }
+
+    /// The instruction at RIP, from the cache or decoded.
+    #[inline(always)]
+    fn fetch<'a>(&mut self, cache: &'a mut DecodeCache, state: &CpuState, user: bool) -> Result<&'a Insn, Exception> {
+        let target = self.mmu.translate(state, state.rip, Kind::Fetch, user)?;
+        if let Target::Ram(host, gpa) = target
+            && state.rip % PAGE_SIZE <= PAGE_SIZE - 16
+        {
+            // SAFETY: 16 bytes are left in the mapped page.
+            let bytes = unsafe {
+                u128::from(host_memory::load(host, 8)) | u128::from(host_memory::load(host.wrapping_add(8), 8)) << 64
+            };
+            if cache.get(gpa, bytes).is_none() {
+                self.counters.decoded += 1;
+                match decode(bytes.to_le_bytes().get(..MAX_LENGTH).unwrap_or_default(), state.rip)? {
+                    Decoded::Insn(insn) => {
+                        cache.put(gpa, bytes, *insn);
+                    }
+                    Decoded::NeedMore => return Err(Exception::gp(0)),
+                }
+            }
+            return cache.get(gpa, bytes).ok_or(Exception::ud());
+        }
+        self.fetch_slow(cache, state, user, target)
+    }
+
+    /// Near the end of a page, or not in RAM.
+    #[cold]
+    fn fetch_slow<'a>(
+        &mut self,
+        cache: &'a mut DecodeCache,
+        state: &CpuState,
+        user: bool,
+        target: Target,
+    ) -> Result<&'a Insn, Exception> {
+        let mut bytes = [0u8; 16];
+        let here = ((PAGE_SIZE - state.rip % PAGE_SIZE) as usize).min(MAX_LENGTH);
+        let gpa = match target {
+            Target::Ram(_, gpa) | Target::Mmio(gpa) => gpa,
+        };
+        self.fetch_bytes(target, bytes.get_mut(..here).unwrap_or_default());
+        self.counters.decoded += 1;
+        let decoded = match decode(bytes.get(..here).unwrap_or_default(), state.rip)? {
+            Decoded::NeedMore if here < MAX_LENGTH => {
+                let next_page = state.rip.wrapping_add(here as u64);
+                let target = self.mmu.translate(state, next_page, Kind::Fetch, user)?;
+                self.fetch_bytes(target, bytes.get_mut(here..MAX_LENGTH).unwrap_or_default());
+                decode(bytes.get(..MAX_LENGTH).unwrap_or_default(), state.rip)?
+            }
+            other => other,
+        };
+        match decoded {
+            Decoded::Insn(insn) => cache.put(gpa, u128::from_le_bytes(bytes), *insn).ok_or(Exception::ud()),
+            Decoded::NeedMore => Err(Exception::gp(0)),
+        }
+    }
+
+    fn fetch_bytes(&mut self, target: Target, data: &mut [u8]) {
+        match target {
+            // SAFETY: the caller asks for bytes up to the end of the page at most.
+            Target::Ram(host, _) => unsafe { host_memory::copy(host, data.as_mut_ptr(), data.len()) },
+            Target::Mmio(gpa) => self.mmu.mmio_read(gpa, data),
+        }
     }
 
     pub(crate) fn count_exception(&mut self, vector: u8) {

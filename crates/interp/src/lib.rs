@@ -16,10 +16,17 @@
 
 #![deny(missing_docs)]
 
+mod decode;
+mod engine;
 mod events;
 mod host_memory;
 mod interp;
 mod mmu;
+pub mod msr;
+mod native;
+mod ops;
+pub mod tsc;
 
+pub use engine::InterpEngine;
 pub use events::TripleFault;
 pub use interp::{Hooks, Interp, NoHooks, Outcome, TlbFlush};

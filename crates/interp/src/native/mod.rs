@@ -1,0 +1,433 @@
+//! The native assist: instructions that are not sensitive run on the host CPU itself.
+//!
+//! The instruction is encoded anew with its memory operand replaced by one through a register that points to a bounce buffer, and with
+//! RSP, should it be an operand, replaced by another register. The buffer lies at the same place within 64 bytes as the guest's
+//! operand, so alignment faults happen as for the guest. The order is: checks of the operand, fill, run, write back. A fault in the run
+//! leaves guest registers and memory as they were.
+//!
+//! Instructions with more than one memory element (gathers, masked moves) are not run but done in [`vector`].
+
+mod arena;
+mod signals;
+mod vector;
+
+use std::collections::HashMap;
+
+use cpu::paging::Kind;
+use cpu::{Exception, FpState, cr0, cr4, rflags, vector as number};
+use iced_x86::{CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+
+use crate::decode::{Insn, gpr_number};
+use crate::interp::Outcome;
+use crate::ops::{Cx, Handler, at_stack};
+use arena::Arena;
+
+/// Largest memory operand the bounce buffer takes, in bytes.
+const LARGEST: usize = 512;
+
+/// How an instruction is run; kept with the decoded instruction.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plan {
+    generation: u32,
+    thunk: u64,
+    state: State,
+    /// Register that points to the bounce buffer.
+    pointer: Option<u8>,
+    /// Register that stands for RSP.
+    stack: Option<u8>,
+    /// Size of the memory operand in bytes.
+    size: usize,
+    read: bool,
+    write: bool,
+}
+
+/// Which state beyond the general registers an instruction uses, and so which checks it needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    General,
+    X87,
+    Wait,
+    Mmx,
+    Sse,
+    Avx,
+}
+
+/// The assist of one vCPU.
+pub(crate) struct Assist {
+    arena: Option<Arena>,
+    thunks: HashMap<Instruction, u64>,
+    info: InstructionInfoFactory,
+}
+
+impl Default for Assist {
+    fn default() -> Self {
+        Self { arena: None, thunks: HashMap::new(), info: InstructionInfoFactory::new() }
+    }
+}
+
+/// The handler for an instruction that no other handler takes.
+pub(crate) fn select(raw: &Instruction) -> Handler {
+    use Mnemonic as M;
+    match raw.mnemonic() {
+        M::Vpgatherdd
+        | M::Vpgatherdq
+        | M::Vpgatherqd
+        | M::Vpgatherqq
+        | M::Vgatherdps
+        | M::Vgatherdpd
+        | M::Vgatherqps
+        | M::Vgatherqpd => vector::gather,
+        M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => vector::masked_move,
+        M::Maskmovdqu | M::Vmaskmovdqu | M::Maskmovq => vector::masked_store_bytes,
+        _ => run,
+    }
+}
+
+fn features(raw: &Instruction) -> &'static [CpuidFeature] {
+    raw.cpuid_features()
+}
+
+/// Does the CPUID model show what the instruction needs? Everything not named here is hidden.
+fn shown(cx: &Cx<'_>, raw: &Instruction) -> bool {
+    use CpuidFeature as F;
+    use cpu::cpuid::{extended_ecx as x, leaf1_ecx as a, leaf7_ebx as b, leaf7_ecx as c};
+    let f = &cx.it.model.features;
+    features(raw).iter().all(|feature| match feature {
+        F::INTEL8086
+        | F::INTEL8086_ONLY
+        | F::INTEL186
+        | F::INTEL286
+        | F::INTEL386
+        | F::INTEL486
+        | F::X64
+        | F::CMOV
+        | F::CX8
+        | F::FPU
+        | F::FPU287
+        | F::FPU387
+        | F::MMX
+        | F::FXSR
+        | F::SSE
+        | F::SSE2
+        | F::MULTIBYTENOP
+        | F::PAUSE => true,
+        F::SSE3 => f.leaf1_ecx & a::SSE3 != 0,
+        F::SSSE3 => f.leaf1_ecx & a::SSSE3 != 0,
+        F::SSE4_1 => f.leaf1_ecx & a::SSE4_1 != 0,
+        F::SSE4_2 => f.leaf1_ecx & a::SSE4_2 != 0,
+        F::POPCNT => f.leaf1_ecx & a::POPCNT != 0,
+        F::PCLMULQDQ => f.leaf1_ecx & a::PCLMULQDQ != 0,
+        F::AES => f.leaf1_ecx & a::AES != 0,
+        F::MOVBE => f.leaf1_ecx & a::MOVBE != 0,
+        F::RDRAND => f.leaf1_ecx & a::RDRAND != 0,
+        F::AVX => f.leaf1_ecx & a::AVX != 0,
+        F::FMA => f.leaf1_ecx & a::FMA != 0,
+        F::F16C => f.leaf1_ecx & a::F16C != 0,
+        F::AVX2 => f.leaf7_ebx & b::AVX2 != 0,
+        F::BMI1 => f.leaf7_ebx & b::BMI1 != 0,
+        F::BMI2 => f.leaf7_ebx & b::BMI2 != 0,
+        F::ADX => f.leaf7_ebx & b::ADX != 0,
+        F::RDSEED => f.leaf7_ebx & b::RDSEED != 0,
+        F::SHA => f.leaf7_ebx & b::SHA != 0,
+        F::GFNI => f.leaf7_ecx & c::GFNI != 0,
+        F::VAES => f.leaf7_ecx & c::VAES != 0,
+        F::VPCLMULQDQ => f.leaf7_ecx & c::VPCLMULQDQ != 0,
+        F::LZCNT => f.extended_ecx & x::LZCNT != 0,
+        _ => false,
+    })
+}
+
+fn state_of(raw: &Instruction) -> State {
+    let registers = || (0..raw.op_count()).filter(|i| raw.op_kind(*i) == OpKind::Register).map(|i| raw.op_register(i));
+    let has = |feature: CpuidFeature| features(raw).contains(&feature);
+    if raw.encoding() == EncodingKind::VEX {
+        return if has(CpuidFeature::BMI1) || has(CpuidFeature::BMI2) { State::General } else { State::Avx };
+    }
+    if raw.mnemonic() == Mnemonic::Wait {
+        State::Wait
+    } else if has(CpuidFeature::FPU) || has(CpuidFeature::FPU287) || has(CpuidFeature::FPU387) {
+        State::X87
+    } else if registers().any(Register::is_xmm) || matches!(raw.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr) {
+        State::Sse
+    } else if registers().any(Register::is_mm) || raw.mnemonic() == Mnemonic::Emms {
+        State::Mmx
+    } else {
+        State::General
+    }
+}
+
+/// `#UD` and `#NM` as CR0, CR4 and XCR0 have it (SDM volume 2, 2.4 and volume 3, 2.5).
+fn usable(cx: &Cx<'_>, state: State) -> Result<(), Exception> {
+    let (c0, c4) = (cx.st.cr0, cx.st.cr4);
+    let no_device = |bits: u64| if c0 & bits != 0 { Err(Exception::plain(number::NM)) } else { Ok(()) };
+    match state {
+        State::General => Ok(()),
+        State::X87 => no_device(cr0::EM | cr0::TS),
+        State::Wait if c0 & cr0::MP != 0 => no_device(cr0::TS),
+        State::Wait => Ok(()),
+        State::Mmx if c0 & cr0::EM != 0 => Err(Exception::ud()),
+        State::Sse if c0 & cr0::EM != 0 || c4 & cr4::OSFXSR == 0 => Err(Exception::ud()),
+        State::Avx if c4 & cr4::OSXSAVE == 0 || cx.st.xcr0 & 6 != 6 => Err(Exception::ud()),
+        State::Mmx | State::Sse | State::Avx => no_device(cr0::TS),
+    }
+}
+
+impl Assist {
+    fn arena(&mut self) -> Result<&mut Arena, String> {
+        if self.arena.is_none() {
+            signals::install();
+            self.arena = Some(Arena::new()?);
+        }
+        self.arena.as_mut().ok_or_else(|| "no arena".into())
+    }
+
+    /// Rewrites an instruction and writes its thunk.
+    fn plan(&mut self, raw: &Instruction) -> Result<Plan, String> {
+        let state = state_of(raw);
+        let info = self.info.info(raw);
+        let mut used = [false; 16];
+        used[cpu::gpr::RSP] = true;
+        for register in info.used_registers() {
+            if let Some(used) = gpr_number(register.register()).and_then(|n| used.get_mut(usize::from(n))) {
+                *used = true;
+            }
+        }
+        // Low registers first: with AH to BH in use no other can be encoded.
+        let mut free =
+            [6u8, 7, 5, 3, 2, 1, 0, 8, 9, 10, 11, 12, 13, 14, 15].into_iter().filter(|n| !used[usize::from(*n)]);
+        let register64 = |n: u8| Register::RAX + u32::from(n);
+
+        let mut new = *raw;
+        new.set_ip(0);
+        let mut plan =
+            Plan { generation: 0, thunk: 0, state, pointer: None, stack: None, size: 0, read: false, write: false };
+        let memory = (0..raw.op_count()).find(|i| raw.op_kind(*i) == OpKind::Memory);
+        if let Some(index) = memory {
+            let access = info.op_access(index);
+            plan.read =
+                matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::ReadWrite | OpAccess::ReadCondWrite);
+            plan.write =
+                matches!(access, OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite);
+            plan.size = raw.memory_size().size();
+            if plan.size == 0 || plan.size > LARGEST {
+                return Err(format!("a memory operand of unknown size in {raw}"));
+            }
+            let pointer = free.next().ok_or("no free register")?;
+            plan.pointer = Some(pointer);
+            new.set_segment_prefix(Register::None);
+            new.set_memory_base(register64(pointer));
+            new.set_memory_index(Register::None);
+            new.set_memory_index_scale(1);
+            new.set_memory_displacement64(0);
+            new.set_memory_displ_size(0);
+        }
+        for index in 0..raw.op_count() {
+            if new.op_kind(index) != OpKind::Register {
+                continue;
+            }
+            let register = raw.op_register(index);
+            if gpr_number(register) != Some(cpu::gpr::RSP as u8) || matches!(register, Register::AH) {
+                continue;
+            }
+            let stand_in = match plan.stack {
+                Some(n) => n,
+                None => free.next().ok_or("no free register")?,
+            };
+            plan.stack = Some(stand_in);
+            let first = match register.size() {
+                8 => Register::RAX,
+                4 => Register::EAX,
+                2 => Register::AX,
+                // AL to BL, then (after AH to BH) SPL, BPL and so on.
+                _ if stand_in < 4 => Register::AL,
+                _ => Register::SPL - 4,
+            };
+            new.set_op_register(index, first + u32::from(stand_in));
+        }
+        let with_fp = state != State::General;
+        let generation = self.arena()?.generation;
+        plan.thunk = match self.thunks.get(&new) {
+            Some(&thunk) => thunk,
+            None => {
+                let arena = self.arena()?;
+                let thunk = arena.thunk(&new, with_fp)?;
+                if arena.generation != generation {
+                    self.thunks.clear();
+                }
+                self.thunks.insert(new, thunk);
+                thunk
+            }
+        };
+        plan.generation = self.arena()?.generation;
+        Ok(plan)
+    }
+
+    fn generation(&self) -> u32 {
+        self.arena.as_ref().map_or(0, |arena| arena.generation)
+    }
+}
+
+/// Makes an area one that XRSTOR takes whatever was in it.
+fn sanitize(fp: &mut FpState) {
+    fp.bytes[26] = 0;
+    fp.bytes[27] = 0;
+    fp.bytes[512..576].fill(0);
+    fp.bytes[512] = 7;
+}
+
+fn plan(cx: &mut Cx<'_>, insn: &Insn) -> Result<Plan, Exception> {
+    if let Some(plan) = insn.plan.get()
+        && plan.generation == cx.it.assist.generation()
+    {
+        return Ok(plan);
+    }
+    if !shown(cx, &insn.raw) || insn.lock {
+        return Err(Exception::ud());
+    }
+    match cx.it.assist.plan(&insn.raw) {
+        Ok(plan) => {
+            insn.plan.set(Some(plan));
+            Ok(plan)
+        }
+        Err(why) => {
+            cx.outcome = Some(Outcome::Unsupported(format!("{} ({why})", insn.raw)));
+            Err(Exception::ud())
+        }
+    }
+}
+
+/// Runs an instruction on the host CPU.
+pub(crate) fn run(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
+    let plan = plan(cx, insn)?;
+    usable(cx, plan.state)?;
+    cx.it.counters.native += 1;
+    let address = if plan.pointer.is_some() { cx.address(&insn.mem) } else { 0 };
+    let on_stack = insn.mem.stack;
+    let mut data = [0u8; LARGEST];
+    let Some(data) = data.get_mut(..plan.size) else { return Err(Exception::ud()) };
+    if plan.write {
+        cx.it.mmu.check(cx.st, address, plan.size, Kind::Write, cx.user).map_err(|e| at_stack(e, on_stack))?;
+    }
+    if plan.read {
+        read_operand(cx, address, data).map_err(|e| at_stack(e, on_stack))?;
+    }
+    let Some(mut arena) = cx.it.assist.arena.take() else { return Err(Exception::ud()) };
+    let bounce = arena.bounce(address, plan.size);
+    if plan.pointer.is_some() {
+        bounce.copy_from_slice(data);
+    }
+    let bounce_address = bounce.as_ptr() as u64;
+    let exchange = arena.exchange();
+    exchange.gpr = cx.st.gpr;
+    exchange.flags = (cx.st.rflags & rflags::ARITH) | rflags::FIXED;
+    if let Some(pointer) = plan.pointer {
+        exchange.gpr[usize::from(pointer)] = bounce_address;
+    }
+    if let Some(stack) = plan.stack {
+        exchange.gpr[usize::from(stack)] = cx.st.gpr[cpu::gpr::RSP];
+    }
+    let with_fp = plan.state != State::General;
+    if with_fp {
+        sanitize(&mut cx.st.fp);
+    }
+    let fp = cx.st.fp.bytes.as_mut_ptr();
+    signals::catch(&mut arena, |arena| {
+        // SAFETY: the thunk is of this generation (checked in `plan`) and made for this state; its memory operand goes through the
+        // pointer register, which points to the bounce buffer with room for it; the state area is aligned and made valid above.
+        unsafe { arena.run(plan.thunk, with_fp, fp) };
+    });
+    let exchange = arena.exchange();
+    let (gpr, flags, trap) = (exchange.gpr, exchange.flags, exchange.trap);
+    data.copy_from_slice(arena.bounce(address, plan.size));
+    if with_fp {
+        cx.st.fp.bytes[512] = 7;
+        fix_pointers(cx, &arena, plan, address);
+    }
+    cx.it.assist.arena = Some(arena);
+    if trap != 0 {
+        return Err(exception(cx, trap - 1));
+    }
+    if plan.write {
+        write_operand(cx, address, data)?;
+    }
+    for (i, value) in gpr.into_iter().enumerate() {
+        if i == cpu::gpr::RSP || plan.pointer == Some(i as u8) {
+            continue;
+        }
+        if plan.stack == Some(i as u8) {
+            cx.st.gpr[cpu::gpr::RSP] = value;
+        } else {
+            cx.st.gpr[i] = value;
+        }
+    }
+    cx.st.rflags = (cx.st.rflags & !rflags::ARITH) | (flags & rflags::ARITH);
+    Ok(())
+}
+
+/// The x87 instruction and data pointers show the guest's addresses, not the thunk's.
+fn fix_pointers(cx: &mut Cx<'_>, arena: &Arena, plan: Plan, address: u64) {
+    if plan.state != State::X87 {
+        return;
+    }
+    let word = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
+    let fp = &mut cx.st.fp.bytes;
+    if arena.is_code(word(&fp[8..16])) {
+        fp[8..16].copy_from_slice(&cx.st.rip.to_le_bytes());
+    }
+    if plan.pointer.is_some() && arena.is_data(word(&fp[16..24])) {
+        fp[16..24].copy_from_slice(&address.to_le_bytes());
+    }
+}
+
+/// The guest's exception for one of the host.
+fn exception(cx: &mut Cx<'_>, trap: u64) -> Exception {
+    match trap {
+        0 => Exception::plain(number::DE),
+        6 => Exception::ud(),
+        13 => Exception::gp(0),
+        16 => Exception::plain(number::MF),
+        17 => Exception::with_code(number::AC, 0),
+        19 if cx.st.cr4 & cr4::OSXMMEXCPT == 0 => Exception::ud(),
+        19 => Exception::plain(number::XM),
+        other => {
+            cx.outcome = Some(Outcome::Unsupported(format!("host exception {other} in an assisted instruction")));
+            Exception::ud()
+        }
+    }
+}
+
+/// Reads an operand in pieces as large as the CPU's own.
+fn read_operand(cx: &mut Cx<'_>, address: u64, data: &mut [u8]) -> Result<(), Exception> {
+    let size = data.len();
+    if matches!(size, 1 | 2 | 4 | 8) {
+        let value = cx.it.mmu.read(cx.st, address, size, cx.user)?.to_le_bytes();
+        data.iter_mut().zip(value).for_each(|(to, from)| *to = from);
+        return Ok(());
+    }
+    if size % 8 != 0 || address % 8 != 0 {
+        return cx.it.mmu.read_bytes(cx.st, address, data, cx.user);
+    }
+    for (i, part) in data.chunks_exact_mut(8).enumerate() {
+        let value = cx.it.mmu.read(cx.st, address.wrapping_add(i as u64 * 8), 8, cx.user)?;
+        part.copy_from_slice(&value.to_le_bytes());
+    }
+    Ok(())
+}
+
+/// Writes an operand, already checked, in pieces as large as the CPU's own.
+fn write_operand(cx: &mut Cx<'_>, address: u64, data: &[u8]) -> Result<(), Exception> {
+    let size = data.len();
+    if matches!(size, 1 | 2 | 4 | 8) {
+        let mut value = [0; 8];
+        value.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
+        return cx.it.mmu.write(cx.st, address, size, u64::from_le_bytes(value), cx.user);
+    }
+    if size % 8 != 0 || address % 8 != 0 {
+        return cx.it.mmu.write_bytes(cx.st, address, data, cx.user);
+    }
+    for (i, part) in data.chunks_exact(8).enumerate() {
+        let value = part.try_into().map_or(0, u64::from_le_bytes);
+        cx.it.mmu.write(cx.st, address.wrapping_add(i as u64 * 8), 8, value, cx.user)?;
+    }
+    Ok(())
+}
