@@ -43,10 +43,8 @@ pub fn sources(host: &Host) -> Vec<Source> {
         }
     }
     for source in &mut all {
-        source.uris = std::mem::take(&mut source.uris)
-            .into_iter()
-            .flat_map(|uri| expand_mirror_list(host, uri))
-            .collect();
+        source.uris =
+            std::mem::take(&mut source.uris).into_iter().flat_map(|uri| expand_mirror_list(host, uri)).collect();
     }
     all
 }
@@ -93,19 +91,13 @@ fn deb822_source(p: &Paragraph, file: &Path) -> Option<Source> {
     let inline = signed_by.starts_with("-----BEGIN PGP PUBLIC KEY BLOCK-----");
     // In a folded field an empty line is written as a dot.
     let unfold = |key: &str| {
-        key.lines()
-            .map(|l| if l.trim() == "." { "" } else { l })
-            .fold(String::new(), |all, l| all + l + "\n")
+        key.lines().map(|l| if l.trim() == "." { "" } else { l }).fold(String::new(), |all, l| all + l + "\n")
     };
     Some(Source {
         uris: p.words("URIs"),
         suites: p.words("Suites"),
         components: p.words("Components"),
-        keyrings: if inline {
-            Vec::new()
-        } else {
-            key_paths(signed_by).collect()
-        },
+        keyrings: if inline { Vec::new() } else { key_paths(signed_by).collect() },
         inline_key: inline.then(|| unfold(signed_by)),
         file: file.to_path_buf(),
     })
@@ -113,17 +105,12 @@ fn deb822_source(p: &Paragraph, file: &Path) -> Option<Source> {
 
 /// The absolute paths in a `signed-by`; fingerprints are left out.
 fn key_paths(value: &str) -> impl Iterator<Item = PathBuf> {
-    value
-        .split([',', ' ', '\t', '\n'])
-        .filter(|v| v.starts_with('/'))
-        .map(PathBuf::from)
+    value.split([',', ' ', '\t', '\n']).filter(|v| v.starts_with('/')).map(PathBuf::from)
 }
 
 /// APT's `mirror` method with a local list, as Debian's own cloud images use it.
 fn expand_mirror_list(host: &Host, uri: String) -> Vec<String> {
-    let path = ["mirror+file://", "mirror:file://", "mirror+file:"]
-        .iter()
-        .find_map(|prefix| uri.strip_prefix(prefix));
+    let path = ["mirror+file://", "mirror:file://", "mirror+file:"].iter().find_map(|prefix| uri.strip_prefix(prefix));
     let Some(path) = path else { return vec![uri] };
     fs::read_to_string(host.path(path))
         .unwrap_or_default()
@@ -153,17 +140,13 @@ impl Conf {
 
     /// A setting that is there and not empty.
     pub fn get(&self, name: &str) -> Option<&str> {
-        self.0
-            .get(&name.to_ascii_lowercase())
-            .map(String::as_str)
-            .filter(|v| !v.is_empty())
+        self.0.get(&name.to_ascii_lowercase()).map(String::as_str).filter(|v| !v.is_empty())
     }
 
     /// Whether a boolean setting is explicitly off.
     pub fn is_off(&self, name: &str) -> bool {
         self.get(name).is_some_and(|v| {
-            ["no", "false", "without", "off", "disable", "0"]
-                .contains(&v.to_ascii_lowercase().as_str())
+            ["no", "false", "without", "off", "disable", "0"].contains(&v.to_ascii_lowercase().as_str())
         })
     }
 
@@ -227,9 +210,7 @@ fn tokens(text: &str) -> Vec<Token> {
                 out.push(Token::Word(chars.by_ref().take_while(|c| *c != '"').collect()));
             }
             '#' if word.is_empty() => while chars.next_if(|c| *c != '\n').is_some() {},
-            '/' if chars.peek() == Some(&'/') && word.is_empty() => {
-                while chars.next_if(|c| *c != '\n').is_some() {}
-            }
+            '/' if chars.peek() == Some(&'/') && word.is_empty() => while chars.next_if(|c| *c != '\n').is_some() {},
             '/' if chars.peek() == Some(&'*') => {
                 let mut last = ' ';
                 chars.next();
@@ -300,10 +281,7 @@ mod tests {
         assert_eq!(s[1].suites, ["trixie", "trixie-updates"]);
         assert_eq!(s[1].keyrings, [Path::new("/k1.gpg")]);
         assert_eq!(s[2].uris, ["http://m1/debian", "http://m2/debian"]);
-        assert_eq!(
-            s[2].inline_key.as_deref(),
-            Some("-----BEGIN PGP PUBLIC KEY BLOCK-----\n\nabc\n")
-        );
+        assert_eq!(s[2].inline_key.as_deref(), Some("-----BEGIN PGP PUBLIC KEY BLOCK-----\n\nabc\n"));
     }
 
     #[test]

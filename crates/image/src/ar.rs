@@ -31,8 +31,7 @@ pub fn members<R: Read + Seek>(file: &mut R) -> io::Result<Vec<Member>> {
     let end = file.seek(SeekFrom::End(0))?;
     file.seek(SeekFrom::Start(0))?;
     let mut magic = [0u8; 8];
-    file.read_exact(&mut magic)
-        .map_err(|_| bad("too short for an ar archive"))?;
+    file.read_exact(&mut magic).map_err(|_| bad("too short for an ar archive"))?;
     if &magic != MAGIC {
         return Err(bad("no ar archive"));
     }
@@ -44,8 +43,7 @@ pub fn members<R: Read + Seek>(file: &mut R) -> io::Result<Vec<Member>> {
         }
         let mut header = [0u8; HEADER];
         file.seek(SeekFrom::Start(at))?;
-        file.read_exact(&mut header)
-            .map_err(|_| bad("truncated ar header"))?;
+        file.read_exact(&mut header).map_err(|_| bad("truncated ar header"))?;
         let (name, rest) = header.split_at(16);
         let (_dates_and_ids, rest) = rest.split_at(32);
         let (size, tail) = rest.split_at(10);
@@ -60,10 +58,7 @@ pub fn members<R: Read + Seek>(file: &mut R) -> io::Result<Vec<Member>> {
         }
         let size: u64 = size.parse().map_err(|_| bad("ar member size"))?;
         let offset = at + HEADER as u64;
-        let next = offset
-            .checked_add(size)
-            .filter(|next| *next <= end)
-            .ok_or_else(|| bad("truncated ar member"))?;
+        let next = offset.checked_add(size).filter(|next| *next <= end).ok_or_else(|| bad("truncated ar member"))?;
         list.push(Member { name, offset, size });
         // Members start on even offsets; the pad after the last one may be missing.
         at = next + (next & 1);

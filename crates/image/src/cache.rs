@@ -50,20 +50,13 @@ impl Cache {
     /// [`Error::CacheUnwritable`], [`Error::CacheFull`].
     pub fn dir(&self, name: &str) -> Result<PathBuf> {
         let path = self.root.join(name);
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&path)
-            .map_err(|e| match e.kind() {
-                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-                    Error::CacheFull { path: path.clone() }
-                }
-                // A file where a directory should be is as unusable as a forbidden one.
-                _ => Error::CacheUnwritable {
-                    path: path.clone(),
-                    reason: e.to_string(),
-                },
-            })?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(|e| match e.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                Error::CacheFull { path: path.clone() }
+            }
+            // A file where a directory should be is as unusable as a forbidden one.
+            _ => Error::CacheUnwritable { path: path.clone(), reason: e.to_string() },
+        })?;
         Ok(path)
     }
 

@@ -73,9 +73,7 @@ impl Writer {
         let name_size = path.len() as u32 + 1;
         self.out.extend_from_slice(MAGIC.as_bytes());
         // ino, mode, uid, gid, nlink, mtime, size, dev, rdev, name size, checksum
-        for v in [
-            self.inodes, mode, 0, 0, links, 0, size, 0, 0, rdev.0, rdev.1, name_size, 0,
-        ] {
+        for v in [self.inodes, mode, 0, 0, links, 0, size, 0, 0, rdev.0, rdev.1, name_size, 0] {
             self.out.extend_from_slice(format!("{v:08x}").as_bytes());
         }
         self.out.extend_from_slice(path.as_bytes());

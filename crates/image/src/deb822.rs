@@ -18,19 +18,12 @@ impl Paragraph {
     /// The value of a field: the text after the colon, trimmed; continuation lines follow, each after
     /// a newline and without its first blank.
     pub fn get(&self, name: &str) -> Option<&str> {
-        self.fields
-            .iter()
-            .find(|(n, _)| n.eq_ignore_ascii_case(name))
-            .map(|(_, v)| v.as_str())
+        self.fields.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v.as_str())
     }
 
     /// The words of a field, none if it is absent.
     pub fn words(&self, name: &str) -> Vec<String> {
-        self.get(name)
-            .unwrap_or("")
-            .split_whitespace()
-            .map(str::to_owned)
-            .collect()
+        self.get(name).unwrap_or("").split_whitespace().map(str::to_owned).collect()
     }
 }
 
@@ -48,19 +41,12 @@ fn bad(reason: &str) -> io::Error {
 impl<R: BufRead> Reader<R> {
     /// Reads all fields.
     pub fn new(input: R) -> Self {
-        Self {
-            input,
-            keep: None,
-            line: Vec::new(),
-        }
+        Self { input, keep: None, line: Vec::new() }
     }
 
     /// Reads only the fields named.
     pub fn keeping(input: R, keep: &'static [&'static str]) -> Self {
-        Self {
-            keep: Some(keep),
-            ..Self::new(input)
-        }
+        Self { keep: Some(keep), ..Self::new(input) }
     }
 
     /// The next paragraph, `None` at the end of input.
@@ -75,9 +61,7 @@ impl<R: BufRead> Reader<R> {
         loop {
             self.line.clear();
             let room = MAX_PARAGRAPH.saturating_sub(total).saturating_add(1);
-            let n = (&mut self.input)
-                .take(room as u64)
-                .read_until(b'\n', &mut self.line)?;
+            let n = (&mut self.input).take(room as u64).read_until(b'\n', &mut self.line)?;
             total = total.saturating_add(n);
             if total > MAX_PARAGRAPH {
                 return Err(bad("a paragraph is too long"));
@@ -107,23 +91,17 @@ impl<R: BufRead> Reader<R> {
                 }
                 continue;
             }
-            let (name, value) = line
-                .split_once(':')
-                .ok_or_else(|| bad("a line without a colon"))?;
+            let (name, value) = line.split_once(':').ok_or_else(|| bad("a line without a colon"))?;
             if name.is_empty() || !name.bytes().all(|b| b.is_ascii_graphic()) {
                 return Err(bad("a field name with blanks or control characters"));
             }
             seen = true;
-            skipping = self
-                .keep
-                .is_some_and(|keep| !keep.iter().any(|k| k.eq_ignore_ascii_case(name)));
+            skipping = self.keep.is_some_and(|keep| !keep.iter().any(|k| k.eq_ignore_ascii_case(name)));
             if !skipping {
                 if paragraph.get(name).is_some() {
                     return Err(bad("a field given twice"));
                 }
-                paragraph
-                    .fields
-                    .push((name.to_owned(), value.trim().to_owned()));
+                paragraph.fields.push((name.to_owned(), value.trim().to_owned()));
             }
         }
     }
@@ -159,14 +137,7 @@ mod tests {
 
     #[test]
     fn malformed_is_an_error() {
-        for text in [
-            &b"no colon\n"[..],
-            b" x\n",
-            b"A: 1\nA: 2\n",
-            b"A B: 1\n",
-            b": 1\n",
-            b"A: \xff\n",
-        ] {
+        for text in [&b"no colon\n"[..], b" x\n", b"A: 1\nA: 2\n", b"A B: 1\n", b": 1\n", b"A: \xff\n"] {
             assert!(parse(text).is_err(), "{text:?}");
         }
     }

@@ -62,7 +62,9 @@ pub enum Error {
         url: String,
     },
     /// Any other refusal by the server or proxy.
-    #[error("{url}: the server answered {status}; try again later, check the proxy, or name another mirror with --mirror URL")]
+    #[error(
+        "{url}: the server answered {status}; try again later, check the proxy, or name another mirror with --mirror URL"
+    )]
     Http {
         /// What was asked for.
         url: String,
@@ -70,7 +72,9 @@ pub enum Error {
         status: u16,
     },
     /// The server sends more than the signed index (or our bound) allows.
-    #[error("{url} is larger than the {limit} bytes expected; the mirror is broken or hostile, name another with --mirror URL")]
+    #[error(
+        "{url} is larger than the {limit} bytes expected; the mirror is broken or hostile, name another with --mirror URL"
+    )]
     TooLarge {
         /// What was asked for.
         url: String,
@@ -78,7 +82,9 @@ pub enum Error {
         limit: u64,
     },
     /// Content that does not have the hash the signed index gives.
-    #[error("{url}: SHA-256 is not the one the signed index gives; the mirror is out of step or hostile, try again later or name another with --mirror URL")]
+    #[error(
+        "{url}: SHA-256 is not the one the signed index gives; the mirror is out of step or hostile, try again later or name another with --mirror URL"
+    )]
     HashMismatch {
         /// What was fetched.
         url: String,
@@ -93,7 +99,9 @@ pub enum Error {
         looked: String,
     },
     /// The release index is not signed by a key we trust.
-    #[error("{url}: not signed by a trusted key: {reason}; update the package debian-archive-keyring, set TIGHTROPE_KEYRING=FILE, or name another mirror with --mirror URL")]
+    #[error(
+        "{url}: not signed by a trusted key: {reason}; update the package debian-archive-keyring, set TIGHTROPE_KEYRING=FILE, or name another mirror with --mirror URL"
+    )]
     BadSignature {
         /// The index.
         url: String,
@@ -187,20 +195,16 @@ impl Error {
         let path = path.to_path_buf();
         match source.kind() {
             K::StorageFull | K::QuotaExceeded => Self::CacheFull { path },
-            K::PermissionDenied | K::ReadOnlyFilesystem if op != "read" => Self::CacheUnwritable {
-                path,
-                reason: source.to_string(),
-            },
+            K::PermissionDenied | K::ReadOnlyFilesystem if op != "read" => {
+                Self::CacheUnwritable { path, reason: source.to_string() }
+            }
             _ => Self::Io { op, path, source },
         }
     }
 
     /// A `.deb` that cannot be used.
     pub(crate) fn deb(path: &Path, reason: impl ToString) -> Self {
-        Self::Deb {
-            path: path.to_path_buf(),
-            reason: reason.to_string(),
-        }
+        Self::Deb { path: path.to_path_buf(), reason: reason.to_string() }
     }
 }
 

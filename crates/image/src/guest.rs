@@ -137,10 +137,7 @@ pub fn default_image(suite: &str, flavour: Flavour, options: &Options) -> Result
     let store = Store::new(options)?;
     for name in &options.extra_modules {
         if !is_name(&name.replace('_', "-").to_ascii_lowercase()) {
-            return Err(Error::BadName {
-                what: "module name",
-                value: name.clone(),
-            });
+            return Err(Error::BadName { what: "module name", value: name.clone() });
         }
     }
     if !options.update
@@ -156,22 +153,16 @@ pub fn default_image(suite: &str, flavour: Flavour, options: &Options) -> Result
             return Ok(image);
         }
         if let Some(record) = store.record(suite, flavour)
-            && let (Some(kernel), Some(busybox)) =
-                (store.cached(&record.kernel_deb), store.cached(&record.busybox_deb))
+            && let (Some(kernel), Some(busybox)) = (store.cached(&record.kernel_deb), store.cached(&record.busybox_deb))
         {
             return store.build(suite, flavour, record.kernel_deb, &kernel, record.busybox_deb, &busybox);
         }
     }
     store.with_repository(suite, |source, repository, freshness| {
         let meta = repository.package(flavour.package())?;
-        let name = meta
-            .depends()
-            .flatten()
-            .find(|n| n.starts_with("linux-image-"))
-            .ok_or_else(|| Error::Malformed {
-                what: format!("package {}", meta.name),
-                reason: "it depends on no kernel".to_owned(),
-            })?;
+        let name = meta.depends().flatten().find(|n| n.starts_with("linux-image-")).ok_or_else(|| {
+            Error::Malformed { what: format!("package {}", meta.name), reason: "it depends on no kernel".to_owned() }
+        })?;
         let kernel = repository.package(name)?;
         let busybox = repository.package("busybox-static")?;
         let kernel_deb = source.fetch(kernel, freshness)?;
@@ -220,10 +211,7 @@ fn fetch(
     let store = Store::new(options)?;
     let _lock = store.cache.lock(options.progress)?;
     store.with_repository(suite, |source, repository, freshness| {
-        choose(repository)?
-            .into_iter()
-            .map(|p| source.fetch(p, freshness))
-            .collect()
+        choose(repository)?.into_iter().map(|p| source.fetch(p, freshness)).collect()
     })
 }
 
@@ -243,10 +231,7 @@ impl<'a> Store<'a> {
             Some(dir) => dir.clone(),
             None => options.host.cache_dir()?,
         };
-        Ok(Self {
-            options,
-            cache: Cache::at(root),
-        })
+        Ok(Self { options, cache: Cache::at(root) })
     }
 
     /// Runs `act` on a suite's packages; once more with a fresh index if the cached one turns out to be
@@ -258,17 +243,10 @@ impl<'a> Store<'a> {
     ) -> Result<T> {
         let options = self.options;
         let proxies = Proxies::read(&options.host);
-        let (check_valid_until, check_date) =
-            (!proxies.check_valid_until_off(), !proxies.check_date_off());
+        let (check_valid_until, check_date) = (!proxies.check_valid_until_off(), !proxies.check_date_off());
         let client = Client::new(proxies, options.progress, options.patience);
         let mirror = Mirror::discover(&options.host, options.mirror.as_deref())?;
-        let source = Source {
-            cache: &self.cache,
-            client: &client,
-            mirror: &mirror,
-            check_valid_until,
-            check_date,
-        };
+        let source = Source { cache: &self.cache, client: &client, mirror: &mirror, check_valid_until, check_date };
         let first = match (options.offline, options.update) {
             (true, _) => Freshness::Offline,
             (_, true) => Freshness::Fresh,
@@ -356,9 +334,7 @@ impl<'a> Store<'a> {
         busybox_deb: Deb,
         busybox_path: &Path,
     ) -> Result<GuestImage> {
-        self.options
-            .progress
-            .note(&format!("building the {suite} {flavour} image"));
+        self.options.progress.note(&format!("building the {suite} {flavour} image"));
         let kernel = Kernel::read(kernel_path)?;
         let extra = &self.options.extra_modules;
         let initrd = initramfs::build(&kernel, kernel_path, busybox_path, extra)?;

@@ -24,32 +24,19 @@ impl Default for Host {
 impl Host {
     /// The machine and environment this process runs in. Variables that are not UTF-8 are left out.
     pub fn current() -> Self {
-        let env = std::env::vars_os()
-            .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
-            .collect();
-        Self {
-            root: PathBuf::from("/"),
-            env,
-        }
+        let env =
+            std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
+        Self { root: PathBuf::from("/"), env }
     }
 
     /// A host whose files lie below `root` and that has exactly these variables.
     pub fn at(root: impl Into<PathBuf>, env: &[(&str, &str)]) -> Self {
-        Self {
-            root: root.into(),
-            env: env
-                .iter()
-                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-                .collect(),
-        }
+        Self { root: root.into(), env: env.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect() }
     }
 
     /// A variable that is set and not empty.
     pub(crate) fn var(&self, name: &str) -> Option<&str> {
-        self.env
-            .get(name)
-            .map(String::as_str)
-            .filter(|v| !v.is_empty())
+        self.env.get(name).map(String::as_str).filter(|v| !v.is_empty())
     }
 
     /// Where an absolute path of the host lies.
@@ -83,8 +70,7 @@ impl Host {
     /// # Errors
     /// [`Error::NoCacheDir`] if neither variable is an absolute path.
     pub fn cache_dir(&self) -> Result<PathBuf> {
-        self.xdg("XDG_CACHE_HOME", ".cache")
-            .ok_or(Error::NoCacheDir)
+        self.xdg("XDG_CACHE_HOME", ".cache").ok_or(Error::NoCacheDir)
     }
 
     /// `$XDG_CONFIG_HOME/tightrope/config.toml`, by default below `~/.config`.
@@ -111,14 +97,8 @@ mod tests {
         let dir = |env: &[(&str, &str)]| Host::at("/", env).cache_dir().ok();
         let p = |s: &str| Some(PathBuf::from(s));
         assert_eq!(dir(&[("HOME", "/h")]), p("/h/.cache/tightrope"));
-        assert_eq!(
-            dir(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/c")]),
-            p("/c/tightrope")
-        );
-        assert_eq!(
-            dir(&[("HOME", "/h"), ("XDG_CACHE_HOME", "rel")]),
-            p("/h/.cache/tightrope")
-        );
+        assert_eq!(dir(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/c")]), p("/c/tightrope"));
+        assert_eq!(dir(&[("HOME", "/h"), ("XDG_CACHE_HOME", "rel")]), p("/h/.cache/tightrope"));
         assert_eq!(dir(&[("HOME", "")]), None);
     }
 }

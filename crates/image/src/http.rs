@@ -37,14 +37,10 @@ impl Progress {
             Self::Auto if io::stderr().is_terminal() => ProgressDrawTarget::stderr(),
             _ => ProgressDrawTarget::hidden(),
         };
-        let style = ProgressStyle::with_template(
-            "{msg:32!} [{bar:24}] {bytes}/{total_bytes} {bytes_per_sec}",
-        )
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
-        .progress_chars("=> ");
-        ProgressBar::with_draw_target(Some(total), target)
-            .with_style(style)
-            .with_message(label.to_owned())
+        let style = ProgressStyle::with_template("{msg:32!} [{bar:24}] {bytes}/{total_bytes} {bytes_per_sec}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar())
+            .progress_chars("=> ");
+        ProgressBar::with_draw_target(Some(total), target).with_style(style).with_message(label.to_owned())
     }
 
     /// One line on standard error, if progress is shown at all.
@@ -113,11 +109,7 @@ pub struct Client {
 impl Client {
     /// A client; no connection is made yet.
     pub fn new(proxies: Proxies, progress: Progress, patience: Patience) -> Self {
-        Self {
-            proxies,
-            progress,
-            patience,
-        }
+        Self { proxies, progress, patience }
     }
 
     /// Fetches a small file of unknown size into memory.
@@ -199,13 +191,7 @@ impl Client {
     }
 
     /// One request for what is missing, written to the end of `file`.
-    fn fetch_rest(
-        &self,
-        d: &Download<'_>,
-        file: &mut File,
-        have: &mut u64,
-        bar: &ProgressBar,
-    ) -> Result<(), Failure> {
+    fn fetch_rest(&self, d: &Download<'_>, file: &mut File, have: &mut u64, bar: &ProgressBar) -> Result<(), Failure> {
         let disk = |e| Failure::Final(Error::io("write", d.part, e));
         let response = self.request(d.url, *have)?;
         match response.status().as_u16() {
@@ -274,11 +260,7 @@ impl Client {
             if !response.status().is_redirection() || response.status().as_u16() == 304 {
                 return Ok(response);
             }
-            let location = response
-                .headers()
-                .get(header::LOCATION)
-                .and_then(|l| l.to_str().ok())
-                .unwrap_or("");
+            let location = response.headers().get(header::LOCATION).and_then(|l| l.to_str().ok()).unwrap_or("");
             target = match location.strip_prefix('/') {
                 Some(path) => format!("{}/{path}", origin(&target)),
                 None => location.to_owned(),
@@ -290,13 +272,7 @@ impl Client {
 
     fn send(&self, url: &str, from: u64) -> Result<Response<Body>, Failure> {
         let proxy = self.proxies.for_url(url).map_err(Failure::Final)?;
-        let unusable = |reason| {
-            Failure::Final(Error::BadUrl {
-                what: "URL",
-                value: redact(url),
-                reason,
-            })
-        };
+        let unusable = |reason| Failure::Final(Error::BadUrl { what: "URL", value: redact(url), reason });
         let mut config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
@@ -360,26 +336,17 @@ impl Client {
 }
 
 fn network(url: &str, reason: &dyn std::fmt::Display) -> Error {
-    Error::Network {
-        url: redact(url),
-        reason: reason.to_string().replace('\n', " "),
-    }
+    Error::Network { url: redact(url), reason: reason.to_string().replace('\n', " ") }
 }
 
 fn too_large(url: &str, limit: u64) -> Error {
-    Error::TooLarge {
-        url: redact(url),
-        limit,
-    }
+    Error::TooLarge { url: redact(url), limit }
 }
 
 /// `scheme://authority` of a URL.
 fn origin(url: &str) -> &str {
     let start = url.find("://").map_or(0, |i| i + 3);
-    let end = url
-        .get(start..)
-        .and_then(|rest| rest.find('/'))
-        .map_or(url.len(), |i| start + i);
+    let end = url.get(start..).and_then(|rest| rest.find('/')).map_or(url.len(), |i| start + i);
     url.get(..end).unwrap_or(url)
 }
 
@@ -390,13 +357,7 @@ fn host_port(uri: &Uri) -> String {
 
 fn range_start(response: &Response<Body>) -> Option<u64> {
     let value = response.headers().get(header::CONTENT_RANGE)?.to_str().ok()?;
-    value
-        .strip_prefix("bytes ")?
-        .split('-')
-        .next()?
-        .trim()
-        .parse()
-        .ok()
+    value.strip_prefix("bytes ")?.split('-').next()?.trim().parse().ok()
 }
 
 /// The SHA-256 of a whole file.
@@ -432,11 +393,7 @@ fn base64(data: &[u8]) -> String {
     const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut out = String::new();
     for chunk in data.chunks(3) {
-        let word = chunk
-            .iter()
-            .chain([0, 0].iter())
-            .take(3)
-            .fold(0u32, |w, b| w << 8 | u32::from(*b));
+        let word = chunk.iter().chain([0, 0].iter()).take(3).fold(0u32, |w, b| w << 8 | u32::from(*b));
         for i in 0..4 {
             let six = (word >> (18 - 6 * i)) & 63;
             out.push(if i <= chunk.len() { ALPHABET[six as usize] as char } else { '=' });

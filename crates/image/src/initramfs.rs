@@ -16,18 +16,54 @@ use crate::kmod::{Selection, normal_name};
 pub const INIT: &str = include_str!("init.sh");
 
 /// What every image needs: as module or built in. The last is what ext4 checks its metadata with.
-const MODULES: &[&str] = &[
-    "virtio_pci", "virtio_blk", "virtio_console", "virtio_rng", "ext4", "crc32c_generic",
-];
+const MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_console", "virtio_rng", "ext4", "crc32c_generic"];
 
 /// BusyBox's shell finds its applets by itself; these links are for `#!` lines and other programs.
 const APPLETS: &[&str] = &[
-    "bin/sh", "bin/ash", "bin/cat", "bin/cp", "bin/dd", "bin/dmesg", "bin/echo", "bin/false", "bin/grep",
-    "bin/kill", "bin/ln", "bin/ls", "bin/mkdir", "bin/modprobe", "bin/mount", "bin/mv", "bin/ps", "bin/rm",
-    "bin/sed", "bin/sleep", "bin/stty", "bin/sync", "bin/tar", "bin/touch", "bin/true", "bin/umount",
-    "bin/uname", "bin/vi", "sbin/halt", "sbin/insmod", "sbin/lsmod", "sbin/poweroff", "sbin/reboot",
-    "sbin/rmmod", "sbin/switch_root", "usr/bin/awk", "usr/bin/env", "usr/bin/find", "usr/bin/setsid",
-    "usr/bin/sort", "usr/bin/tr", "usr/bin/wc", "usr/bin/xargs", "usr/sbin/chroot",
+    "bin/sh",
+    "bin/ash",
+    "bin/cat",
+    "bin/cp",
+    "bin/dd",
+    "bin/dmesg",
+    "bin/echo",
+    "bin/false",
+    "bin/grep",
+    "bin/kill",
+    "bin/ln",
+    "bin/ls",
+    "bin/mkdir",
+    "bin/modprobe",
+    "bin/mount",
+    "bin/mv",
+    "bin/ps",
+    "bin/rm",
+    "bin/sed",
+    "bin/sleep",
+    "bin/stty",
+    "bin/sync",
+    "bin/tar",
+    "bin/touch",
+    "bin/true",
+    "bin/umount",
+    "bin/uname",
+    "bin/vi",
+    "sbin/halt",
+    "sbin/insmod",
+    "sbin/lsmod",
+    "sbin/poweroff",
+    "sbin/reboot",
+    "sbin/rmmod",
+    "sbin/switch_root",
+    "usr/bin/awk",
+    "usr/bin/env",
+    "usr/bin/find",
+    "usr/bin/setsid",
+    "usr/bin/sort",
+    "usr/bin/tr",
+    "usr/bin/wc",
+    "usr/bin/xargs",
+    "usr/sbin/chroot",
 ];
 
 const FSTAB: &str = "proc /proc proc defaults 0 0\nsys /sys sysfs defaults 0 0\n\
@@ -96,11 +132,7 @@ const MAX_FILE: u64 = 128 << 20;
 const MAX_ALL: u64 = 1 << 30;
 
 /// Calls `each` for every regular file: its path without a leading `./`, and its content.
-fn for_each_file(
-    deb: &Path,
-    wanted: impl Fn(&str) -> bool,
-    mut each: impl FnMut(&str, Vec<u8>),
-) -> Result<()> {
+fn for_each_file(deb: &Path, wanted: impl Fn(&str) -> bool, mut each: impl FnMut(&str, Vec<u8>)) -> Result<()> {
     let bad = |e: std::io::Error| Error::deb(deb, e);
     let mut archive = deb::data(deb)?;
     let mut total = 0u64;
@@ -131,12 +163,8 @@ impl Kernel {
     /// # Errors
     /// [`Error::Deb`] if it is not one.
     pub fn read(deb: &Path) -> Result<Self> {
-        let mut kernel = Self {
-            vmlinuz: Vec::new(),
-            version: String::new(),
-            modules: BTreeMap::new(),
-            builtin: BTreeSet::new(),
-        };
+        let mut kernel =
+            Self { vmlinuz: Vec::new(), version: String::new(), modules: BTreeMap::new(), builtin: BTreeSet::new() };
         let module = |path: &str| {
             let name = path.rsplit('/').next()?;
             let (name, xz) = match name.strip_suffix(".ko.xz") {
@@ -147,8 +175,7 @@ impl Kernel {
         };
         let wanted = |path: &str| {
             path.starts_with("boot/vmlinuz-")
-                || path.contains("lib/modules/")
-                    && (path.ends_with("/modules.builtin") || module(path).is_some())
+                || path.contains("lib/modules/") && (path.ends_with("/modules.builtin") || module(path).is_some())
         };
         for_each_file(deb, wanted, |path, data| {
             if let Some(version) = path.strip_prefix("boot/vmlinuz-") {
@@ -158,9 +185,7 @@ impl Kernel {
                 kernel.modules.insert(name, (xz, data));
             } else {
                 let text = String::from_utf8_lossy(&data);
-                kernel
-                    .builtin
-                    .extend(text.lines().filter_map(|l| Some(module(l.trim())?.0)));
+                kernel.builtin.extend(text.lines().filter_map(|l| Some(module(l.trim())?.0)));
             }
         })?;
         if kernel.vmlinuz.is_empty() || kernel.modules.is_empty() {
@@ -325,7 +350,10 @@ mod tests {
         let debs = Debs::new(
             &[
                 ("./boot/vmlinuz-6.1.0-9-x", b"kernel"),
-                (&format!("{m}modules.builtin"), b"kernel/fs/ext4/ext4.ko\nk/virtio_pci.ko\nk/virtio_console.ko\nk/virtio-rng.ko\n"),
+                (
+                    &format!("{m}modules.builtin"),
+                    b"kernel/fs/ext4/ext4.ko\nk/virtio_pci.ko\nk/virtio_console.ko\nk/virtio-rng.ko\n",
+                ),
                 (&format!("{m}kernel/drivers/block/virtio_blk.ko.xz"), &xz(&blk)),
                 (&format!("{m}kernel/drivers/virtio/virtio.ko"), &virtio),
                 (&format!("{m}kernel/sound/other.ko"), b"junk"),
@@ -349,10 +377,7 @@ mod tests {
     #[test]
     fn what_is_missing_is_named() {
         let debs = Debs::new(
-            &[
-                ("./boot/vmlinuz-6.1.0-9-x", b"kernel"),
-                ("./lib/modules/6.1.0-9-x/kernel/a.ko", b"junk"),
-            ],
+            &[("./boot/vmlinuz-6.1.0-9-x", b"kernel"), ("./lib/modules/6.1.0-9-x/kernel/a.ko", b"junk")],
             &tiny_elf(&[]),
         );
         let e = debs.build().unwrap_err();

@@ -53,10 +53,7 @@ fn modinfo(elf: &[u8]) -> Option<&[u8]> {
     let names = slice(elf, at, len)?;
     (0..count).find_map(|i| {
         let (name, at, len) = section(i)?;
-        names
-            .get(usize::try_from(name).ok()?..)?
-            .starts_with(b".modinfo\0")
-            .then(|| slice(elf, at, len))?
+        names.get(usize::try_from(name).ok()?..)?.starts_with(b".modinfo\0").then(|| slice(elf, at, len))?
     })
 }
 
@@ -65,14 +62,11 @@ impl Info {
     pub fn read(module: &[u8]) -> Option<Self> {
         let mut info = Self::default();
         for text in modinfo(module)?.split(|b| *b == 0) {
-            let Some((key, value)) = std::str::from_utf8(text).ok().and_then(|t| t.split_once('='))
-            else {
+            let Some((key, value)) = std::str::from_utf8(text).ok().and_then(|t| t.split_once('=')) else {
                 continue;
             };
             match key {
-                "depends" => info
-                    .depends
-                    .extend(value.split(',').filter(|d| !d.is_empty()).map(normal_name)),
+                "depends" => info.depends.extend(value.split(',').filter(|d| !d.is_empty()).map(normal_name)),
                 "alias" => info.aliases.push(value.to_owned()),
                 "softdep" => {
                     let mut pre = false;
@@ -103,10 +97,7 @@ pub struct Selection {
 impl Selection {
     /// An empty selection on a kernel that has these modules built in.
     pub fn new(builtin: BTreeSet<String>) -> Self {
-        Self {
-            builtin,
-            ..Self::default()
-        }
+        Self { builtin, ..Self::default() }
     }
 
     /// Adds a module and all it needs. `load` gives a module's content by its normal name, and is asked
@@ -114,11 +105,7 @@ impl Selection {
     ///
     /// # Errors
     /// The name of the module that is neither there nor built in.
-    pub fn add(
-        &mut self,
-        name: &str,
-        load: &mut dyn FnMut(&str) -> Option<Vec<u8>>,
-    ) -> Result<(), String> {
+    pub fn add(&mut self, name: &str, load: &mut dyn FnMut(&str) -> Option<Vec<u8>>) -> Result<(), String> {
         let mut todo = vec![normal_name(name)];
         while let Some(name) = todo.pop() {
             if self.builtin.contains(&name) || self.modules.contains_key(&name) {
@@ -181,9 +168,7 @@ impl Selection {
     pub fn modules_alias(&self) -> String {
         self.modules
             .iter()
-            .flat_map(|(name, (_, info))| {
-                info.aliases.iter().map(move |a| format!("alias {a} {name}\n"))
-            })
+            .flat_map(|(name, (_, info))| info.aliases.iter().map(move |a| format!("alias {a} {name}\n")))
             .collect()
     }
 }
@@ -222,7 +207,11 @@ mod tests {
     #[test]
     fn modinfo_is_read() {
         let info = Info::read(&build(&[
-            "alias=fs-ext4", "depends=jbd2,crc16", "softdep=pre: crypto-crc32c post: x", "alias=ext3", "license=GPL",
+            "alias=fs-ext4",
+            "depends=jbd2,crc16",
+            "softdep=pre: crypto-crc32c post: x",
+            "alias=ext3",
+            "license=GPL",
         ]))
         .unwrap();
         assert_eq!(info.depends, ["jbd2", "crc16"]);

@@ -44,8 +44,6 @@ mod unpack;
 
 pub use deb::unpack_deb;
 pub use error::{Error, Result};
-pub use guest::{
-    DEFAULT_SUITE, Flavour, GuestImage, Options, PROMPT, default_image, fetch_closure, fetch_packages,
-};
+pub use guest::{DEFAULT_SUITE, Flavour, GuestImage, Options, PROMPT, default_image, fetch_closure, fetch_packages};
 pub use host::Host;
 pub use http::Progress;

@@ -12,15 +12,11 @@ use crate::error::{Error, Result, redact};
 use crate::host::Host;
 
 /// Keyrings of Debian's archive, in the places Debian and its relatives install them.
-const KEYRINGS: &[&str] = &[
-    "/usr/share/keyrings/debian-archive-keyring.gpg",
-    "/usr/share/keyrings/debian-archive-keyring.pgp",
-];
+const KEYRINGS: &[&str] =
+    &["/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/debian-archive-keyring.pgp"];
 
 /// Suites and code names that only Debian's archive has.
-const CODE_NAMES: &[&str] = &[
-    "buster", "bullseye", "bookworm", "trixie", "forky", "duke", "sid", "experimental",
-];
+const CODE_NAMES: &[&str] = &["buster", "bullseye", "bookworm", "trixie", "forky", "duke", "sid", "experimental"];
 
 /// Suite names that third-party archives use too.
 const COMMON_NAMES: &[&str] = &["stable", "oldstable", "oldoldstable", "testing", "unstable"];
@@ -94,30 +90,13 @@ impl Mirror {
                 considered.extend(
                     host.files("/etc/apt/trusted.gpg.d", &[".gpg", ".asc"])
                         .into_iter()
-                        .filter(|p| {
-                            p.file_name()
-                                .is_some_and(|n| n.to_string_lossy().starts_with("debian-archive"))
-                        }),
+                        .filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("debian-archive"))),
                 );
             }
         }
-        let keyrings = considered
-            .iter()
-            .filter(|p| p.exists())
-            .cloned()
-            .collect();
-        let inline_keys = debian
-            .iter()
-            .filter_map(|(_, s)| s.inline_key.clone())
-            .collect();
-        Ok(Self {
-            base,
-            security,
-            keyrings,
-            inline_keys,
-            named_by,
-            keyrings_considered: considered,
-        })
+        let keyrings = considered.iter().filter(|p| p.exists()).cloned().collect();
+        let inline_keys = debian.iter().filter_map(|(_, s)| s.inline_key.clone()).collect();
+        Ok(Self { base, security, keyrings, inline_keys, named_by, keyrings_considered: considered })
     }
 }
 
@@ -125,10 +104,7 @@ fn read_config(host: &Host) -> Result<ConfigFile> {
     let Some(path) = host.config_file() else {
         return Ok(ConfigFile::default());
     };
-    let bad = |reason: String| Error::Config {
-        path: path.clone(),
-        reason,
-    };
+    let bad = |reason: String| Error::Config { path: path.clone(), reason };
     match fs::read_to_string(&path) {
         Ok(text) => toml::from_str(&text).map_err(|e| bad(e.message().replace('\n', " "))),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(ConfigFile::default()),
@@ -138,11 +114,7 @@ fn read_config(host: &Host) -> Result<ConfigFile> {
 
 /// Checks that `url` is one this crate can fetch from and strips trailing slashes.
 pub(crate) fn check_url(what: &'static str, url: &str) -> Result<String> {
-    let bad = |reason| Error::BadUrl {
-        what,
-        value: redact(url),
-        reason,
-    };
+    let bad = |reason| Error::BadUrl { what, value: redact(url), reason };
     let rest = url
         .strip_prefix("http://")
         .or_else(|| url.strip_prefix("https://"))
@@ -163,10 +135,7 @@ fn is_http(uri: &str) -> bool {
 fn is_security(uri: &str, source: &Source) -> bool {
     uri.contains("debian-security")
         || uri.contains("security.debian.org")
-        || source
-            .suites
-            .iter()
-            .all(|s| s.ends_with("-security") || s.ends_with("/updates"))
+        || source.suites.iter().all(|s| s.ends_with("-security") || s.ends_with("/updates"))
 }
 
 /// The code name or suite at the front of `trixie-updates`, `trixie-backports`…
@@ -183,10 +152,7 @@ fn debian_sources(sources: &[Source]) -> Vec<(&str, &Source)> {
         }
         let code_name = source.suites.iter().any(|s| CODE_NAMES.contains(&stem(s)));
         let common = source.suites.iter().any(|s| COMMON_NAMES.contains(&stem(s)));
-        let debian_keys = source
-            .keyrings
-            .iter()
-            .any(|k| k.to_string_lossy().contains("debian-archive"));
+        let debian_keys = source.keyrings.iter().any(|k| k.to_string_lossy().contains("debian-archive"));
         for uri in &source.uris {
             if !is_http(uri) || is_security(uri, source) {
                 continue;
@@ -213,18 +179,13 @@ fn security_uri(sources: &[Source]) -> Option<String> {
             is_http(u)
                 && is_security(u, s)
                 && s.components.iter().any(|c| c == "main" || c == "updates/main")
-                && s.suites.iter().any(|n| {
-                    CODE_NAMES.contains(&stem(n)) || COMMON_NAMES.contains(&stem(n))
-                })
+                && s.suites.iter().any(|n| CODE_NAMES.contains(&stem(n)) || COMMON_NAMES.contains(&stem(n)))
         })
         .and_then(|(u, _)| check_url("security mirror", u).ok())
 }
 
 fn no_mirror(sources: &[Source]) -> Error {
-    let ubuntu = sources
-        .iter()
-        .flat_map(|s| &s.uris)
-        .any(|u| u.contains("ubuntu"));
+    let ubuntu = sources.iter().flat_map(|s| &s.uris).any(|u| u.contains("ubuntu"));
     let looked = if ubuntu {
         "this host's APT sources are Ubuntu's, which has no such kernels"
     } else if sources.is_empty() {
@@ -232,9 +193,7 @@ fn no_mirror(sources: &[Source]) -> Error {
     } else {
         "none of this host's APT sources is Debian's main archive over http or https"
     };
-    Error::NoMirror {
-        looked: looked.to_owned(),
-    }
+    Error::NoMirror { looked: looked.to_owned() }
 }
 
 #[cfg(test)]

@@ -19,9 +19,7 @@ use std::path::Path;
 use pgp::armor::{BlockType, Dearmor};
 use pgp::composed::{Deserializable, SignedPublicKey, SignedPublicSubKey};
 use pgp::crypto::hash::HashAlgorithm;
-use pgp::packet::{
-    Packet, PacketParser, PublicKey, PublicSubkey, Signature, SignatureType, SubpacketData,
-};
+use pgp::packet::{Packet, PacketParser, PublicKey, PublicSubkey, Signature, SignatureType, SubpacketData};
 use pgp::types::{KeyDetails, PublicParams, Tag};
 
 /// How far a signature may lie in the future, in seconds: hosts' clocks are not exact.
@@ -82,28 +80,15 @@ impl Keyring {
 
     fn add_cert(&mut self, cert: SignedPublicKey, now: u64) {
         let primary = &cert.primary_key;
-        let revoked = cert
-            .details
-            .revocation_signatures
-            .iter()
-            .any(|s| s.verify_key(primary).is_ok());
+        let revoked = cert.details.revocation_signatures.iter().any(|s| s.verify_key(primary).is_ok());
         if revoked || !strong_key(primary) {
             return;
         }
-        let direct = cert
-            .details
-            .direct_signatures
-            .iter()
-            .filter(|s| counts(s, now) && s.verify_key(primary).is_ok());
+        let direct = cert.details.direct_signatures.iter().filter(|s| counts(s, now) && s.verify_key(primary).is_ok());
         let of_users = cert.details.users.iter().flat_map(|user| {
-            let valid = |s: &&Signature| {
-                s.verify_certification(primary, Tag::UserId, &user.id).is_ok()
-            };
-            let revoked = user
-                .signatures
-                .iter()
-                .filter(|s| s.typ() == Some(SignatureType::CertRevocation))
-                .any(|s| valid(&s));
+            let valid = |s: &&Signature| s.verify_certification(primary, Tag::UserId, &user.id).is_ok();
+            let revoked =
+                user.signatures.iter().filter(|s| s.typ() == Some(SignatureType::CertRevocation)).any(|s| valid(&s));
             user.signatures
                 .iter()
                 .filter(move |_| !revoked)
@@ -159,9 +144,7 @@ impl Keyring {
             let details = key.details();
             let id = details.legacy_key_id();
             let fingerprint = details.fingerprint();
-            if !signature.issuer_key_id().contains(&&id)
-                && !signature.issuer_fingerprint().contains(&&fingerprint)
-            {
+            if !signature.issuer_key_id().contains(&&id) && !signature.issuer_fingerprint().contains(&&fingerprint) {
                 continue;
             }
             known = true;
@@ -194,11 +177,7 @@ impl Keyring {
 fn subkey_may_sign(primary: &PublicKey, sub: &SignedPublicSubKey, now: u64) -> bool {
     let valid = |s: &&Signature| s.verify_subkey_binding(primary, &sub.key).is_ok();
     let of_type = |t| move |s: &&Signature| s.typ() == Some(t);
-    let revoked = sub
-        .signatures
-        .iter()
-        .filter(of_type(SignatureType::SubkeyRevocation))
-        .any(|s| valid(&s));
+    let revoked = sub.signatures.iter().filter(of_type(SignatureType::SubkeyRevocation)).any(|s| valid(&s));
     let newest = sub
         .signatures
         .iter()
@@ -207,14 +186,10 @@ fn subkey_may_sign(primary: &PublicKey, sub: &SignedPublicSubKey, now: u64) -> b
         .filter(valid)
         .max_by_key(|s| created(s));
     let Some(binding) = newest else { return false };
-    let back = binding.embedded_signature().is_some_and(|b| {
-        counts(b, now) && b.verify_primary_key_binding(&sub.key, primary).is_ok()
-    });
-    !revoked
-        && back
-        && binding.key_flags().sign()
-        && strong_key(&sub.key)
-        && !expired(&sub.key, binding, now)
+    let back = binding
+        .embedded_signature()
+        .is_some_and(|b| counts(b, now) && b.verify_primary_key_binding(&sub.key, primary).is_ok());
+    !revoked && back && binding.key_flags().sign() && strong_key(&sub.key) && !expired(&sub.key, binding, now)
 }
 
 /// Creation time in seconds; 0 if the signature does not say.
@@ -239,15 +214,11 @@ fn counts(s: &Signature, now: u64) -> bool {
         !p.is_critical
             || !matches!(
                 p.data,
-                SubpacketData::Other(..)
-                    | SubpacketData::Experimental(..)
-                    | SubpacketData::Notation(_)
+                SubpacketData::Other(..) | SubpacketData::Experimental(..) | SubpacketData::Notation(_)
             )
     });
     let made = created(s);
-    let ends = s
-        .signature_expiration_time()
-        .map_or(0, |d| std::time::Duration::from(d).as_secs());
+    let ends = s.signature_expiration_time().map_or(0, |d| std::time::Duration::from(d).as_secs());
     hash && understood
         && made != 0
         && made <= now.saturating_add(CLOCK_SKEW)
@@ -255,9 +226,7 @@ fn counts(s: &Signature, now: u64) -> bool {
 }
 
 fn expired(key: &dyn KeyDetails, self_signature: &Signature, now: u64) -> bool {
-    let lifetime = self_signature
-        .key_expiration_time()
-        .map_or(0, |d| std::time::Duration::from(d).as_secs());
+    let lifetime = self_signature.key_expiration_time().map_or(0, |d| std::time::Duration::from(d).as_secs());
     let born = u64::from(key.created_at().as_secs());
     born > now.saturating_add(CLOCK_SKEW) || (lifetime != 0 && born.saturating_add(lifetime) <= now)
 }
@@ -269,10 +238,9 @@ fn strong_key(key: &dyn KeyDetails) -> bool {
             // Modulus and exponent as MPIs; 2048 bits are 256 bytes plus the length fields.
             key.public_params().write_len() >= 256 + 2 + 2 + 1
         }
-        PublicParams::EdDSALegacy(_)
-        | PublicParams::Ed25519(_)
-        | PublicParams::Ed448(_)
-        | PublicParams::ECDSA(_) => true,
+        PublicParams::EdDSALegacy(_) | PublicParams::Ed25519(_) | PublicParams::Ed448(_) | PublicParams::ECDSA(_) => {
+            true
+        }
         _ => false,
     }
 }

@@ -58,11 +58,8 @@ impl Proxies {
             return Ok(None);
         } else {
             let env = if scheme == "https" { &self.https } else { &self.http };
-            let apt = || {
-                self.apt
-                    .get(&format!("acquire::{scheme}::proxy"))
-                    .or_else(|| self.apt.get("acquire::http::proxy"))
-            };
+            let apt =
+                || self.apt.get(&format!("acquire::{scheme}::proxy")).or_else(|| self.apt.get("acquire::http::proxy"));
             match env.as_deref().or_else(apt) {
                 Some(value) => value,
                 None => return Ok(None),
@@ -91,10 +88,7 @@ impl Proxies {
             rule == "*"
                 || rule == host_port
                 || host == suffix
-                || (!suffix.is_empty()
-                    && host
-                        .strip_suffix(suffix)
-                        .is_some_and(|front| front.ends_with('.')))
+                || (!suffix.is_empty() && host.strip_suffix(suffix).is_some_and(|front| front.ends_with('.')))
         })
     }
 
@@ -122,10 +116,7 @@ mod tests {
 
     #[test]
     fn environment_apt_and_exceptions() {
-        let p = proxies(
-            "Acquire::http::Proxy \"http://apt:1\"; Acquire::http::Proxy::own.example \"DIRECT\";",
-            &[],
-        );
+        let p = proxies("Acquire::http::Proxy \"http://apt:1\"; Acquire::http::Proxy::own.example \"DIRECT\";", &[]);
         let url = |p: &Proxies, u: &str| p.for_url(u).unwrap();
         assert_eq!(url(&p, "http://m/d").as_deref(), Some("http://apt:1"));
         assert_eq!(url(&p, "http://own.example/d"), None);

@@ -51,9 +51,8 @@ impl Release {
         for line in p.get("SHA256").ok_or("it has no SHA256 list")?.lines() {
             let mut words = line.split_whitespace();
             let Some(hash) = words.next() else { continue };
-            let entry = parse_hash(hash)
-                .zip(words.next().and_then(parse_size))
-                .map(|(sha256, size)| Entry { sha256, size });
+            let entry =
+                parse_hash(hash).zip(words.next().and_then(parse_size)).map(|(sha256, size)| Entry { sha256, size });
             match (entry, words.next(), words.next()) {
                 (Some(entry), Some(path), None) => files.insert(path.to_owned(), entry),
                 _ => return Err("bad line in its SHA256 list".into()),
@@ -95,9 +94,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 
 /// `Sat, 12 Sep 2026 07:55:41 UTC` in seconds since 1970; years 1970 to 9999.
 pub(crate) fn parse_date(text: &str) -> Option<u64> {
-    const MONTHS: [&str; 12] = [
-        "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
-    ];
+    const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
     let words: Vec<&str> = text.split_whitespace().collect();
     let [_weekday, day, month, year, time, zone] = &words[..] else {
         return None;
@@ -134,9 +131,13 @@ mod tests {
         assert_eq!(parse_date("Sat, 12 Sep 2026 07:55:41 UTC"), Some(1_789_199_741));
         assert_eq!(parse_date("Tue, 29 Feb 2000 23:59:59 UTC"), Some(951_868_799));
         for bad in [
-            "", "Sat, 12 Sep 2026 07:55:41", "Sat, 12 Sep 2026 07:55:41 CET",
-            "Sat, 32 Sep 2026 07:55:41 UTC", "Sat, 12 Foo 2026 07:55:41 UTC",
-            "Sat, 12 Sep 2026 24:55:41 UTC", "Sat, 12 Sep +026 07:55:41 UTC",
+            "",
+            "Sat, 12 Sep 2026 07:55:41",
+            "Sat, 12 Sep 2026 07:55:41 CET",
+            "Sat, 32 Sep 2026 07:55:41 UTC",
+            "Sat, 12 Foo 2026 07:55:41 UTC",
+            "Sat, 12 Sep 2026 24:55:41 UTC",
+            "Sat, 12 Sep +026 07:55:41 UTC",
         ] {
             assert_eq!(parse_date(bad), None, "{bad}");
         }

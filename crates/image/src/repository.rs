@@ -51,8 +51,17 @@ pub struct Package {
 }
 
 const FIELDS: &[&str] = &[
-    "Package", "Version", "Architecture", "Filename", "Size", "SHA256", "Depends", "Pre-Depends", "Provides",
-    "Essential", "Priority",
+    "Package",
+    "Version",
+    "Architecture",
+    "Filename",
+    "Size",
+    "SHA256",
+    "Depends",
+    "Pre-Depends",
+    "Provides",
+    "Essential",
+    "Priority",
 ];
 
 impl Package {
@@ -108,8 +117,7 @@ fn groups(text: &str) -> impl Iterator<Item = Vec<&str>> {
 /// Whether this can be a package name (deb-policy 5.6.1).
 pub(crate) fn is_name(name: &str) -> bool {
     let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b);
-    name.bytes().next().is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
-        && name.bytes().all(inner)
+    name.bytes().next().is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit()) && name.bytes().all(inner)
 }
 
 /// What is known about a cached index.
@@ -155,16 +163,9 @@ impl Repository {
     pub(crate) fn load(source: &Source<'_>, suite: &str, freshness: Freshness) -> Result<Self> {
         let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
         if suite.is_empty() || !suite.bytes().all(plain) {
-            return Err(Error::BadName {
-                what: "suite",
-                value: suite.to_owned(),
-            });
+            return Err(Error::BadName { what: "suite", value: suite.to_owned() });
         }
-        let mut repository = Self {
-            suite: suite.to_owned(),
-            packages: HashMap::new(),
-            providers: HashMap::new(),
-        };
+        let mut repository = Self { suite: suite.to_owned(), packages: HashMap::new(), providers: HashMap::new() };
         let main = source.index(&source.mirror.base, suite, freshness)?;
         repository.read(&main, &source.mirror.base)?;
         if let Some(base) = &source.mirror.security {
@@ -178,11 +179,7 @@ impl Repository {
         for package in repository.packages.values() {
             for group in groups(&package.provides) {
                 for name in group {
-                    repository
-                        .providers
-                        .entry(name.to_owned())
-                        .or_default()
-                        .push(package.name.clone());
+                    repository.providers.entry(name.to_owned()).or_default().push(package.name.clone());
                 }
             }
         }
@@ -215,19 +212,13 @@ impl Repository {
     /// [`Error::NoPackage`], [`Error::BadName`].
     pub fn package(&self, name: &str) -> Result<&Package> {
         if !is_name(name) {
-            return Err(Error::BadName {
-                what: "package name",
-                value: name.to_owned(),
-            });
+            return Err(Error::BadName { what: "package name", value: name.to_owned() });
         }
         self.packages.get(name).ok_or_else(|| self.missing(name))
     }
 
     fn missing(&self, name: &str) -> Error {
-        Error::NoPackage {
-            name: name.to_owned(),
-            suite: self.suite.clone(),
-        }
+        Error::NoPackage { name: name.to_owned(), suite: self.suite.clone() }
     }
 
     /// The packages that match, sorted by name.
@@ -255,9 +246,8 @@ impl Repository {
         while let Some(package) = todo.pop_front() {
             for group in package.depends() {
                 let provided = |n: &str| self.providers.get(n).into_iter().flatten();
-                let satisfied = group.iter().any(|n| {
-                    chosen.contains(n) || provided(n).any(|p| chosen.contains(p.as_str()))
-                });
+                let satisfied =
+                    group.iter().any(|n| chosen.contains(n) || provided(n).any(|p| chosen.contains(p.as_str())));
                 if satisfied {
                     continue;
                 }
@@ -293,9 +283,7 @@ impl Source<'_> {
         let dir = self.cache.dir(&format!("indexes/{place}/{suite}"))?;
         let state_file = dir.join("state.json");
         let index_file = dir.join("Packages.xz");
-        let state: Option<State> = fs::read(&state_file)
-            .ok()
-            .and_then(|text| serde_json::from_slice(&text).ok());
+        let state: Option<State> = fs::read(&state_file).ok().and_then(|text| serde_json::from_slice(&text).ok());
         let url = format!("{base}/dists/{suite}/InRelease");
         if freshness != Freshness::Fresh
             && let Some(state) = &state
@@ -316,14 +304,8 @@ impl Source<'_> {
                 reason: "the mirror went back to an older index than it had before".to_owned(),
             });
         }
-        let malformed = |reason: &str| Error::Malformed {
-            what: redact(&url),
-            reason: reason.to_owned(),
-        };
-        let entry = release
-            .files
-            .get(INDEX)
-            .ok_or_else(|| malformed("it lists no package index for amd64"))?;
+        let malformed = |reason: &str| Error::Malformed { what: redact(&url), reason: reason.to_owned() };
+        let entry = release.files.get(INDEX).ok_or_else(|| malformed("it lists no package index for amd64"))?;
         if entry.size > MAX_INDEX {
             return Err(malformed("its package index is too large"));
         }
@@ -349,12 +331,7 @@ impl Source<'_> {
             },
             false => download(&by_name)?,
         }
-        let state = State {
-            base: base.to_owned(),
-            date: release.date,
-            sha256,
-            size: entry.size,
-        };
+        let state = State { base: base.to_owned(), date: release.date, sha256, size: entry.size };
         let text = serde_json::to_vec(&state).unwrap_or_default();
         write_atomically(&state_file, &text)?;
         Ok(index_file)
@@ -362,15 +339,11 @@ impl Source<'_> {
 
     /// Fetches and checks an `InRelease`.
     fn release(&self, url: &str, suite: &str) -> Result<Release> {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |d| d.as_secs());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let shown = redact(url);
         let mut keyring = Keyring::default();
         for path in &self.mirror.keyrings {
-            keyring
-                .add_file(path, now)
-                .map_err(|e| Error::io("read", path, e))?;
+            keyring.add_file(path, now).map_err(|e| Error::io("read", path, e))?;
         }
         for key in &self.mirror.inline_keys {
             keyring.add(key.as_bytes(), now);
@@ -378,31 +351,20 @@ impl Source<'_> {
         if keyring.is_empty() {
             let looked = &self.mirror.keyrings_considered;
             let looked: Vec<_> = looked.iter().map(|p| p.display().to_string()).collect();
-            return Err(Error::NoKeyring {
-                looked: format!("looked at {}", looked.join(", ")),
-            });
+            return Err(Error::NoKeyring { looked: format!("looked at {}", looked.join(", ")) });
         }
         let data = self.client.get(url, MAX_RELEASE)?;
         let text = keyring
             .verify_cleartext(&data, now)
-            .map_err(|reason| Error::BadSignature {
-                url: shown.clone(),
-                reason,
-            })?;
-        let release = Release::parse(&text).map_err(|reason| Error::Malformed {
-            what: shown.clone(),
-            reason,
-        })?;
+            .map_err(|reason| Error::BadSignature { url: shown.clone(), reason })?;
+        let release = Release::parse(&text).map_err(|reason| Error::Malformed { what: shown.clone(), reason })?;
         if release.codename != suite && release.suite != suite {
             return Err(Error::Malformed {
                 what: shown,
                 reason: format!("it is the index of {}, not of {suite}", release.codename),
             });
         }
-        let stale = |reason: &str| Error::Stale {
-            url: shown.clone(),
-            reason: reason.to_owned(),
-        };
+        let stale = |reason: &str| Error::Stale { url: shown.clone(), reason: reason.to_owned() };
         if self.check_date && release.date > now.saturating_add(CLOCK_SKEW) {
             return Err(stale("the index is dated in the future"));
         }
@@ -423,15 +385,10 @@ impl Source<'_> {
             return Ok(dest);
         }
         if freshness == Freshness::Offline {
-            return Err(Error::Offline {
-                what: package.file_name().to_owned(),
-            });
+            return Err(Error::Offline { what: package.file_name().to_owned() });
         }
         if package.size > MAX_PACKAGE {
-            return Err(Error::TooLarge {
-                url: redact(&package.url),
-                limit: MAX_PACKAGE,
-            });
+            return Err(Error::TooLarge { url: redact(&package.url), limit: MAX_PACKAGE });
         }
         let part = self.cache.dir("partial")?.join(&sha256);
         self.client.download(&Download {
@@ -465,11 +422,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("Packages.xz");
         fs::write(&file, w.finish().unwrap()).unwrap();
-        let mut r = Repository {
-            suite: "trixie".into(),
-            packages: HashMap::new(),
-            providers: HashMap::new(),
-        };
+        let mut r = Repository { suite: "trixie".into(), packages: HashMap::new(), providers: HashMap::new() };
         r.read(&file, "http://m").unwrap();
         for p in r.packages.values() {
             for name in groups(&p.provides).flatten() {

@@ -33,28 +33,18 @@ struct Place {
     name: Vec<u8>,
 }
 
-const DIR: OFlags = OFlags::DIRECTORY
-    .union(OFlags::NOFOLLOW)
-    .union(OFlags::CLOEXEC);
+const DIR: OFlags = OFlags::DIRECTORY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 impl Root {
     /// Opens an existing directory.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let fd = sys::open(path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|e| Error::io("open", path, e.into()))?;
-        Ok(Self {
-            fd,
-            privileged: rustix::process::geteuid().is_root(),
-        })
+        Ok(Self { fd, privileged: rustix::process::geteuid().is_root() })
     }
 
     /// Writes one entry of the archive in package `deb` below `dest` (both for messages).
-    pub(crate) fn unpack<R: Read>(
-        &self,
-        entry: &mut tar::Entry<'_, R>,
-        deb: &Path,
-        dest: &Path,
-    ) -> Result<()> {
+    pub(crate) fn unpack<R: Read>(&self, entry: &mut tar::Entry<'_, R>, deb: &Path, dest: &Path) -> Result<()> {
         let path = entry.path_bytes().into_owned();
         let shown = String::from_utf8_lossy(&path).into_owned();
         let refuse = |why: &str| Error::deb(deb, format!("{why}: {shown:?}"));
@@ -68,9 +58,7 @@ impl Root {
         let owner = (id(header.uid()), id(header.gid()));
         let link = entry.link_name_bytes().map(|l| l.into_owned());
         let link = || {
-            link.as_deref()
-                .filter(|l| !l.is_empty() && !l.contains(&0))
-                .ok_or_else(|| refuse("link without target"))
+            link.as_deref().filter(|l| !l.is_empty() && !l.contains(&0)).ok_or_else(|| refuse("link without target"))
         };
         let target = dest.join(shown.trim_start_matches(['.', '/']));
         let on = |op| {
@@ -90,18 +78,11 @@ impl Root {
         if kind.is_symlink() {
             let to = link()?;
             place.clear().map_err(on("replace"))?;
-            sys::symlinkat(OsStr::from_bytes(to), &place.dir, OsStr::from_bytes(&place.name))
-                .map_err(on("create"))?;
+            sys::symlinkat(OsStr::from_bytes(to), &place.dir, OsStr::from_bytes(&place.name)).map_err(on("create"))?;
             if self.privileged {
                 let (uid, gid) = ids(owner);
-                sys::chownat(
-                    &place.dir,
-                    OsStr::from_bytes(&place.name),
-                    uid,
-                    gid,
-                    AtFlags::SYMLINK_NOFOLLOW,
-                )
-                .map_err(on("change the owner of"))?;
+                sys::chownat(&place.dir, OsStr::from_bytes(&place.name), uid, gid, AtFlags::SYMLINK_NOFOLLOW)
+                    .map_err(on("change the owner of"))?;
             }
             return Ok(());
         }
@@ -126,13 +107,8 @@ impl Root {
         }
         place.clear().map_err(on("replace"))?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = sys::openat(
-            &place.dir,
-            OsStr::from_bytes(&place.name),
-            flags,
-            Mode::RUSR | Mode::WUSR,
-        )
-        .map_err(on("create"))?;
+        let fd = sys::openat(&place.dir, OsStr::from_bytes(&place.name), flags, Mode::RUSR | Mode::WUSR)
+            .map_err(on("create"))?;
         let mut file = File::from(fd);
         let declared = entry.size();
         let mut buffer = vec![0u8; 64 << 10];
@@ -171,10 +147,7 @@ impl Root {
     /// The directory an entry goes into, made as needed, and the entry's name.
     fn place(&self, parts: &[Vec<u8>]) -> Result<Place, Errno> {
         let (name, parents) = parts.split_last().ok_or(Errno::INVAL)?;
-        Ok(Place {
-            dir: self.walk(parents, true)?,
-            name: name.clone(),
-        })
+        Ok(Place { dir: self.walk(parents, true)?, name: name.clone() })
     }
 
     /// Walks to a directory, following links inside the root, making what is missing if `create`.
@@ -238,8 +211,7 @@ impl Place {
 
     fn is_same(&self, other: &Self) -> Result<bool, Errno> {
         let stat = |p: &Self| {
-            sys::statat(&p.dir, OsStr::from_bytes(&p.name), AtFlags::SYMLINK_NOFOLLOW)
-                .map(|s| (s.st_dev, s.st_ino))
+            sys::statat(&p.dir, OsStr::from_bytes(&p.name), AtFlags::SYMLINK_NOFOLLOW).map(|s| (s.st_dev, s.st_ino))
         };
         match (stat(self), stat(other)) {
             (Ok(a), Ok(b)) => Ok(a == b),
@@ -251,10 +223,7 @@ impl Place {
 
 fn ids((uid, gid): (u32, u32)) -> (Option<Uid>, Option<Gid>) {
     // The all-ones id means "unchanged" to the kernel and is no user.
-    (
-        (uid != u32::MAX).then(|| Uid::from_raw(uid)),
-        (gid != u32::MAX).then(|| Gid::from_raw(gid)),
-    )
+    ((uid != u32::MAX).then(|| Uid::from_raw(uid)), (gid != u32::MAX).then(|| Gid::from_raw(gid)))
 }
 
 /// The components of an archive path; `None` if it is absolute, has `..`, or holds a NUL.
@@ -275,12 +244,7 @@ fn components(path: &[u8]) -> Option<Vec<Vec<u8>>> {
 
 /// The components of a link target, `..` included.
 fn split_link(target: &CStr) -> Vec<Vec<u8>> {
-    target
-        .to_bytes()
-        .split(|b| *b == b'/')
-        .filter(|p| !p.is_empty() && *p != b".")
-        .map(<[u8]>::to_vec)
-        .collect()
+    target.to_bytes().split(|b| *b == b'/').filter(|p| !p.is_empty() && *p != b".").map(<[u8]>::to_vec).collect()
 }
 
 #[cfg(test)]

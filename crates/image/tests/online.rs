@@ -8,14 +8,9 @@ use image::{Flavour, GuestImage, Host, Options, Progress, default_image};
 
 fn options() -> Options {
     // The user's own cache, as the command uses it; else one in the build directory.
-    let cache = Host::current()
-        .cache_dir()
-        .unwrap_or_else(|_| PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("cache"));
-    Options {
-        cache_dir: Some(cache),
-        progress: Progress::Quiet,
-        ..Options::default()
-    }
+    let cache =
+        Host::current().cache_dir().unwrap_or_else(|_| PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("cache"));
+    Options { cache_dir: Some(cache), progress: Progress::Quiet, ..Options::default() }
 }
 
 fn check(image: &GuestImage, version: &str) {
@@ -42,11 +37,7 @@ fn every_default_image() {
         let first = default_image(suite, flavour, &options()).unwrap_or_else(|e| panic!("{e}"));
         check(&first, version);
         // Again, on a host that knows no mirror and may not use the network: from the cache alone.
-        let nowhere = Options {
-            offline: true,
-            host: Host::at("/nonexistent", &[]),
-            ..options()
-        };
+        let nowhere = Options { offline: true, host: Host::at("/nonexistent", &[]), ..options() };
         assert_eq!(default_image(suite, flavour, &nowhere).unwrap(), first);
         println!("{suite} {flavour}: {} {}", first.kernel.display(), first.initrd.display());
     }
