@@ -27,6 +27,7 @@ pub const R15: Reg = 15;
 
 /// Condition codes of Jcc/SETcc.
 pub mod cc {
+    pub const E: u8 = 4;
     pub const NE: u8 = 5;
     pub const A: u8 = 7;
 }
@@ -212,10 +213,15 @@ impl Asm {
             self.rr(true, &[0xc7], 0, to);
             self.i32(small);
         } else {
-            self.u8(0x48 | (to >> 3));
-            self.u8(0xb8 | (to & 7));
-            self.raw(&value.to_le_bytes());
+            self.mov_imm64(to, value);
         }
+    }
+
+    /// Loads a constant with a 64-bit immediate, which is the last thing emitted.
+    pub fn mov_imm64(&mut self, to: Reg, value: u64) {
+        self.u8(0x48 | (to >> 3));
+        self.u8(0xb8 | (to & 7));
+        self.raw(&value.to_le_bytes());
     }
 
     /// `shr to32, count`.

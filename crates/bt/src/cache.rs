@@ -10,7 +10,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 use iced_x86::Encoder;
 
 use crate::analyze::{Analyzer, Insn, Mode};
-use crate::emit::{Access, Context, Emitter, LinkKind, Meta, Number, Output, Part, Target};
+use crate::emit::{Access, Context, Emitter, LinkKind, Meta, Number, Output, Part, RelocationKind, Target};
 use crate::memory::CodeMemory;
 use crate::stubs::{self, Stubs};
 
@@ -67,7 +67,6 @@ pub struct Block {
     /// Positions in the code cache.
     pub hot: usize,
     pub hot_len: usize,
-    pub cold: usize,
     /// Entry behind the poll.
     pub body: usize,
     /// Entry with flags in the vCPU block.
@@ -98,14 +97,23 @@ struct LinkEntry {
 /// A cross-page jump target.
 pub struct Slot {
     pub target: u64,
-    pub mode: Mode,
     pub kind: LinkKind,
     /// Host address of the code that asks the dispatcher.
     pub thunk: u64,
 }
 
+/// A program's block to be copied for other addresses that its page is mapped at.
+struct Template {
+    /// Guest-virtual address it was made for.
+    address: u64,
+    mode: Mode,
+    end: u16,
+    output: Output,
+}
+
 #[derive(Default)]
 struct Page {
+    templates: Vec<Template>,
     blocks: Vec<BlockId>,
     steps: Vec<Key>,
     /// A bit for each 64 bytes that hold translated code.
@@ -131,6 +139,8 @@ pub struct CacheCounters {
     pub blocks: u64,
     pub instructions: u64,
     pub code_bytes: u64,
+    /// Blocks copied from a translation for another address.
+    pub copied: u64,
     pub invalidated: u64,
     pub flushes: u64,
     pub links: u64,
@@ -296,9 +306,21 @@ impl Cache {
     pub fn translate(&mut self, key: Key, page: &[u8], new_slots: &mut Vec<u32>) -> Result<BlockId, Full> {
         let page_address = key.address & !0xfff;
         let offset = (key.address & 0xfff) as usize;
+        let known = self.pages.get_mut(&key.page).and_then(|page| {
+            let same = |t: &Template| t.address & 0xfff == key.address & 0xfff && t.mode == key.mode;
+            page.templates.iter().position(same).map(|at| page.templates.swap_remove(at))
+        });
+        if let Some(template) = known {
+            self.counters.copied += 1;
+            let result = self.insert(key, &template, new_slots);
+            if let Some(page) = self.pages.get_mut(&key.page) {
+                page.templates.push(template);
+            }
+            return result;
+        }
         let insns: Vec<Insn> = self.analyzer.block(page, page_address, offset, key.mode);
-        let entry = self.pages.entry(key.page).or_default();
         if insns.is_empty() {
+            let entry = self.pages.entry(key.page).or_default();
             entry.steps.push(key);
             for chunk in offset / 64..64 {
                 entry.chunks |= 1 << chunk;
@@ -311,6 +333,19 @@ impl Cache {
         let context = Context { stubs: &self.stubs, mode: key.mode, page: page_address, bytes: page };
         let (output, encoder) = Emitter::block(context, &insns, encoder);
         self.encoder = Some(encoder);
+        self.counters.blocks += 1;
+        self.counters.instructions += insns.len() as u64;
+        let template = Template { address: key.address, mode: key.mode, end: end as u16, output };
+        let result = self.insert(key, &template, new_slots);
+        if key.mode.user && result.is_ok() {
+            self.pages.entry(key.page).or_default().templates.push(template);
+        }
+        result
+    }
+
+    /// Places a block into the cache and enters it into the tables.
+    fn insert(&mut self, key: Key, template: &Template, new_slots: &mut Vec<u32>) -> Result<BlockId, Full> {
+        let output = &template.output;
         // Room: everything of this block, and a thunk for each slot.
         let hot_len = (output.hot.len() + 15) & !15;
         let cold_len = output.cold.len() + 16 * output.slots.len() + 16;
@@ -321,29 +356,23 @@ impl Cache {
             return Err(Full);
         }
         let id = self.blocks.len() as BlockId;
-        let block = self.place(id, key, &insns, end, output, new_slots);
+        let block = self.place(id, key, template, new_slots);
         let entry = self.pages.entry(key.page).or_default();
         entry.blocks.push(id);
-        for chunk in offset / 64..=(end.max(offset + 1) - 1) / 64 {
+        let (first, behind) = (usize::from(block.start), usize::from(block.end));
+        for chunk in first / 64..=(behind.max(first + 1) - 1) / 64 {
             entry.chunks |= 1 << chunk;
         }
-        self.counters.blocks += 1;
-        self.counters.instructions += insns.len() as u64;
         self.counters.code_bytes += (hot_len + cold_len) as u64;
         self.blocks.push(block);
         self.map.insert(key, id);
         Ok(id)
     }
 
-    fn place(
-        &mut self,
-        id: BlockId,
-        key: Key,
-        insns: &[Insn],
-        end: usize,
-        mut output: Output,
-        new_slots: &mut Vec<u32>,
-    ) -> Block {
+    fn place(&mut self, id: BlockId, key: Key, template: &Template, new_slots: &mut Vec<u32>) -> Block {
+        let output = &template.output;
+        let moved = key.address.wrapping_sub(template.address);
+        let (mut hot_bytes, mut cold_bytes) = (output.hot.clone(), output.cold.clone());
         let (hot, cold) = (self.hot, self.cold);
         let own = |part, at| match part {
             Part::Hot => hot + at,
@@ -358,10 +387,23 @@ impl Cache {
                 Number::Exit(i) => first_exit + i as u32,
                 Number::Access(i) => first_access + i as u32,
             };
-            output.cold[at..at + 4].copy_from_slice(&value.to_le_bytes());
+            cold_bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
         }
         for &(at, exit) in &output.hot_numbers {
-            output.hot[at..at + 4].copy_from_slice(&(first_exit + exit as u32).to_le_bytes());
+            hot_bytes[at..at + 4].copy_from_slice(&(first_exit + exit as u32).to_le_bytes());
+        }
+        for relocation in &output.relocations {
+            let value = relocation.value.wrapping_add(moved);
+            let bytes = if relocation.part == Part::Hot { &mut hot_bytes } else { &mut cold_bytes };
+            match relocation.kind {
+                RelocationKind::Address => {
+                    bytes[relocation.at..relocation.at + 8].copy_from_slice(&value.to_le_bytes());
+                }
+                RelocationKind::TlbEntry(table) => {
+                    let offset = table + 16 * crate::block::tlb_index(value) as i32;
+                    bytes[relocation.at..relocation.at + 4].copy_from_slice(&offset.to_le_bytes());
+                }
+            }
         }
         for fixup in &output.fixups {
             let target = match fixup.target {
@@ -369,12 +411,13 @@ impl Cache {
                 Target::Fixed(position) => position,
             };
             let displacement = (target as i64 - own(fixup.part, fixup.at) as i64 - 4) as i32;
-            let bytes = if fixup.part == Part::Hot { &mut output.hot } else { &mut output.cold };
+            let bytes = if fixup.part == Part::Hot { &mut hot_bytes } else { &mut cold_bytes };
             bytes[fixup.at..fixup.at + 4].copy_from_slice(&displacement.to_le_bytes());
         }
         let mut thunk = cold + output.cold.len();
         for slot in &output.slots {
-            let map_key = (slot.target, key.mode.bits(), slot.kind as u8);
+            let target = slot.target.wrapping_add(moved);
+            let map_key = (target, key.mode.bits(), slot.kind as u8);
             let number = match self.slot_map.get(&map_key) {
                 Some(&number) => number,
                 None => {
@@ -383,12 +426,7 @@ impl Cache {
                     code[2..6].copy_from_slice(&number.to_le_bytes());
                     self.memory.write(thunk, &code);
                     self.memory.link(thunk + 7, self.stubs.exits[crate::block::reason::SLOT as usize]);
-                    self.slots.push(Slot {
-                        target: slot.target,
-                        mode: key.mode,
-                        kind: slot.kind,
-                        thunk: self.memory.address(thunk),
-                    });
+                    self.slots.push(Slot { target, kind: slot.kind, thunk: self.memory.address(thunk) });
                     thunk += code.len();
                     self.slot_map.insert(map_key, number);
                     new_slots.push(number);
@@ -396,16 +434,16 @@ impl Cache {
                 }
             };
             let displacement = crate::block::off::slot(number);
-            let bytes = if slot.part == Part::Hot { &mut output.hot } else { &mut output.cold };
+            let bytes = if slot.part == Part::Hot { &mut hot_bytes } else { &mut cold_bytes };
             bytes[slot.at..slot.at + 4].copy_from_slice(&displacement.to_le_bytes());
         }
-        self.memory.write(hot, &output.hot);
-        self.memory.write(cold, &output.cold);
+        self.memory.write(hot, &hot_bytes);
+        self.memory.write(cold, &cold_bytes);
         for link in &output.links {
             self.links.push(LinkEntry {
                 at: own(link.part, link.at),
                 stub: cold + link.stub,
-                target: link.target,
+                target: link.target.wrapping_add(moved),
                 kind: link.kind,
                 source: id,
                 destination: None,
@@ -419,14 +457,13 @@ impl Cache {
             key,
             hot,
             hot_len: output.hot.len(),
-            cold,
             body: hot + output.body,
             indirect: if output.indirect.1 { hot + output.indirect.0 } else { cold + output.indirect.0 },
             stale: cold + output.stale,
-            start: insns.first().map_or(0, |i| i.offset),
-            end: end as u16,
-            pads: output.pads.iter().map(|&(at, address)| (hot + at, address)).collect(),
-            meta: output.meta.into_boxed_slice(),
+            start: (key.address & 0xfff) as u16,
+            end: template.end,
+            pads: output.pads.iter().map(|&(at, address)| (hot + at, address.wrapping_add(moved))).collect(),
+            meta: output.meta.clone().into_boxed_slice(),
             incoming: Vec::new(),
             slots: Vec::new(),
             alive: true,
@@ -470,6 +507,7 @@ impl Cache {
         }
         let blocks = std::mem::take(&mut page.blocks);
         let steps = std::mem::take(&mut page.steps);
+        page.templates.clear();
         page.chunks = 0;
         let (mut kept, mut kept_steps) = (Vec::new(), Vec::new());
         let mut chunks = 0_u64;

@@ -34,6 +34,25 @@ pub struct Fixup {
     pub target: Target,
 }
 
+/// A field that depends on the guest-virtual address of the page.
+#[derive(Clone, Copy, Debug)]
+pub struct Relocation {
+    pub part: Part,
+    pub at: usize,
+    /// The address as it was when emitted.
+    pub value: u64,
+    pub kind: RelocationKind,
+}
+
+/// What the field holds.
+#[derive(Clone, Copy, Debug)]
+pub enum RelocationKind {
+    /// The address, 64 bits.
+    Address,
+    /// The 32-bit offset in the vCPU block of the address's entry in the software TLB that starts at this offset.
+    TlbEntry(i32),
+}
+
 /// A 32-bit immediate in the cold part that takes the number of a table entry.
 #[derive(Clone, Copy, Debug)]
 pub enum Number {
@@ -103,8 +122,8 @@ pub struct Meta {
     pub borrowed: [u8; 3],
 }
 
-/// A translated block, not yet placed.
-#[derive(Default)]
+/// A translated block, not yet placed. Of a program's block, a copy can be placed for any address that the page is mapped at.
+#[derive(Clone, Default)]
 pub struct Output {
     pub hot: Vec<u8>,
     pub cold: Vec<u8>,
@@ -112,6 +131,7 @@ pub struct Output {
     pub numbers: Vec<(usize, Number)>,
     /// The same in the hot part, for exits.
     pub hot_numbers: Vec<(usize, usize)>,
+    pub relocations: Vec<Relocation>,
     pub links: Vec<Link>,
     pub slots: Vec<SlotUse>,
     /// Offsets in the page of instructions at which the dispatcher is entered, and whether they use x87 or SSE state.
@@ -155,8 +175,8 @@ enum Address {
     Simple(Reg, i32),
     /// A constant that fits a displacement.
     Small(i32),
-    /// A constant.
-    Constant(u64),
+    /// A constant, possibly relative to RIP.
+    Relocatable(u64),
     /// Must be computed into R11; the steps are repeatable.
     Computed,
 }
@@ -173,7 +193,7 @@ pub struct Emitter<'a> {
 
 /// How much has been emitted.
 struct Mark {
-    lengths: [usize; 9],
+    lengths: [usize; 11],
     flags: Flags,
 }
 
@@ -290,6 +310,8 @@ impl<'a> Emitter<'a> {
                 out.accesses.len(),
                 out.meta.len(),
                 out.pads.len(),
+                out.relocations.len(),
+                out.hot_numbers.len(),
             ],
             flags: self.flags,
         }
@@ -297,7 +319,7 @@ impl<'a> Emitter<'a> {
 
     /// Takes back what was emitted since `mark`.
     fn rewind(&mut self, mark: Mark) {
-        let [hot, cold, fixups, numbers, links, slots, accesses, meta, pads] = mark.lengths;
+        let [hot, cold, fixups, numbers, links, slots, accesses, meta, pads, relocations, hot_numbers] = mark.lengths;
         self.hot.bytes.truncate(hot);
         self.cold.bytes.truncate(cold);
         let out = &mut self.out;
@@ -308,6 +330,8 @@ impl<'a> Emitter<'a> {
         out.accesses.truncate(accesses);
         out.meta.truncate(meta);
         out.pads.truncate(pads);
+        out.relocations.truncate(relocations);
+        out.hot_numbers.truncate(hot_numbers);
         self.flags = mark.flags;
     }
 
@@ -479,9 +503,12 @@ impl<'a> Emitter<'a> {
         }
         if ins.is_ip_rel_memory_operand() || (base == Register::None && index == Register::None) {
             let address = ins.memory_displacement64();
+            if ins.is_ip_rel_memory_operand() && self.context.mode.user {
+                return Address::Relocatable(address);
+            }
             return match i32::try_from(address as i64) {
                 Ok(small) => Address::Small(small),
-                Err(_) => Address::Constant(address),
+                Err(_) => Address::Relocatable(address),
             };
         }
         if index == Register::None && base.is_gpr64() && !spilled(number(base)) {
@@ -558,10 +585,12 @@ impl<'a> Emitter<'a> {
                 self.hot.i32(value & !0xfff);
                 condition = cc::NE;
             }
-            Address::Constant(value) => {
+            Address::Relocatable(value) => {
                 let entry = table + 16 * tlb_index(value) as i32;
-                self.hot.mov_imm(R11, value);
+                let relative = insn.ins.is_ip_rel_memory_operand();
+                self.move_address(R11, value, relative);
                 self.hot.load(R10, Mem::gs(entry));
+                self.tlb_entry(value, table, relative);
                 self.hot.rr(true, &[0x31], R11, R10); // xor r10, r11
                 self.hot.cmp_imm(R10, limit);
                 condition = cc::A;
@@ -589,9 +618,10 @@ impl<'a> Emitter<'a> {
                 self.hot.load(R10, Mem::gs(entry + 8));
                 Mem::base(R10, value)
             }
-            Address::Constant(value) => {
+            Address::Relocatable(value) => {
                 let entry = table + 16 * tlb_index(value) as i32;
                 self.hot.load(R10, Mem::gs(entry + 8));
+                self.tlb_entry(value, table + 8, insn.ins.is_ip_rel_memory_operand());
                 Mem::sum(R11, R10, 0)
             }
             Address::Simple(base, disp) => {
@@ -628,9 +658,32 @@ impl<'a> Emitter<'a> {
         Ok(operand)
     }
 
+    /// `mov reg, address` in the hot part; the address moves with the page when `relative`.
+    fn move_address(&mut self, reg: Reg, value: u64, relative: bool) {
+        if relative && self.context.mode.user {
+            self.hot.mov_imm64(reg, value);
+            let at = self.hot.len() - 8;
+            self.out.relocations.push(Relocation { part: Part::Hot, at, value, kind: RelocationKind::Address });
+        } else {
+            self.hot.mov_imm(reg, value);
+        }
+    }
+
+    /// Notes that the displacement just emitted is that of the TLB entry of `value`.
+    fn tlb_entry(&mut self, value: u64, table: i32, relative: bool) {
+        if relative && self.context.mode.user {
+            let at = self.hot.len() - 4;
+            let kind = RelocationKind::TlbEntry(table);
+            self.out.relocations.push(Relocation { part: Part::Hot, at, value, kind });
+        }
+    }
+
     fn check_operand(&mut self, insn: &Insn, size: u16, write: bool) -> Result<Mem, Unsupported> {
         let ins = insn.ins;
         let address = self.address(&ins, false);
+        if matches!(address, Address::Computed) && ins.is_ip_rel_memory_operand() && self.context.mode.user {
+            return Err(Unsupported); // FS or GS relative to RIP
+        }
         self.check(insn, address, size, write, &move |asm| Self::compute(asm, &ins, false))
     }
 
@@ -647,7 +700,7 @@ impl<'a> Emitter<'a> {
             Class::Plain => return self.plain(insn),
             Class::Memory { write, size } => return self.memory(insn, size, write),
             Class::BitTest { write } => return self.bit_test(insn, write),
-            Class::Lea => self.lea(ins),
+            Class::Lea => self.lea(insn),
             Class::Push => return self.push(insn),
             Class::PushMemory => {
                 let source = self.check_operand(insn, 8, false)?;
@@ -733,7 +786,7 @@ impl<'a> Emitter<'a> {
             Class::Syscall => {
                 self.flags_to_host(ALL_FLAGS);
                 self.transition_exit(insn);
-                self.hot.mov_imm(R10, ins.next_ip());
+                self.move_address(R10, ins.next_ip(), true);
                 self.jump_fixed(self.context.stubs.syscall);
             }
             Class::Sysret => {
@@ -791,10 +844,15 @@ impl<'a> Emitter<'a> {
         Ok(())
     }
 
-    fn lea(&mut self, ins: &Instruction) {
+    fn lea(&mut self, insn: &Insn) {
+        let ins = &insn.ins;
         let register = ins.op0_register();
         let to = number(register);
-        Self::compute(&mut self.hot, ins, true);
+        if ins.is_ip_rel_memory_operand() {
+            self.move_address(R11, ins.memory_displacement64(), true);
+        } else {
+            Self::compute(&mut self.hot, ins, true);
+        }
         if spilled(to) {
             match register.size() {
                 8 => self.hot.store(Mem::gs(off::gpr(to as usize)), R11),
@@ -1004,6 +1062,7 @@ impl<'a> Emitter<'a> {
         if (base.is_gpr() && (spilled(number(base)) || !base.is_gpr64()))
             || matches!(ins.memory_segment(), Register::FS | Register::GS)
             || base == Register::EIP
+            || (base == Register::RIP && self.context.mode.user)
         {
             return Err(Unsupported);
         }
@@ -1162,9 +1221,9 @@ impl<'a> Emitter<'a> {
         self.flags_to_block(ALL_FLAGS);
         let address = insn.ins.next_ip();
         match i32::try_from(address as i64) {
-            Ok(small) => self.hot.store_imm(top, small),
-            Err(_) => {
-                self.hot.mov_imm(R11, address);
+            Ok(small) if !self.context.mode.user => self.hot.store_imm(top, small),
+            _ => {
+                self.move_address(R11, address, true);
                 self.hot.store(top, R11);
             }
         }
@@ -1176,9 +1235,9 @@ impl<'a> Emitter<'a> {
     fn landing_pad(&mut self, insn: &Insn, address: u64) {
         self.out.pads.push((self.hot.len(), address));
         match i32::try_from(address as i64) {
-            Ok(small) => self.hot.cmp_imm(R11, small),
-            Err(_) => {
-                self.hot.mov_imm(R10, address);
+            Ok(small) if !self.context.mode.user => self.hot.cmp_imm(R11, small),
+            _ => {
+                self.move_address(R10, address, true);
                 self.hot.cmp(R11, R10);
             }
         }

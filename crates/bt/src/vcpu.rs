@@ -645,7 +645,7 @@ impl BtVcpu {
                     self.leave(kind == Some(LinkKind::Call));
                     block.state.rip = target;
                     let generation = self.generation;
-                    let Some((next, g)) = self.find(target) else { return self.interpret(true) };
+                    let Some((next, _)) = self.find(target) else { return self.interpret(true) };
                     if generation == self.generation && next != STEP_ONLY {
                         self.shared.cache().link(argument, next);
                     }
@@ -660,12 +660,12 @@ impl BtVcpu {
                     self.leave(kind == LinkKind::Call);
                     block.state.rip = target;
                     let generation = self.generation;
-                    let Some((next, g)) = self.find(target) else { return self.interpret(true) };
+                    let Some((next, global)) = self.find(target) else { return self.interpret(true) };
                     if generation == self.generation && next != STEP_ONLY {
                         let mut cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
                         if let Some(host) = cache.entry(next, kind) {
                             cache.note_slot(next, argument);
-                            self.tlbs.fill_slot(block, argument, host, target, g);
+                            self.tlbs.fill_slot(block, argument, host, target, global);
                         }
                     }
                     id = next;
@@ -674,11 +674,11 @@ impl BtVcpu {
                     self.leave(true);
                     let target = block.exit_target;
                     block.state.rip = target;
-                    let Some((next, g)) = self.find(target) else { return self.interpret(true) };
+                    let Some((next, global)) = self.find(target) else { return self.interpret(true) };
                     if next != STEP_ONLY {
                         let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
                         if let Some(host) = cache.entry(next, LinkKind::Call) {
-                            self.tlbs.fill_indirect(block, target, self.mode.user, host, g);
+                            self.tlbs.fill_indirect(block, target, self.mode.user, host, global);
                         }
                     }
                     id = next;
@@ -893,6 +893,7 @@ impl Vcpu for BtVcpu {
         let k = &cache.counters;
         let mut out: Vec<(String, u64)> = [
             ("blocks translated", k.blocks),
+            ("blocks copied", k.copied),
             ("instructions translated", k.instructions),
             ("code bytes", k.code_bytes),
             ("blocks invalidated", k.invalidated),
