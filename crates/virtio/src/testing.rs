@@ -49,12 +49,12 @@ impl Recorder {
         self.broken.lock().unwrap().clone()
     }
 
-    /// Waits, for 30 seconds at most, until `what` holds.
+    /// Waits, for 10 seconds at most and not once the device is broken, until `what` holds.
     pub fn wait(&self, mut what: impl FnMut() -> bool) -> bool {
-        let end = Instant::now() + Duration::from_secs(30);
+        let end = Instant::now() + Duration::from_secs(10);
         while !what() {
-            if Instant::now() > end {
-                return false;
+            if Instant::now() > end || !self.broken().is_empty() {
+                return what();
             }
             let guard = self.lock.lock().unwrap();
             drop(self.change.wait_timeout(guard, Duration::from_millis(1)).unwrap());

@@ -190,7 +190,7 @@ impl Disk {
     /// Byte offset of `sector` if `bytes` bytes from there are whole sectors of this disk.
     pub fn range(&self, sector: u64, bytes: u64) -> Option<u64> {
         let end = sector.checked_add(bytes / SECTOR)?;
-        (bytes % SECTOR == 0 && end <= self.sectors).then_some(sector * SECTOR)
+        (bytes % SECTOR == 0 && end <= self.sectors).then(|| sector * SECTOR)
     }
 
     /// Fills `buffers` from byte `offset` on and tells the code tracker. Returns the bytes read even on error.
@@ -252,6 +252,12 @@ impl Disk {
             return Ok(());
         }
         self.file.sync_data().inspect_err(|_| self.lost.store(true, Ordering::SeqCst))
+    }
+
+    /// As if a flush had failed.
+    #[cfg(test)]
+    pub(super) fn fail_flushes(&self) {
+        self.lost.store(true, Ordering::SeqCst);
     }
 
     /// Gives the space of `bytes` bytes at `offset` back to the host; they read as zeroes or as before. A hint.

@@ -4,6 +4,9 @@
 //! it must tell "the chain ends here" from "the chain is broken". Every address is checked against RAM, every chain is bounded, and
 //! a ring that breaks the rules makes the queue *broken*: the driver is told to reset the device and nothing more is taken from it.
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::num::Wrapping;
 use std::sync::Arc;
