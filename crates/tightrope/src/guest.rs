@@ -36,24 +36,48 @@ pub fn configure(args: &RunArgs, settings: &Settings) -> Result<VmConfig> {
     };
     // What cannot work should not first fetch anything.
     config.check()?;
-    let base = if args.kernel.is_some() {
-        CONSOLE.to_string()
-    } else {
-        default_image(args, settings, &mut config)?;
-        format!("{CONSOLE} {DEFAULT_IMAGE}")
-    };
+    let base = if args.kernel.is_some() { CONSOLE.to_string() } else { default_image(args, settings, &mut config)? };
     config.cmdline = std::iter::once(base).chain(args.append.iter().cloned()).collect::<Vec<_>>().join(" ");
     Ok(config)
 }
 
-/// Fills in kernel and initrd of the default image.
-fn default_image(args: &RunArgs, settings: &Settings, config: &mut VmConfig) -> Result<()> {
+/// Fills in kernel and initrd of the default image, fetching it if need be; returns its command line.
+fn default_image(args: &RunArgs, settings: &Settings, config: &mut VmConfig) -> Result<String> {
     if let Some(name) = &args.image
         && name != "debian"
     {
         bail!("there is no image '{name}': leave it away for Debian, or name your own kernel with --kernel");
     }
-    let _mirror = args.mirror.as_ref().or(settings.mirror.as_ref());
+    let options =
+        image::Options { mirror: args.mirror.clone().or_else(|| settings.mirror.clone()), ..image::Options::default() };
+    let image = image::default_image(image::DEFAULT_SUITE, image::Flavour::default(), &options)?;
+    config.kernel = image.kernel;
+    config.initrd = Some(image.initrd);
     config.trusted_image = true;
-    bail!("no image yet")
+    config.ready_marker = Some(image::PROMPT.to_string());
+    let mut words = vec![CONSOLE.to_string(), image.cmdline, DEFAULT_IMAGE.to_string()];
+    words.extend(terminal_words());
+    Ok(words.join(" "))
+}
+
+/// What the guest's shell should know of the user's terminal.
+fn terminal_words() -> Vec<String> {
+    if !vmm::terminal::is_terminal() {
+        return Vec::new();
+    }
+    let mut words = Vec::new();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.+".contains(c);
+    if let Ok(term) = std::env::var("TERM")
+        && !term.is_empty()
+        && term.chars().all(plain)
+    {
+        words.push(format!("TERM={term}"));
+    }
+    if let Ok(size) = rustix::termios::tcgetwinsize(rustix::stdio::stdin())
+        && size.ws_col > 0
+        && size.ws_row > 0
+    {
+        words.push(format!("COLUMNS={} LINES={}", size.ws_col, size.ws_row));
+    }
+    words
 }

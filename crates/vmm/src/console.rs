@@ -112,9 +112,13 @@ pub(crate) struct Output {
     watch: Arc<Mutex<Option<Watch>>>,
 }
 
+/// Looks for a marker at the start of a line. What may be its beginning is held back, so that what is to be said about it can be
+/// said before it is shown.
 struct Watch {
     marker: Vec<u8>,
+    /// Bytes of the marker seen, and not yet passed on.
     matched: usize,
+    line_start: bool,
     found: Box<dyn FnOnce() + Send>,
 }
 
@@ -153,17 +157,52 @@ impl Output {
         Ok(output)
     }
 
-    /// Calls `found` once, when the guest has written `marker`.
+    /// Calls `found` once, when the guest has written `marker` at the start of a line and before it is passed on.
     pub(crate) fn watch_for(&self, marker: &str, found: Box<dyn FnOnce() + Send>) {
         if !marker.is_empty() {
             *self.watch.lock().unwrap_or_else(PoisonError::into_inner) =
-                Some(Watch { marker: marker.as_bytes().to_vec(), matched: 0, found });
+                Some(Watch { marker: marker.as_bytes().to_vec(), matched: 0, line_start: true, found });
         }
     }
 
     /// Takes what the guest wrote.
     pub(crate) fn write(&self, bytes: &[u8]) {
-        self.look_for_marker(bytes);
+        let mut slot = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(watch) = slot.as_mut() else {
+            drop(slot);
+            self.pass_on(bytes);
+            return;
+        };
+        let mut ready = Vec::with_capacity(bytes.len() + watch.matched);
+        for (at, &byte) in bytes.iter().enumerate() {
+            let wanted = watch.marker.get(watch.matched) == Some(&byte);
+            if wanted && (watch.matched > 0 || watch.line_start) {
+                watch.matched += 1;
+                if watch.matched == watch.marker.len() {
+                    let rest = bytes.get(at + 1..).unwrap_or_default();
+                    let Some(watch) = slot.take() else { return };
+                    drop(slot);
+                    self.pass_on(&ready);
+                    (watch.found)();
+                    self.pass_on(&watch.marker);
+                    self.pass_on(rest);
+                    return;
+                }
+                continue;
+            }
+            ready.extend_from_slice(watch.marker.get(..watch.matched).unwrap_or_default());
+            ready.push(byte);
+            watch.matched = 0;
+            watch.line_start = byte == b'\n' || byte == b'\r';
+        }
+        drop(slot);
+        self.pass_on(&ready);
+    }
+
+    fn pass_on(&self, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
         let mut state = self.shared.lock();
         if state.broken {
             return;
@@ -201,26 +240,6 @@ impl Output {
                 return;
             }
             state = self.shared.drained.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    fn look_for_marker(&self, bytes: &[u8]) {
-        let mut slot = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(watch) = slot.as_mut() else { return };
-        for &byte in bytes {
-            // A marker whose first byte comes again inside it is not recognised after a false start within itself.
-            // That is fine for what it is for.
-            watch.matched = match watch.marker.get(watch.matched) {
-                Some(&wanted) if wanted == byte => watch.matched + 1,
-                _ => usize::from(watch.marker.first() == Some(&byte)),
-            };
-            if watch.matched == watch.marker.len() {
-                if let Some(watch) = slot.take() {
-                    drop(slot);
-                    (watch.found)();
-                }
-                return;
-            }
         }
     }
 }
@@ -309,14 +328,26 @@ mod tests {
         let (to, from) = mpsc::channel();
         let output = Output::start(Box::new(Sink(to)), Box::new(|| ())).unwrap();
         let (found_to, found) = mpsc::channel();
-        output.watch_for("ready", Box::new(move || found_to.send(()).unwrap()));
-        for byte in b"rrea: already" {
-            assert!(found.try_recv().is_err());
+        output.watch_for("ready:", Box::new(move || found_to.send(()).unwrap()));
+        for byte in b"already: \nreaready: \nready" {
             output.write(&[*byte]);
         }
-        found.recv_timeout(Duration::from_secs(5)).unwrap();
         output.flush(Duration::from_secs(5));
-        assert_eq!(from.try_iter().flatten().collect::<Vec<u8>>(), b"rrea: already");
+        assert!(found.try_recv().is_err());
+        let mut all: Vec<u8> = from.try_iter().flatten().collect();
+        assert_eq!(all, b"already: \nreaready: \n"); // the beginning is held back
+        output.write(b": 1\nready: 2");
+        assert!(found.try_recv().is_ok());
+        output.flush(Duration::from_secs(5));
+        all.extend(from.try_iter().flatten());
+        assert_eq!(all, b"already: \nreaready: \nready: 1\nready: 2");
+        // Both after a false start and in one piece.
+        let (found_to, found) = mpsc::channel();
+        output.watch_for("ready:", Box::new(move || found_to.send(()).unwrap()));
+        output.write(b"\nrea\nready:");
+        assert!(found.try_recv().is_ok());
+        output.flush(Duration::from_secs(5));
+        assert_eq!(from.try_iter().flatten().collect::<Vec<u8>>(), b"\nrea\nready:");
     }
 
     /// Blocks until told to go on.

@@ -1,10 +1,11 @@
 //! The files a user gives: opened, locked and looked at before anything is built, so that what is wrong is said in one clear line.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Read;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
+
+use virtio::Disk;
 
 use crate::config::DiskConfig;
 use crate::error::Error;
@@ -306,50 +307,20 @@ fn lz4_cut_off(bytes: &[u8]) -> bool {
     at > bytes.len()
 }
 
-/// An opened, locked disk.
-pub(crate) struct Disk {
-    pub file: File,
-    pub read_only: bool,
-}
-
-/// Opens and locks a disk image: writers exclude everybody else, readers exclude writers.
-pub(crate) fn open_disk(config: &DiskConfig) -> Result<Disk, Error> {
+/// Opens and locks a disk image. The second value is a line for the user, if there is something to say.
+pub(crate) fn open_disk(config: &DiskConfig) -> Result<(Disk, Option<String>), Error> {
+    let disk = Disk::open(&config.path, config.read_only).map_err(|error| Error::Input(error.to_string()))?;
     let what = "disk";
     let path = &config.path;
-    // First without write access, so that a directory or missing file is called what it is.
-    let mut file = open_file(what, path)?;
-    if !config.read_only {
-        file = OpenOptions::new().read(true).write(true).open(path).map_err(|error| match error.kind() {
-            std::io::ErrorKind::PermissionDenied => {
-                Error::file(what, path, "may not be written by this user: add ,ro or check its permissions")
-            }
-            _ => open_error(what, path, &error),
-        })?;
-    }
-    lock(&file, !config.read_only).map_err(|error| match error.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => {
-            let hint = if config.read_only { "stop its user" } else { "stop its user, or add ,ro to both" };
-            Error::file(what, path, format!("is in use by another VM or program: {hint}"))
-        }
-        _ => Error::file(what, path, format!("cannot be locked: {error}")),
-    })?;
     let mut head = [0; 16];
-    let len = read_head(&file, &mut head).map_err(|error| open_error(what, path, &error))?;
+    let len = File::open(path)
+        .and_then(|file| read_head(&file, &mut head))
+        .map_err(|error| open_error(what, path, &error))?;
     if let Some(problem) = disk_problem(head.get(..len).unwrap_or_default()) {
         return Err(Error::file(what, path, problem));
     }
-    let size = file.metadata().map_err(|error| Error::file(what, path, error))?;
-    if size.is_file() && size.len() % 512 != 0 {
-        return Err(Error::file(
-            what,
-            path,
-            format!(
-                "has {} bytes, which is not a multiple of 512: is it cut off? (truncate -s %512 fills it up)",
-                size.len()
-            ),
-        ));
-    }
-    Ok(Disk { file, read_only: config.read_only })
+    let warning = disk.warning();
+    Ok((disk, warning))
 }
 
 fn disk_problem(head: &[u8]) -> Option<String> {
@@ -368,22 +339,6 @@ fn disk_problem(head: &[u8]) -> Option<String> {
         return None;
     };
     Some(format!("is a {format} image, and raw ones are needed: qemu-img convert -O raw makes one"))
-}
-
-/// Takes an open-file-description lock, which goes when the file is closed.
-fn lock(file: &File, exclusive: bool) -> std::io::Result<()> {
-    let request = libc::flock {
-        l_type: if exclusive { libc::F_WRLCK } else { libc::F_RDLCK } as i16,
-        l_whence: libc::SEEK_SET as i16,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    // SAFETY: the descriptor is open and `request` is valid for the call.
-    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &request) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
-    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::fs::File;
 use crate::board::BoardMaker;
 use crate::config::VmConfig;
 use crate::error::Error;
-use crate::inputs::Disk;
+use virtio::Disk;
 
 /// What builds the PC from the opened files.
 pub(crate) fn maker(

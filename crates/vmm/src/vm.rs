@@ -78,7 +78,14 @@ impl Vm {
         let kernel = inputs::open_kernel(&config.kernel)?;
         let initrd =
             config.initrd.as_deref().map(|path| inputs::open_initrd(path, !config.trusted_image)).transpose()?;
-        let disks = config.disks.iter().map(inputs::open_disk).collect::<Result<Vec<_>, _>>()?;
+        let mut disks = Vec::new();
+        for disk in &config.disks {
+            let (disk, warning) = inputs::open_disk(disk)?;
+            disks.push(disk);
+            if let Some(warning) = warning {
+                terminal::message(&format!("tightrope: warning: {warning}"));
+            }
+        }
         let (serial, serial_line) = Serial::open(&config.serial)?;
         let (listener, gdb_line) = match config.gdb.as_ref().map(Listener::open).transpose()? {
             Some((listener, line)) => (Some(listener), Some(line)),

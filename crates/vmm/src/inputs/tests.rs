@@ -137,13 +137,11 @@ fn disks() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("d.img");
     let config = |read_only| DiskConfig { path: path.clone(), read_only };
-    assert!(message(open_disk(&config(false))).contains("does not exist"));
-    std::fs::write(&path, [0; 700]).unwrap();
-    assert!(message(open_disk(&config(false))).contains("multiple of 512"));
+    assert!(message(open_disk(&config(false))).contains("check the path"));
     std::fs::write(&path, [0; 1024]).unwrap();
     {
-        let writer = open_disk(&config(false)).unwrap();
-        assert!(!writer.read_only);
+        let (writer, warning) = open_disk(&config(false)).unwrap();
+        assert!(!writer.read_only() && warning.is_none());
         assert!(message(open_disk(&config(false))).contains("in use"));
         assert!(message(open_disk(&config(true))).contains("in use"));
     }
@@ -151,14 +149,16 @@ fn disks() {
     assert!(open_disk(&config(true)).is_ok());
     assert!(message(open_disk(&config(false))).contains("in use"));
     drop(reader);
+    std::fs::write(&path, [0; 700]).unwrap();
+    assert!(open_disk(&config(false)).unwrap().1.unwrap().contains("512"));
     let mut qcow = vec![0; 1024];
     qcow[..4].copy_from_slice(b"QFI\xfb");
     std::fs::write(&path, qcow).unwrap();
     assert!(message(open_disk(&config(true))).contains("qemu-img convert"));
     std::fs::write(&path, []).unwrap();
-    assert!(message(open_disk(&config(true))).contains("empty"));
+    assert!(message(open_disk(&config(true))).contains("smaller than one sector"));
     let directory = DiskConfig { path: dir.path().into(), read_only: false };
     assert!(message(open_disk(&directory)).contains("directory"));
-    let tty = DiskConfig { path: "/dev/null".into(), read_only: false };
-    assert!(message(open_disk(&tty)).contains("neither"));
+    let device = DiskConfig { path: "/dev/null".into(), read_only: false };
+    assert!(message(open_disk(&device)).contains("no disk"));
 }
