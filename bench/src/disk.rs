@@ -23,9 +23,37 @@ const SUITE: &str = "trixie";
 const IMAGE_SIZE: &str = "2G";
 /// What is installed besides the essential packages and apt.
 const PACKAGES: &[&str] = &[
-    "bc", "busybox", "bzip2", "ca-certificates", "dash", "dbus", "e2fsprogs", "file", "gawk", "gcc", "git", "gzip",
-    "iproute2", "kmod", "libc6-dev", "libssl-dev", "login", "make", "mawk", "openssl", "passwd", "perl", "procps",
-    "python3", "sqlite3", "systemd", "systemd-sysv", "udev", "util-linux", "xz-utils", "zstd",
+    "bc",
+    "busybox",
+    "bzip2",
+    "ca-certificates",
+    "dash",
+    "dbus",
+    "e2fsprogs",
+    "file",
+    "gawk",
+    "gcc",
+    "git",
+    "gzip",
+    "iproute2",
+    "kmod",
+    "libc6-dev",
+    "libssl-dev",
+    "login",
+    "make",
+    "mawk",
+    "openssl",
+    "passwd",
+    "perl",
+    "procps",
+    "python3",
+    "sqlite3",
+    "systemd",
+    "systemd-sysv",
+    "udev",
+    "util-linux",
+    "xz-utils",
+    "zstd",
 ];
 /// What the `qemu` user land has: Debian's newest QEMU, for hosts whose own is older.
 const QEMU_PACKAGES: &[&str] = &["qemu-system-x86"];
@@ -48,7 +76,9 @@ pub struct Disk {
 pub fn cache_dir() -> Result<PathBuf> {
     let base = match std::env::var_os("XDG_CACHE_HOME").filter(|d| Path::new(d).is_absolute()) {
         Some(dir) => PathBuf::from(dir),
-        None => PathBuf::from(std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?).join(".cache"),
+        None => {
+            PathBuf::from(std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?).join(".cache")
+        }
     };
     let dir = base.join("tightrope/bench");
     fs::create_dir_all(&dir).with_context(|| format!("cannot make the cache directory {}", dir.display()))?;
@@ -87,8 +117,11 @@ pub fn build(mirror: Option<&str>) -> Result<Disk> {
     let cache = cache_dir()?;
     let _lock = lock(&cache)?;
     let key = key(PACKAGES, true)?;
-    let disk =
-        Disk { root: cache.join(format!("root-{key}")), image: cache.join(format!("disk-{key}.raw")), key: key.clone() };
+    let disk = Disk {
+        root: cache.join(format!("root-{key}")),
+        image: cache.join(format!("disk-{key}.raw")),
+        key: key.clone(),
+    };
     if !disk.root.is_dir() {
         let archive = archive(&cache, "trixie", PACKAGES, mirror)?;
         say("unpacking the user land and building the workloads in it");
@@ -162,7 +195,8 @@ fn remove_old(cache: &Path, key: &str) {
         let name = entry.file_name().to_string_lossy().into_owned();
         let ours = name.starts_with("root-") || name.starts_with("disk-");
         if ours && !name.contains(key) {
-            let _ = if entry.path().is_dir() { fs::remove_dir_all(entry.path()) } else { fs::remove_file(entry.path()) };
+            let _ =
+                if entry.path().is_dir() { fs::remove_dir_all(entry.path()) } else { fs::remove_file(entry.path()) };
         }
     }
 }
@@ -261,7 +295,9 @@ fn furnish(root: &Path) -> Result<()> {
     put(root, "etc/fstab", 0o644, "/dev/vda / ext4 defaults 0 1\ntmpfs /tmp tmpfs mode=1777 0 0\n")?;
     put(root, "etc/machine-id", 0o444, "0123456789abcdef0123456789abcdef\n")?;
     // Work that a machine does at its own times would fall into measurements.
-    for unit in ["apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "fstrim.timer", "dpkg-db-backup.timer"] {
+    for unit in
+        ["apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "fstrim.timer", "dpkg-db-backup.timer"]
+    {
         let link = root.join("etc/systemd/system").join(unit);
         if fs::symlink_metadata(&link).is_err() {
             symlink("/dev/null", link)?;

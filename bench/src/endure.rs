@@ -124,7 +124,11 @@ pub fn soak(disk: &Disk, setup: &Setup, engine: &Engine, minutes: u64, workers: 
         good = false;
     }
     if let (Some(min), Some(last)) = (available.iter().copied().reduce(f64::min), available.last()) {
-        println!("guest: {:.0} MiB of memory available at the least, {:.0} MiB at the end", min / 1024.0, last / 1024.0);
+        println!(
+            "guest: {:.0} MiB of memory available at the least, {:.0} MiB at the end",
+            min / 1024.0,
+            last / 1024.0
+        );
     }
     let end = start.elapsed();
     // A short run is all warming up.
@@ -166,7 +170,11 @@ pub fn boots(disk: &Disk, setup: &Setup, engine: &Engine, count: u32, direct: bo
         })?;
         match (&out.trouble, out.up_wall) {
             (None, Some(up)) if login => {
-                eprintln!("bench: boot {n} of {count}: up after {:.2} s, off after {:.2} s", up.as_secs_f64(), out.wall.as_secs_f64());
+                eprintln!(
+                    "bench: boot {n} of {count}: up after {:.2} s, off after {:.2} s",
+                    up.as_secs_f64(),
+                    out.wall.as_secs_f64()
+                );
                 times.push(up);
             }
             (trouble, _) => {
@@ -179,7 +187,10 @@ pub fn boots(disk: &Disk, setup: &Setup, engine: &Engine, count: u32, direct: bo
     let seconds = |i: usize| times.get(i).map_or(0.0, Duration::as_secs_f64);
     println!(
         "{engine}: {} of {count} boots went well; up after {:.2} s at best, {:.2} s in the median, {:.2} s at worst",
-        times.len(), seconds(0), seconds(times.len() / 2), seconds(times.len().saturating_sub(1))
+        times.len(),
+        seconds(0),
+        seconds(times.len() / 2),
+        seconds(times.len().saturating_sub(1))
     );
     Ok(failed == 0)
 }

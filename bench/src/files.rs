@@ -66,10 +66,8 @@ pub const FILES: &[File] = files! {
 
 /// The names of the correctness suite's cases, in the order in which they run.
 pub fn verify_cases() -> Vec<&'static str> {
-    let mut names: Vec<_> = FILES
-        .iter()
-        .filter_map(|f| f.path.strip_prefix("opt/bench/verify/")?.strip_suffix(".sh"))
-        .collect();
+    let mut names: Vec<_> =
+        FILES.iter().filter_map(|f| f.path.strip_prefix("opt/bench/verify/")?.strip_suffix(".sh")).collect();
     names.sort_unstable();
     names
 }

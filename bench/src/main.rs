@@ -133,7 +133,13 @@ struct Common {
     /// QEMU to compare with: `auto` is the host's when it is version 10 or newer, else Debian 13's in a chroot; or a path
     #[arg(long, global = true, default_value = "auto")]
     qemu: PathBuf,
-    /// Guest kernel
+    /// Debian suite the guest's kernel comes from: trixie has 6.12, bookworm 6.1
+    #[arg(long, global = true, default_value_t = image::DEFAULT_SUITE.to_owned())]
+    suite: String,
+    /// Which of the suite's kernels: cloud or generic
+    #[arg(long, global = true, default_value = "cloud")]
+    flavour: image::Flavour,
+    /// Another guest kernel
     #[arg(long, global = true, requires = "initrd")]
     kernel: Option<PathBuf>,
     /// Initramfs that mounts /dev/vda and starts what `init=` names
@@ -251,9 +257,11 @@ fn prepare(common: &Common) -> Result<(disk::Disk, Setup)> {
     Ok((disk, setup))
 }
 
-/// Debian's cloud kernel and the initramfs for it.
-fn guest_kernel(_common: &Common) -> Result<(PathBuf, PathBuf)> {
-    bail!("name the guest's kernel and initramfs by --kernel and --initrd");
+/// Debian's own kernel and the initramfs for it.
+fn guest_kernel(common: &Common) -> Result<(PathBuf, PathBuf)> {
+    let options = image::Options { mirror: common.mirror.clone(), ..image::Options::default() };
+    let guest = image::default_image(&common.suite, common.flavour, &options)?;
+    Ok((guest.kernel, guest.initrd))
 }
 
 fn engine(name: EngineName, common: &Common) -> Result<Engine> {
@@ -312,7 +320,10 @@ mod tests {
         let cli = Cli::try_parse_from(["bench", "--rows", "fib", "--compare", "a", "b"]).unwrap();
         assert_eq!(cli.measure.compare.len(), 2);
         assert!(Cli::try_parse_from(["bench", "--kernel", "k"]).is_err());
-        assert!(Cli::try_parse_from(["bench", "verify", "--engines", "qemu", "gcc", "--kernel", "k", "--initrd", "i"]).is_ok());
+        assert!(
+            Cli::try_parse_from(["bench", "verify", "--engines", "qemu", "gcc", "--kernel", "k", "--initrd", "i"])
+                .is_ok()
+        );
     }
 
     #[test]

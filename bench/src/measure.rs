@@ -127,7 +127,8 @@ fn login(engine: &Engine, setup: &Setup, disk: &Disk, column: &mut Column) -> Re
 /// CPU model, number of CPUs, load.
 fn host() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ")).map_or("unknown CPU", |(_, m)| m);
+    let model =
+        info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ")).map_or("unknown CPU", |(_, m)| m);
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let load = load.split(' ').next().unwrap_or("?");
@@ -141,8 +142,8 @@ fn host() -> String {
 pub fn compare_files(a: &Path, b: &Path, all: &[Row]) -> Result<bool> {
     let read = |path: &Path| -> Result<Report> {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let r: Report =
-            serde_json::from_str(&text).with_context(|| format!("{} is not a file written by bench", path.display()))?;
+        let r: Report = serde_json::from_str(&text)
+            .with_context(|| format!("{} is not a file written by bench", path.display()))?;
         ensure!(r.format == FORMAT, "{} has format {}, this bench reads {FORMAT}", path.display(), r.format);
         Ok(r)
     };

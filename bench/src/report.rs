@@ -45,6 +45,15 @@ pub struct Boots {
     pub login: Vec<f64>,
 }
 
+impl Boots {
+    /// What the three are, in their order.
+    const NAMES: [&str; 3] = [
+        "kernel start to init (guest's clock)",
+        "start to the disk's first program (host)",
+        "start to systemd's login (host)",
+    ];
+}
+
 /// Everything known about one engine.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Column {
@@ -103,7 +112,13 @@ pub fn time(ns: f64) -> String {
         n if n < 1e9 => (n / 1e6, "ms"),
         n => (n / 1e9, "s"),
     };
-    let digits = if value < 10.0 { 2 } else if value < 100.0 { 1 } else { 0 };
+    let digits = if value < 10.0 {
+        2
+    } else if value < 100.0 {
+        1
+    } else {
+        0
+    };
     format!("{value:.digits$} {unit}")
 }
 
@@ -118,8 +133,7 @@ fn right(text: &str, width: usize) -> String {
 }
 
 impl Report {
-    /// Pairs of columns whose ratio is printed: each guest to native, and each Tightrope to QEMU or to the Tightrope
-    /// before it.
+    /// Pairs of columns whose ratio is printed: each guest to native, and each guest to the guest in the column before it.
     fn pairs(&self) -> Vec<(usize, usize)> {
         let find = |name: &str| self.columns.iter().position(|c| c.engine == name);
         let native = find("native");
@@ -138,9 +152,10 @@ impl Report {
         self.columns.get(column)?.rows.get(name)
     }
 
-    /// Whether the row gave the same result under all engines, and how many of them gave one.
+    /// Whether the row gave the same result under all engines that gave one, in all runs.
     fn agrees(&self, name: &str) -> bool {
-        let mut sums = self.columns.iter().filter_map(|c| c.rows.get(name)).filter(|s| !s.samples.is_empty()).map(Series::sum);
+        let mut sums =
+            self.columns.iter().filter_map(|c| c.rows.get(name)).filter(|s| !s.samples.is_empty()).map(Series::sum);
         let Some(first) = sums.next() else { return true };
         first.is_some() && sums.all(|s| s == first)
     }
@@ -170,7 +185,10 @@ impl Report {
         for c in &self.columns {
             out.extend(c.trouble.iter().map(|t| format!("{}: {t}", c.engine)));
             for speed in c.clock.iter().filter(|s| !(0.97..=1.03).contains(*s)) {
-                out.push(format!("{}: the guest's clock runs at {speed:.3} of the host's: its times are not to be believed", c.engine));
+                out.push(format!(
+                    "{}: the guest's clock runs at {speed:.3} of the host's: its times are not to be believed",
+                    c.engine
+                ));
             }
         }
         out
@@ -180,9 +198,7 @@ impl Report {
     pub fn table(&self, rows: &[Row], first: bool) -> String {
         let pairs = self.pairs();
         let title = |i: usize| self.columns.get(i).map_or("", |c| c.engine.as_str());
-        let value = |i: usize, name: &str| {
-            self.row(i, name).and_then(|s| if first { s.first() } else { s.median() })
-        };
+        let value = |i: usize, name: &str| self.row(i, name).and_then(|s| if first { s.first() } else { s.median() });
         let mut out = String::new();
         let heads: Vec<String> = pairs.iter().map(|(a, b)| format!("{}/{}", title(*a), title(*b))).collect();
         let _ = write!(out, "{:10} {:40}", "row", if first { "first repetition" } else { "work" });
@@ -221,17 +237,13 @@ impl Report {
             }
             out.push('\n');
         }
-        let boots: [(&str, fn(&Boots) -> &Vec<f64>); 3] = [
-            ("kernel start to init (guest's clock)", |b| &b.kernel),
-            ("start to the disk's first program (host)", |b| &b.agent),
-            ("start to systemd's login (host)", |b| &b.login),
-        ];
-        for (name, of) in boots {
-            if self.columns.iter().all(|c| of(&c.boots).is_empty()) {
+        for (which, name) in Boots::NAMES.iter().enumerate() {
+            let of = |b: &Boots| [&b.kernel, &b.agent, &b.login].get(which).and_then(|v| median(v.iter().copied()));
+            if self.columns.iter().all(|c| of(&c.boots).is_none()) {
                 continue;
             }
             let _ = write!(out, "{:10} {:40}", "boot", name);
-            let value = |i: usize| self.columns.get(i).and_then(|c| median(of(&c.boots).iter().copied()));
+            let value = |i: usize| self.columns.get(i).and_then(|c| of(&c.boots));
             for i in 0..self.columns.len() {
                 let _ = write!(out, " {}", right(&value(i).map_or("-".to_owned(), |s| time(s * 1e9)), 10));
             }

@@ -50,7 +50,8 @@ pub fn pick(list: &str) -> Result<Vec<Row>> {
     let all = all()?;
     let mut picked: Vec<Row> = Vec::new();
     for name in list.split(',').map(str::trim).filter(|n| !n.is_empty()) {
-        let group: Vec<&Row> = all.iter().filter(|r| name == "all" || name == "facts" && r.fact || r.name == name).collect();
+        let group: Vec<&Row> =
+            all.iter().filter(|r| name == "all" || name == "facts" && r.fact || r.name == name).collect();
         if group.is_empty() {
             let known: Vec<_> = all.iter().map(|r| r.name).collect();
             bail!("no row is called {name}; there are facts, all, {}", known.join(", "));

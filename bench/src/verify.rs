@@ -75,7 +75,11 @@ pub fn run(disk: &Disk, setup: &Setup, engines: &[Engine], cases: &[String], sys
 }
 
 fn collect(
-    engine: &Engine, setup: &Setup, boot: Boot, disk: &Disk, cases: &[String],
+    engine: &Engine,
+    setup: &Setup,
+    boot: Boot,
+    disk: &Disk,
+    cases: &[String],
 ) -> Result<(BTreeMap<String, Printed>, Option<String>)> {
     let mut printed: BTreeMap<String, Printed> = BTreeMap::new();
     let scratch = if boot == Boot::Systemd { Some(Scratch::new(disk)?) } else { None };
