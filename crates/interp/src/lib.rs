@@ -17,6 +17,8 @@
 #![deny(missing_docs)]
 
 mod decode;
+#[cfg(test)]
+mod differential;
 mod engine;
 mod events;
 mod host_memory;

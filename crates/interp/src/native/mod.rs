@@ -111,6 +111,7 @@ fn shown(cx: &Cx<'_>, raw: &Instruction) -> bool {
         | F::SSE2
         | F::MULTIBYTENOP
         | F::PAUSE => true,
+        F::CMPXCHG16B => f.leaf1_ecx & a::CX16 != 0,
         F::SSE3 => f.leaf1_ecx & a::SSE3 != 0,
         F::SSSE3 => f.leaf1_ecx & a::SSSE3 != 0,
         F::SSE4_1 => f.leaf1_ecx & a::SSE4_1 != 0,

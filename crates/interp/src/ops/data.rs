@@ -95,8 +95,7 @@ pub(super) fn cmpxchg(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     if old == expected {
         cx.set(insn, insn.dst, size, new)
     } else {
-        // A 32-bit destination register is written back, and so zero-extended.
-        cx.set(insn, insn.dst, size, old)?;
+        // The destination register is left alone, its upper half too, as CPUs do.
         cx.set_reg(RAX as u8, size, old);
         Ok(())
     }
