@@ -190,7 +190,7 @@ impl Disk {
     /// Byte offset of `sector` if `bytes` bytes from there are whole sectors of this disk.
     pub fn range(&self, sector: u64, bytes: u64) -> Option<u64> {
         let end = sector.checked_add(bytes / SECTOR)?;
-        (bytes % SECTOR == 0 && end <= self.sectors).then(|| sector * SECTOR)
+        (bytes.is_multiple_of(SECTOR) && end <= self.sectors).then(|| sector * SECTOR)
     }
 
     /// Fills `buffers` from byte `offset` on and tells the code tracker. Returns the bytes read even on error.

@@ -97,7 +97,7 @@ fn execute(disk: &Disk, policy: Policy<'_>, readable: &mut Buffers<'_>, writable
 /// DISCARD and WRITE_ZEROES: a list of segments of 16 bytes (5.2.6). All are checked before the first is carried out.
 fn zero(disk: &Disk, policy: Policy<'_>, readable: &mut Buffers<'_>, discard: bool) -> Status {
     let count = readable.len() / 16;
-    if readable.len() % 16 != 0 || count == 0 || count > MAX_ZERO_SEGMENTS {
+    if !readable.len().is_multiple_of(16) || count == 0 || count > MAX_ZERO_SEGMENTS {
         return Status::IoError;
     }
     let mut segments = Vec::new();

@@ -4,6 +4,9 @@
 //! [`ConsoleHandle::resize`]; output goes to the writer given to [`Console::new`]. Each direction has a thread, so that a reader of
 //! the output who stops reading does not stop the input. Terminal modes and escape keys are not this device's business.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::Write;

@@ -16,6 +16,9 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 /// Bytes of the structure.
 pub(super) const COMMON_LEN: usize = 0x40;
 
+/// What the notification address of each queue rings.
+pub(super) type Doorbells = Arc<RwLock<Vec<Option<Arc<dyn Doorbell>>>>>;
+
 /// Registers of one queue.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct QueueRegisters {
@@ -40,7 +43,7 @@ pub(super) struct Common {
     pub device: Box<dyn VirtioDevice>,
     pub memory: Arc<VmMemory>,
     pub link: Arc<Link>,
-    pub doorbells: Arc<RwLock<Vec<Option<Arc<dyn Doorbell>>>>>,
+    pub doorbells: Doorbells,
     pub queues: Vec<QueueRegisters>,
     pub driver_features: u128,
     pub device_feature_select: u32,
@@ -55,7 +58,7 @@ impl Common {
         device: Box<dyn VirtioDevice>,
         memory: Arc<VmMemory>,
         link: Arc<Link>,
-        doorbells: Arc<RwLock<Vec<Option<Arc<dyn Doorbell>>>>>,
+        doorbells: Doorbells,
     ) -> Self {
         let queues = device.queue_sizes().into_iter().map(QueueRegisters::new).collect();
         Self {

@@ -33,8 +33,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use crate::device::{DeviceState, Reporter, VirtioDevice};
 use crate::queue::QueueState;
-use crate::runner::Doorbell;
-use common::{Common, QueueRegisters};
+use common::{Common, Doorbells, QueueRegisters};
 use link::Link;
 
 /// Bits of the device status byte (virtio 1.3, 2.1).
@@ -120,7 +119,7 @@ pub struct VirtioPci {
     config: Arc<PciConfig>,
     link: Arc<Link>,
     common: Mutex<Common>,
-    doorbells: Arc<RwLock<Vec<Option<Arc<dyn Doorbell>>>>>,
+    doorbells: Doorbells,
     /// Where the configuration access capability is.
     pci_cfg: u16,
 }
