@@ -97,14 +97,54 @@ fn comparable(insn: &Insn) -> bool {
         }
         M::Bt | M::Bts | M::Btr | M::Btc => !memory || insn.src == crate::decode::Op::Imm,
         M::Bswap => insn.size > 2,
-        M::Movzx | M::Movsx | M::Movsxd | M::Xchg | M::Xadd | M::Cmpxchg | M::Cmpxchg8b | M::Cmpxchg16b
-        | M::Lahf | M::Sahf | M::Cbw | M::Cwde | M::Cdqe | M::Cwd | M::Cdq | M::Cqo | M::Add | M::Or | M::Adc | M::Sbb
-        | M::And | M::Sub | M::Xor | M::Cmp | M::Test | M::Inc | M::Dec | M::Neg | M::Not | M::Mul | M::Imul | M::Div
-        | M::Idiv | M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Clc | M::Stc | M::Cmc => true,
-        _ => raw.condition_code() != iced_x86::ConditionCode::None
-            && insn.dst != crate::decode::Op::Imm
-            && matches!(raw.op_count(), 1 | 2)
-            && raw.op0_kind() != OpKind::NearBranch64,
+        M::Movzx
+        | M::Movsx
+        | M::Movsxd
+        | M::Xchg
+        | M::Xadd
+        | M::Cmpxchg
+        | M::Cmpxchg8b
+        | M::Cmpxchg16b
+        | M::Lahf
+        | M::Sahf
+        | M::Cbw
+        | M::Cwde
+        | M::Cdqe
+        | M::Cwd
+        | M::Cdq
+        | M::Cqo
+        | M::Add
+        | M::Or
+        | M::Adc
+        | M::Sbb
+        | M::And
+        | M::Sub
+        | M::Xor
+        | M::Cmp
+        | M::Test
+        | M::Inc
+        | M::Dec
+        | M::Neg
+        | M::Not
+        | M::Mul
+        | M::Imul
+        | M::Div
+        | M::Idiv
+        | M::Shl
+        | M::Sal
+        | M::Shr
+        | M::Sar
+        | M::Rol
+        | M::Ror
+        | M::Clc
+        | M::Stc
+        | M::Cmc => true,
+        _ => {
+            raw.condition_code() != iced_x86::ConditionCode::None
+                && insn.dst != crate::decode::Op::Imm
+                && matches!(raw.op_count(), 1 | 2)
+                && raw.op0_kind() != OpKind::NearBranch64
+        }
     };
     hand_written && !insn.lock
 }
@@ -244,7 +284,15 @@ fn hand_written_and_native_agree() {
             let undefined = undefined_flags(&insn, &state);
             a.rflags &= !undefined;
             b.rflags &= !undefined;
-            let context = || format!("{} {:02x?} with {:x?} flags {:x}", insn.raw, bytes.get(..usize::from(insn.len)), state.gpr, state.rflags);
+            let context = || {
+                format!(
+                    "{} {:02x?} with {:x?} flags {:x}",
+                    insn.raw,
+                    bytes.get(..usize::from(insn.len)),
+                    state.gpr,
+                    state.rflags
+                )
+            };
             assert_eq!(result_a, result_b, "{}", context());
             if result_a.is_ok() {
                 assert_eq!((a.gpr, a.rflags), (b.gpr, b.rflags), "{}", context());
@@ -254,7 +302,10 @@ fn hand_written_and_native_agree() {
         }
         *kinds.entry(format!("{:?}", insn.raw.mnemonic())).or_insert(0u64) += 1;
     }
-    for kind in ["Add", "Sbb", "Imul", "Idiv", "Div", "Mul", "Shl", "Sar", "Rol", "Ror", "Cmpxchg", "Xadd", "Bts", "Movsx", "Setb"] {
+    for kind in [
+        "Add", "Sbb", "Imul", "Idiv", "Div", "Mul", "Shl", "Sar", "Rol", "Ror", "Cmpxchg", "Xadd", "Bts", "Movsx",
+        "Setb",
+    ] {
         assert!(kinds.contains_key(kind), "{kind} never came up: {kinds:?}");
     }
 }
