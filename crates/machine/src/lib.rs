@@ -1,9 +1,12 @@
 //! The PC around the vCPUs: everything a guest reaches that is neither RAM nor an instruction.
 //!
+//! * [`Pc`]: the machine put together. Start reading at [`Pc::new`].
+//! * [`boot`]: loads a kernel; [`acpi`]: the tables it reads; [`layout`]: the address map.
 //! * [`bus`]: port I/O and MMIO dispatch to devices, with counters; implements [`cpu::Bus`].
-//! * [`irq`]: interrupt lines and message-signalled interrupts.
 //! * [`clock`]: the machine's time and its timer thread.
-//! * [`lapic`]: local APICs, which are also what an engine asks for interrupts.
+//! * [`irq`]: interrupt lines and message-signalled interrupts.
+//! * [`lapic`]: local APICs, which are also what an engine asks for interrupts; [`ioapic`], [`pic`].
+//! * [`pit`], [`rtc`], [`serial`], [`power`]: the rest of an old PC.
 //! * [`pci`]: host bridge, configuration space, BARs, MSI-X, and the trait [`pci::PciDevice`] that virtio builds on.
 //!
 //! Devices know guest memory, an interrupt line and their backend, nothing else. Each has a saved state that is a plain type of
@@ -14,13 +17,21 @@
 
 #![deny(unsafe_code)]
 
+pub mod acpi;
+pub mod boot;
 pub mod bus;
 pub mod clock;
 pub mod ioapic;
 pub mod irq;
 pub mod lapic;
 pub mod layout;
+mod pc;
 pub mod pci;
 pub mod pic;
 pub mod pit;
+pub mod power;
+pub mod rtc;
+pub mod serial;
 pub mod state;
+
+pub use pc::{MAX_VCPUS, Pc, PcConfig, PcError, PcState};

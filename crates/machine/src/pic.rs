@@ -56,8 +56,10 @@ impl ChipState {
             self.lines |= bit;
         } else {
             self.lines &= !bit;
-            // An edge that was not acknowledged goes away with its wire too, as on the real chip.
-            self.irr &= !bit;
+            // An edge is remembered: on the real chip it goes away with its wire, but timers here are pulses.
+            if self.level & bit != 0 {
+                self.irr &= !bit;
+            }
         }
     }
 
@@ -157,6 +159,9 @@ impl PicState {
     fn update(&mut self) -> bool {
         let cascade = self.chips[1].candidate(false).is_some();
         self.chips[0].set_line(CASCADE, cascade);
+        if !cascade {
+            self.chips[0].irr &= !(1 << CASCADE);
+        }
         self.chips[0].candidate(true).is_some()
     }
 
@@ -375,8 +380,8 @@ mod tests {
         rig.out(0, 0, 0x20);
         assert_eq!(rig.input(0, 0), 0);
         rig.out(0, 0, 0x0a);
-        rig.pic.set_level(4, false);
         rig.out(0, 1, 0x10);
+        rig.pic.set_level(4, false);
         rig.pic.set_level(4, true);
         assert_eq!(rig.input(0, 0), 0x10);
         assert!(!rig.cpu.status().interrupt, "masked");
@@ -397,9 +402,9 @@ mod tests {
         assert_eq!(rig.cpu.acknowledge(), Some(0x39));
         rig.out(1, 0, 0x20);
         rig.out(0, 0, 0x20);
-        rig.pic.set_level(5, true);
-        rig.pic.set_level(5, false);
-        assert!(!rig.cpu.status().interrupt);
+        rig.pic.set_level(10, true);
+        rig.out(1, 1, 0xff);
+        assert!(!rig.cpu.status().interrupt, "masked in the second chip: the cascade goes low");
         assert_eq!(rig.pic.acknowledge(), 0x37);
         rig.out(0, 0, 0x0b);
         assert_eq!(rig.input(0, 0), 0, "spurious sets nothing in service");
