@@ -73,6 +73,9 @@ pub enum Class {
     Syscall,
     Sysret,
     Iret,
+    /// A segment selector to a general register.
+    MovFromSegment,
+    Popf,
     /// MOVS or STOS of `size` bytes, with or without REP, upwards.
     String {
         movs: bool,
@@ -195,8 +198,8 @@ impl Analyzer {
     }
 
     /// Decodes the block that starts at `offset` of the page with contents `page`, mapped at guest-virtual `page_address`.
-    /// Empty when the first instruction crosses into the next page.
-    pub fn block(&mut self, page: &[u8], page_address: u64, offset: usize, mode: Mode) -> Vec<Insn> {
+    /// At most `limit` instructions. Empty when the first instruction goes beyond `page`.
+    pub fn block(&mut self, page: &[u8], page_address: u64, offset: usize, mode: Mode, limit: usize) -> Vec<Insn> {
         let mut insns: Vec<Insn> = Vec::with_capacity(16);
         let mut decoder = Decoder::with_ip(64, page, page_address, DecoderOptions::NONE);
         if decoder.set_position(offset).is_err() {
@@ -204,7 +207,7 @@ impl Analyzer {
         }
         decoder.set_ip(page_address + offset as u64);
         let mut branches = 0;
-        while insns.len() < MAX_INSNS && decoder.can_decode() {
+        while insns.len() < MAX_INSNS.min(limit) && decoder.can_decode() {
             let position = decoder.position();
             let ins = decoder.decode();
             if ins.is_invalid() && position + 15 > page.len() {
@@ -310,6 +313,8 @@ impl Analyzer {
             | Class::Iret => (ALL_FLAGS, 0),
             Class::Call | Class::CallIndirect => (ALL_FLAGS, ALL_FLAGS),
             Class::Jcc | Class::CountJump => (ALL_FLAGS, 0),
+            Class::Popf => (ALL_FLAGS, 0),
+            Class::MovFromSegment => (0, 0),
             Class::Jmp | Class::Skip => (0, 0),
             _ => (arithmetic_reads(&ins), certain_kills(&ins)),
         };
@@ -347,6 +352,10 @@ impl Analyzer {
             Code::Syscall if mode.user => return Class::Syscall,
             Code::Sysretq if !mode.user => return Class::Sysret,
             Code::Iretq if !mode.user => return Class::Iret,
+            Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg if ins.op0_kind() == OpKind::Register => {
+                return Class::MovFromSegment;
+            }
+            Code::Popfq if !mode.user && !mode.df => return Class::Popf,
             Code::Cld => return if mode.df { Class::Step } else { Class::Skip },
             Code::Std => return if mode.df { Class::Skip } else { Class::Step },
             Code::Movsb_m8_m8 => return string(ins, mode, true, 1),

@@ -17,7 +17,7 @@ use crate::stubs::{self, Stubs};
 /// Number of a block.
 pub type BlockId = u32;
 
-/// The key of a block that consists of one instruction the interpreter must run.
+/// Stands for an instruction that crosses into the next page: see [`Key::tail`].
 pub const STEP_ONLY: BlockId = u32::MAX;
 
 /// What a block is found by.
@@ -28,6 +28,8 @@ pub struct Key {
     /// Guest-virtual address of the first instruction.
     pub address: u64,
     pub mode: Mode,
+    /// For a block of one instruction that crosses into the next page: that page's guest-physical address | 1. Else 0.
+    pub tail: u64,
 }
 
 /// A multiplicative hasher for keys made of integers.
@@ -83,6 +85,14 @@ pub struct Block {
     alive: bool,
 }
 
+impl Block {
+    /// Bit mask of the 64-byte pieces of its first page that it was made from.
+    fn chunks(&self) -> u64 {
+        let (first, behind) = (usize::from(self.start), usize::from(self.end).min(4096));
+        (first / 64..=(behind.max(first + 1) - 1) / 64).fold(0, |mask, chunk| mask | 1 << chunk)
+    }
+}
+
 struct LinkEntry {
     /// Position of the rel32.
     at: usize,
@@ -116,6 +126,8 @@ struct Page {
     templates: Vec<Template>,
     blocks: Vec<BlockId>,
     steps: Vec<Key>,
+    /// Blocks that end on this page and start on another.
+    tails: Vec<BlockId>,
     /// A bit for each 64 bytes that hold translated code.
     chunks: u64,
     /// Writes that hit no code.
@@ -280,25 +292,62 @@ impl Cache {
         }
     }
 
-    /// Makes link `number` jump straight to `block`, if both are alive and the link is of that target.
-    pub fn link(&mut self, number: u32, block: BlockId) {
-        let Some(entry) = self.links.get_mut(number as usize) else { return };
+    /// Makes link `number` jump straight to `block`, if both are alive and the link is of that target. A block that depends on a second
+    /// page is reached through a slot.
+    pub fn link(&mut self, number: u32, block: BlockId, new_slots: &mut Vec<u32>) {
+        let Some(entry) = self.links.get(number as usize) else { return };
         let alive = |id: BlockId| self.blocks.get(id as usize).is_some_and(|b| b.alive);
         if entry.destination.is_some() || !alive(entry.source) || !alive(block) {
             return;
         }
+        let (at, target, kind) = (entry.at, entry.target, entry.kind);
         let (source, destination) = (&self.blocks[entry.source as usize], &self.blocks[block as usize]);
-        if destination.key.address != entry.target
+        if destination.key.address != target
             || destination.key.page != source.key.page
             || destination.key.mode != source.key.mode
         {
             return;
         }
-        entry.destination = Some(block);
-        let position = Self::entry_position(destination, entry.kind);
-        self.memory.link(entry.at, position);
-        self.blocks[block as usize].incoming.push(number);
         self.counters.links += 1;
+        if destination.key.tail != 0 {
+            if self.cold + 32 > self.memory.size() || self.slots.len() == crate::block::MAX_SLOTS {
+                return;
+            }
+            let mode = source.key.mode;
+            let slot = self.slot_for(target, mode, kind, new_slots);
+            let mut code = [0x65, 0xff, 0x24, 0x25, 0, 0, 0, 0]; // jmp gs:[slot]
+            code[4..].copy_from_slice(&crate::block::off::slot(slot).to_le_bytes());
+            self.memory.write(self.cold, &code);
+            self.memory.link(at, self.cold);
+            self.cold += code.len();
+            return;
+        }
+        let position = Self::entry_position(destination, kind);
+        self.memory.link(at, position);
+        if let Some(entry) = self.links.get_mut(number as usize) {
+            entry.destination = Some(block);
+        }
+        self.blocks[block as usize].incoming.push(number);
+    }
+
+    /// Translates the instruction at `key`, which crosses into the next page; `bytes` go 15 bytes beyond the page.
+    pub fn translate_crossing(&mut self, key: Key, bytes: &[u8], new_slots: &mut Vec<u32>) -> Result<BlockId, Full> {
+        let page_address = key.address & !0xfff;
+        let offset = (key.address & 0xfff) as usize;
+        let insns = self.analyzer.block(bytes, page_address, offset, key.mode, 1);
+        let Some(insn) = insns.first() else { return Ok(STEP_ONLY) };
+        let template = self.emit(key, bytes, &insns, insn.end());
+        self.insert(key, &template, new_slots)
+    }
+
+    fn emit(&mut self, key: Key, bytes: &[u8], insns: &[Insn], end: usize) -> Template {
+        let encoder = self.encoder.take().unwrap_or_else(|| Encoder::new(64));
+        let context = Context { stubs: &self.stubs, mode: key.mode, page: key.address & !0xfff, bytes };
+        let (output, encoder) = Emitter::block(context, insns, encoder);
+        self.encoder = Some(encoder);
+        self.counters.blocks += 1;
+        self.counters.instructions += insns.len() as u64;
+        Template { address: key.address, mode: key.mode, end: end as u16, output }
     }
 
     /// Translates the block at `key` from the page contents. [`STEP_ONLY`] when its first instruction crosses the page end.
@@ -318,7 +367,7 @@ impl Cache {
             }
             return result;
         }
-        let insns: Vec<Insn> = self.analyzer.block(page, page_address, offset, key.mode);
+        let insns: Vec<Insn> = self.analyzer.block(page, page_address, offset, key.mode, usize::MAX);
         if insns.is_empty() {
             let entry = self.pages.entry(key.page).or_default();
             entry.steps.push(key);
@@ -329,13 +378,7 @@ impl Cache {
             return Ok(STEP_ONLY);
         }
         let end = insns.last().map_or(offset, Insn::end);
-        let encoder = self.encoder.take().unwrap_or_else(|| Encoder::new(64));
-        let context = Context { stubs: &self.stubs, mode: key.mode, page: page_address, bytes: page };
-        let (output, encoder) = Emitter::block(context, &insns, encoder);
-        self.encoder = Some(encoder);
-        self.counters.blocks += 1;
-        self.counters.instructions += insns.len() as u64;
-        let template = Template { address: key.address, mode: key.mode, end: end as u16, output };
+        let template = self.emit(key, page, &insns, end);
         let result = self.insert(key, &template, new_slots);
         if key.mode.user && result.is_ok() {
             self.pages.entry(key.page).or_default().templates.push(template);
@@ -359,9 +402,11 @@ impl Cache {
         let block = self.place(id, key, template, new_slots);
         let entry = self.pages.entry(key.page).or_default();
         entry.blocks.push(id);
-        let (first, behind) = (usize::from(block.start), usize::from(block.end));
-        for chunk in first / 64..=(behind.max(first + 1) - 1) / 64 {
-            entry.chunks |= 1 << chunk;
+        entry.chunks |= block.chunks();
+        if key.tail != 0 {
+            let entry = self.pages.entry(key.tail & !1).or_default();
+            entry.tails.push(id);
+            entry.chunks |= 1;
         }
         self.counters.code_bytes += (hot_len + cold_len) as u64;
         self.blocks.push(block);
@@ -414,25 +459,9 @@ impl Cache {
             let bytes = if fixup.part == Part::Hot { &mut hot_bytes } else { &mut cold_bytes };
             bytes[fixup.at..fixup.at + 4].copy_from_slice(&displacement.to_le_bytes());
         }
-        let mut thunk = cold + output.cold.len();
+        self.cold = cold + output.cold.len();
         for slot in &output.slots {
-            let target = slot.target.wrapping_add(moved);
-            let map_key = (target, key.mode.bits(), slot.kind as u8);
-            let number = match self.slot_map.get(&map_key) {
-                Some(&number) => number,
-                None => {
-                    let number = self.slots.len() as u32;
-                    let mut code = [0x41, 0xba, 0, 0, 0, 0, 0xe9, 0, 0, 0, 0]; // mov r10d, n; jmp
-                    code[2..6].copy_from_slice(&number.to_le_bytes());
-                    self.memory.write(thunk, &code);
-                    self.memory.link(thunk + 7, self.stubs.exits[crate::block::reason::SLOT as usize]);
-                    self.slots.push(Slot { target, kind: slot.kind, thunk: self.memory.address(thunk) });
-                    thunk += code.len();
-                    self.slot_map.insert(map_key, number);
-                    new_slots.push(number);
-                    number
-                }
-            };
+            let number = self.slot_for(slot.target.wrapping_add(moved), key.mode, slot.kind, new_slots);
             let displacement = crate::block::off::slot(number);
             let bytes = if slot.part == Part::Hot { &mut hot_bytes } else { &mut cold_bytes };
             bytes[slot.at..slot.at + 4].copy_from_slice(&displacement.to_le_bytes());
@@ -452,7 +481,6 @@ impl Cache {
         self.exits.extend(output.exits.iter().map(|&(offset, fpu)| (id, offset, fpu)));
         self.accesses.extend(output.accesses.iter().map(|&access| (id, access)));
         self.hot = (hot + output.hot.len() + 15) & !15;
-        self.cold = thunk;
         Block {
             key,
             hot,
@@ -468,6 +496,25 @@ impl Cache {
             slots: Vec::new(),
             alive: true,
         }
+    }
+
+    /// The slot for jumps to `target`; a new one gets its thunk at the end of the cold part.
+    fn slot_for(&mut self, target: u64, mode: Mode, kind: LinkKind, new_slots: &mut Vec<u32>) -> u32 {
+        let map_key = (target, mode.bits(), kind as u8);
+        if let Some(&number) = self.slot_map.get(&map_key) {
+            return number;
+        }
+        let number = self.slots.len() as u32;
+        let thunk = self.cold;
+        let mut code = [0x41, 0xba, 0, 0, 0, 0, 0xe9, 0, 0, 0, 0]; // mov r10d, n; jmp
+        code[2..6].copy_from_slice(&number.to_le_bytes());
+        self.memory.write(thunk, &code);
+        self.memory.link(thunk + 7, self.stubs.exits[crate::block::reason::SLOT as usize]);
+        self.cold += code.len();
+        self.slots.push(Slot { target, kind, thunk: self.memory.address(thunk) });
+        self.slot_map.insert(map_key, number);
+        new_slots.push(number);
+        number
     }
 
     /// The block and instruction that the host address in the hot part belongs to: guest-virtual address, and how to restore state.
@@ -507,22 +554,33 @@ impl Cache {
         }
         let blocks = std::mem::take(&mut page.blocks);
         let steps = std::mem::take(&mut page.steps);
+        let tails = std::mem::take(&mut page.tails);
         page.templates.clear();
         page.chunks = 0;
         let (mut kept, mut kept_steps) = (Vec::new(), Vec::new());
         let mut chunks = 0_u64;
         for id in blocks {
-            let (first, behind) = {
-                let block = &self.blocks[id as usize];
-                (usize::from(block.start), usize::from(block.end))
-            };
-            if everything || (first < end && start < behind) {
+            let block = &self.blocks[id as usize];
+            if !block.alive {
+                continue;
+            }
+            if everything || (usize::from(block.start) < end && start < usize::from(block.end)) {
                 self.kill(id, forgotten);
             } else {
-                for chunk in first / 64..=(behind.max(first + 1) - 1) / 64 {
-                    chunks |= 1 << chunk;
-                }
+                chunks |= block.chunks();
                 kept.push(id);
+            }
+        }
+        let mut kept_tails = Vec::new();
+        for id in tails {
+            if !self.blocks[id as usize].alive {
+                continue;
+            }
+            if everything || start < 16 {
+                self.kill(id, forgotten);
+            } else {
+                chunks |= 1;
+                kept_tails.push(id);
             }
         }
         for key in steps {
@@ -536,12 +594,13 @@ impl Cache {
                 kept_steps.push(key);
             }
         }
-        if kept.is_empty() && kept_steps.is_empty() {
+        if kept.is_empty() && kept_steps.is_empty() && kept_tails.is_empty() {
             self.pages.remove(&gpa);
             forgotten.empty_pages.push(gpa);
         } else if let Some(page) = self.pages.get_mut(&gpa) {
             page.blocks = kept;
             page.steps = kept_steps;
+            page.tails = kept_tails;
             page.chunks = chunks;
         }
     }

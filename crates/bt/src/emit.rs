@@ -800,9 +800,55 @@ impl<'a> Emitter<'a> {
                 self.transition_exit(insn);
                 self.jump_fixed(self.context.stubs.iret);
             }
+            Class::MovFromSegment => {
+                let segment = match ins.op1_register() {
+                    Register::ES => 0,
+                    Register::CS => 1,
+                    Register::SS => 2,
+                    Register::DS => 3,
+                    Register::FS => 4,
+                    _ => 5,
+                };
+                let selector = Mem::gs(off::segment_base(segment) + off::SELECTOR);
+                let to = number(ins.op0_register());
+                if spilled(to) {
+                    self.hot.rm(false, &[0x0f, 0xb7], R11, selector); // movzx
+                    self.hot.store(Mem::gs(off::gpr(to as usize)), R11);
+                } else {
+                    self.hot.rm(false, &[0x0f, 0xb7], host(to), selector);
+                }
+            }
+            Class::Popf => return self.popf(insn),
             Class::String { movs, rep, size } => self.string(insn, movs, rep, size),
             Class::Step => self.step(insn),
         }
+        Ok(())
+    }
+
+    /// POPFQ in the kernel: plain flags here, anything else by the interpreter.
+    fn popf(&mut self, insn: &Insn) -> Done {
+        let top = self.check_stack(insn, 0, false)?;
+        self.flags_to_block(ALL_FLAGS);
+        self.hot.load(R11, top);
+        let slow = self.cold.len();
+        self.cold.restore_flags(off::FLAGS, R10);
+        let exit = self.exit_number(insn.offset, false);
+        self.cold_exit(exit, reason::STEP);
+        self.hot.rr(true, &[0xf7], 0, R11); // test r11, imm32
+        self.hot.i32(!crate::stubs::PLAIN_FLAGS);
+        let at = self.hot.jcc(cc::NE);
+        self.fix(Part::Hot, at, Target::Own(Part::Cold, slow));
+        self.hot.rr(false, &[0xf7], 0, R11); // test r11d, IF
+        self.hot.i32(0x200);
+        self.hot.raw(&[0x74, 0]); // je
+        let disabled = self.hot.len() - 1;
+        self.hot.cmp32_mem_imm8(Mem::gs(off::IRQ_WAITING), 0);
+        let at = self.hot.jcc(cc::NE);
+        self.fix(Part::Hot, at, Target::Own(Part::Cold, slow));
+        self.hot.patch8(disabled);
+        crate::stubs::commit_flags(&mut self.hot, R11, R10);
+        self.hot.lea(R9, Mem::base(R9, 8));
+        self.flags = if insn.live_after == 0 { Flags::Dead } else { Flags::Block };
         Ok(())
     }
 

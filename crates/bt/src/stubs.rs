@@ -188,7 +188,7 @@ pub fn assemble(slow_access: u64) -> (Vec<u8>, Stubs) {
 }
 
 /// Flags that the fast transitions take: the arithmetic ones, IF and the fixed one.
-const PLAIN_FLAGS: i32 = 0xad7;
+pub const PLAIN_FLAGS: i32 = 0xad7;
 const CS: usize = 1;
 const SS: usize = 2;
 
@@ -335,7 +335,7 @@ fn cmp16(asm: &mut Asm, reg: u8, offset: i32) {
 }
 
 /// Makes plain flags in `from` the guest's: IF, the other system flags, the arithmetic flags in the block, DF. Clobbers both.
-fn commit_flags(asm: &mut Asm, from: u8, temp: u8) {
+pub fn commit_flags(asm: &mut Asm, from: u8, temp: u8) {
     asm.mov32(temp, from);
     asm.and32_imm(temp, 0x200);
     asm.store32(Mem::gs(off::IF_FLAG), temp);

@@ -199,6 +199,8 @@ impl Tlbs {
 
     /// Resolves a slot.
     pub fn fill_slot(&mut self, block: &mut VcpuBlock, slot: u32, host: u64, target: u64, global: bool) {
+        // The target may cross into the next page.
+        self.jump_pages.insert(target.wrapping_add(15) & !0xfff);
         block.slots[slot as usize] = host;
         if global {
             self.global_slots.push(slot)
@@ -210,6 +212,7 @@ impl Tlbs {
 
     /// Enters an indirect target.
     pub fn fill_indirect(&mut self, block: &mut VcpuBlock, target: u64, user: bool, host: u64, global: bool) {
+        self.jump_pages.insert(target.wrapping_add(15) & !0xfff);
         let index = ibtc_index(target);
         let entry = &mut block.ibtc[usize::from(user)][index];
         entry.target = target;

@@ -185,7 +185,7 @@ pub struct BtVcpu {
     pub counters: Counters,
     /// Instructions the interpreter ran, by mnemonic, when asked for.
     pub step_histogram: Option<std::collections::HashMap<iced_x86::Code, u64>>,
-    page: Box<[u8; 4096]>,
+    page: Box<[u8; 4096 + 15]>,
 }
 
 /// What flushes the interpreter asked for during a step.
@@ -236,7 +236,7 @@ impl BtVcpu {
             fast_transitions: true,
             counters: Counters::default(),
             step_histogram: None,
-            page: Box::new([0; 4096]),
+            page: Box::new([0; 4096 + 15]),
         });
         let pointer = &raw mut *vcpu;
         let block = vcpu.block();
@@ -390,71 +390,98 @@ impl BtVcpu {
         }
     }
 
-    /// The block at `address`, translated if need be. `None`: no executable RAM there, the interpreter raises the fault.
-    /// The flag tells whether its page is global.
-    fn find(&mut self, address: u64) -> Option<(BlockId, bool)> {
-        let page = address & !0xfff;
+    /// The guest-physical address of the executable RAM page at `page`, and whether its mapping is global.
+    fn fetch_page(&mut self, page: u64) -> Option<(u64, bool)> {
         let user = self.mode.user;
-        let (gpa, global) = match self.tlbs.fetch(page, user) {
-            Some(hit) => hit,
-            None => {
-                if !paging::is_canonical(address) {
-                    return None;
-                }
-                let context = PagingContext::new(&self.block().state);
-                let mapping =
-                    paging::walk(&self.shared.ram, &context, page, PageAccess::new(Kind::Fetch, user)).ok()?;
-                self.shared.ram.host_page(mapping.gpa)?;
-                self.tlbs.fill_fetch(page, user, mapping.gpa, mapping.global, mapping.page_size);
-                (mapping.gpa, mapping.global)
-            }
-        };
-        let key = Key { page: gpa, address, mode: self.mode };
-        if let Some(id) = self.shared.cache().find(&key) {
-            return Some((id, global));
+        if let Some(hit) = self.tlbs.fetch(page, user) {
+            return Some(hit);
         }
-        if self.breakpoints.contains(&address) {
+        if !paging::is_canonical(page) {
             return None;
         }
-        // From now on writes to the page are noticed: first the mark, then the translation of what is there.
+        let context = PagingContext::new(&self.block().state);
+        let mapping = paging::walk(&self.shared.ram, &context, page, PageAccess::new(Kind::Fetch, user)).ok()?;
+        self.shared.ram.host_page(mapping.gpa)?;
+        self.tlbs.fill_fetch(page, user, mapping.gpa, mapping.global, mapping.page_size);
+        Some((mapping.gpa, mapping.global))
+    }
+
+    /// From now on writes to the page are noticed.
+    fn watch_page(&mut self, gpa: u64) -> Option<()> {
         if !self.shared.ram.code_pages().test(gpa >> 12) {
             self.shared.ram.code_pages().set(gpa >> 12);
             let host = self.shared.ram.host_page(gpa)? as u64;
-            let block = self.block();
-            self.tlbs.protect(block, host);
+            self.tlbs.protect(self.block(), host);
         }
-        if !self.shared.ram.read(gpa, &mut self.page[..]) {
-            return None;
+        Some(())
+    }
+
+    /// Unresolved addresses of slots that have just been made.
+    fn init_slots(&mut self, new_slots: &[u32]) {
+        if new_slots.is_empty() {
+            return;
         }
-        let mut new_slots = Vec::new();
-        let result = self.shared.cache().translate(key, &self.page[..], &mut new_slots);
         let block = self.block();
         let cache = self.shared.cache();
-        for slot in new_slots {
+        for &slot in new_slots {
             if let Some(entry) = cache.slot(slot) {
                 block.slots[slot as usize] = entry.thunk;
             }
         }
-        drop(cache);
-        match result {
-            Ok(id) => Some((id, global)),
-            Err(Full) => {
-                self.flush_cache();
-                let mut new_slots = Vec::new();
-                self.shared.ram.code_pages().set(gpa >> 12);
-                let host = self.shared.ram.host_page(gpa)? as u64;
-                self.tlbs.protect(self.block(), host);
-                let id = self.shared.cache().translate(key, &self.page[..], &mut new_slots).ok()?;
-                let block = self.block();
-                let cache = self.shared.cache();
-                for slot in new_slots {
-                    if let Some(entry) = cache.slot(slot) {
-                        block.slots[slot as usize] = entry.thunk;
-                    }
+    }
+
+    /// The block at `address`, translated if need be. `None`: no executable RAM there, the interpreter raises the fault.
+    /// The flag tells whether its mapping is global.
+    fn find(&mut self, address: u64) -> Option<(BlockId, bool)> {
+        let page = address & !0xfff;
+        let (gpa, global) = self.fetch_page(page)?;
+        let mut key = Key { page: gpa, address, mode: self.mode, tail: 0 };
+        let found = self.shared.cache().find(&key);
+        let id = match found {
+            Some(id) => id,
+            None => self.translate(key)?,
+        };
+        if id != STEP_ONLY {
+            return Some((id, global));
+        }
+        let (tail, tail_global) = self.fetch_page(page.wrapping_add(4096))?;
+        key.tail = tail | 1;
+        let found = self.shared.cache().find(&key);
+        let id = match found {
+            Some(id) => id,
+            None => self.translate(key)?,
+        };
+        Some((id, global && tail_global))
+    }
+
+    fn translate(&mut self, key: Key) -> Option<BlockId> {
+        if self.breakpoints.contains(&key.address) {
+            return None;
+        }
+        for attempt in 0..2 {
+            // First the mark, then the translation of what is there.
+            self.watch_page(key.page)?;
+            if !self.shared.ram.read(key.page, &mut self.page[..4096]) {
+                return None;
+            }
+            let mut new_slots = Vec::new();
+            let result = if key.tail == 0 {
+                self.shared.cache().translate(key, &self.page[..4096], &mut new_slots)
+            } else {
+                self.watch_page(key.tail & !1)?;
+                if !self.shared.ram.read(key.tail & !1, &mut self.page[4096..]) {
+                    return None;
                 }
-                Some((id, global))
+                self.shared.cache().translate_crossing(key, &self.page[..], &mut new_slots)
+            };
+            self.init_slots(&new_slots);
+            match result {
+                Ok(id) => return Some(id),
+                Err(Full) if attempt == 0 => self.flush_cache(),
+                Err(Full) => {}
             }
         }
+        None
     }
 
     #[allow(clippy::mut_from_ref)]
@@ -647,7 +674,9 @@ impl BtVcpu {
                     let generation = self.generation;
                     let Some((next, _)) = self.find(target) else { return self.interpret(true) };
                     if generation == self.generation && next != STEP_ONLY {
-                        self.shared.cache().link(argument, next);
+                        let mut new_slots = Vec::new();
+                        self.shared.cache().link(argument, next, &mut new_slots);
+                        self.init_slots(&new_slots);
                     }
                     id = next;
                 }
