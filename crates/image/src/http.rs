@@ -11,6 +11,8 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use sha2::{Digest, Sha256};
 use ureq::http::{Response, Uri, header};
+use ureq::unversioned::resolver::DefaultResolver;
+use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, DefaultConnector, NextTimeout, Transport};
 use ureq::{Agent, Body};
 
 use crate::error::{Error, Result, redact};
@@ -287,6 +289,7 @@ impl Client {
             .proxy(None);
         let mut uri: Uri = url.parse().map_err(|_| unusable("it is not a URL"))?;
         let mut headers = Vec::new();
+        let mut absolute = false;
         match proxy {
             // Plain HTTP goes through a proxy by naming the whole URL to it: caches for package
             // archives allow CONNECT seldom and only to port 443.
@@ -300,13 +303,13 @@ impl Client {
                     let basic = format!("Basic {}", base64(percent_decode(user).as_bytes()));
                     headers.push(("proxy-authorization", basic));
                 }
-                let whole = redact(url);
                 uri = Uri::builder()
                     .scheme(proxy.scheme_str().unwrap_or("http"))
                     .authority(host_port(&proxy))
-                    .path_and_query(whole)
+                    .path_and_query(format!("/{}", redact(url)))
                     .build()
                     .map_err(|_| unusable("it cannot be asked of a proxy"))?;
+                absolute = true;
             }
             Some(proxy) => {
                 let proxy = ureq::Proxy::new(&proxy).map_err(|_| unusable("bad proxy URL"))?;
@@ -314,7 +317,14 @@ impl Client {
             }
             None => {}
         }
-        let agent: Agent = config.build().into();
+        let agent = match absolute {
+            true => Agent::with_parts(
+                config.build(),
+                DefaultConnector::default().chain(AbsoluteForm),
+                DefaultResolver::default(),
+            ),
+            false => config.build().into(),
+        };
         let mut request = agent.get(uri);
         for (name, value) in headers {
             request = request.header(name, value);
@@ -332,6 +342,52 @@ impl Client {
             408 | 425 | 429 | 500.. => Failure::Passing(Error::Http { url, status }),
             _ => Failure::Final(Error::Http { url, status }),
         }
+    }
+}
+
+/// Makes the request line that a proxy wants, `GET http://host/path`, out of `GET /http://host/path`:
+/// ureq writes paths only.
+#[derive(Debug)]
+struct AbsoluteForm;
+
+/// A connection to a proxy.
+#[derive(Debug)]
+struct ToProxy<T>(T);
+
+impl<T: Transport> Connector<T> for AbsoluteForm {
+    type Out = ToProxy<T>;
+
+    fn connect(&self, _details: &ConnectionDetails<'_>, chained: Option<T>) -> Result<Option<ToProxy<T>>, ureq::Error> {
+        Ok(chained.map(ToProxy))
+    }
+}
+
+impl<T: Transport> Transport for ToProxy<T> {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        self.0.buffers()
+    }
+
+    fn transmit_output(&mut self, mut amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
+        const LINE: &[u8] = b"GET /http://";
+        if let Some(output) = self.0.buffers().output().get_mut(..amount)
+            && output.starts_with(LINE)
+        {
+            output.copy_within(5.., 4);
+            amount -= 1;
+        }
+        self.0.transmit_output(amount, timeout)
+    }
+
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        self.0.await_input(timeout)
+    }
+
+    fn is_open(&mut self) -> bool {
+        self.0.is_open()
+    }
+
+    fn is_tls(&self) -> bool {
+        self.0.is_tls()
     }
 }
 

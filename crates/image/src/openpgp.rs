@@ -235,8 +235,9 @@ fn strong_key(key: &dyn KeyDetails) -> bool {
     match key.public_params() {
         PublicParams::RSA(_) => {
             use pgp::ser::Serialize;
-            // Modulus and exponent as MPIs; 2048 bits are 256 bytes plus the length fields.
-            key.public_params().write_len() >= 256 + 2 + 2 + 1
+            // The modulus comes first, as an MPI: its length in bits, then the number.
+            let bytes = key.public_params().to_bytes().unwrap_or_default();
+            matches!(bytes[..], [high, low, ..] if u16::from_be_bytes([high, low]) >= 2048)
         }
         PublicParams::EdDSALegacy(_) | PublicParams::Ed25519(_) | PublicParams::Ed448(_) | PublicParams::ECDSA(_) => {
             true
@@ -314,4 +315,70 @@ fn parse_signatures(armor: &str) -> Result<Vec<Signature>, String> {
         }
     }
     Ok(list)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pgp::composed::{EncryptionCaps, KeyType, SecretKeyParamsBuilder};
+    use pgp::ser::Serialize;
+    use pgp::types::Timestamp;
+    use proptest::prelude::*;
+
+    fn cert(kind: KeyType) -> Vec<u8> {
+        let key = SecretKeyParamsBuilder::default()
+            .key_type(kind)
+            .can_certify(true)
+            .can_sign(true)
+            .can_encrypt(EncryptionCaps::None)
+            .primary_user_id("t".into())
+            .build()
+            .unwrap()
+            .generate(rand::thread_rng())
+            .unwrap();
+        SignedPublicKey::from(key).to_bytes().unwrap()
+    }
+
+    #[test]
+    fn which_certificates_count() {
+        let now = u64::from(Timestamp::now().as_secs());
+        let good = cert(KeyType::Ed25519Legacy);
+        assert_eq!(Keyring::default().add(&good, now), 1);
+        assert_eq!(Keyring::default().add(&good, now - 3 * CLOCK_SKEW), 0, "made in the future");
+        // A self-signature that does not match makes the certificate worthless.
+        let mut forged = good.clone();
+        let last = forged.len() - 1;
+        forged[last] ^= 1;
+        assert_eq!(Keyring::default().add(&forged, now), 0, "forged");
+        assert_eq!(Keyring::default().add(b"no keyring", now), 0);
+    }
+
+    #[test]
+    fn debians_own_keyring_counts() {
+        let path = Path::new("/usr/share/keyrings/debian-archive-keyring.gpg");
+        if !path.exists() {
+            return;
+        }
+        let mut ring = Keyring::default();
+        // November 2026: later, keys of today have expired.
+        ring.add_file(path, 1_795_000_000).unwrap();
+        assert!(ring.keys.len() >= 4, "{}", ring.keys.len());
+        let mut later = Keyring::default();
+        later.add_file(path, 4_000_000_000).unwrap();
+        assert!(later.keys.len() < ring.keys.len(), "those that expire are gone");
+    }
+
+    proptest! {
+        #[test]
+        fn any_frame_is_survived(head in ".{0,40}", body in "[-a \\n]{0,60}", tail in ".{0,60}") {
+            let ring = Keyring::default();
+            let text = format!("-----BEGIN PGP SIGNED MESSAGE-----\nHash: SHA256\n{head}\n\n{body}\n-----BEGIN PGP SIGNATURE-----\n\n{tail}\n-----END PGP SIGNATURE-----\n");
+            prop_assert!(ring.verify_cleartext(text.as_bytes(), 0).is_err());
+        }
+
+        #[test]
+        fn any_keyring_is_survived(data in proptest::collection::vec(any::<u8>(), 0..200)) {
+            prop_assert_eq!(Keyring::default().add(&data, 1_795_000_000), 0);
+        }
+    }
 }

@@ -12,8 +12,8 @@ use std::time::Duration;
 use image::http::Patience;
 use image::{Error, Flavour, Host, Options, Progress, default_image, fetch_closure, fetch_packages};
 use pgp::composed::{
-    ArmorOptions, CleartextSignedMessage, EncryptionCaps, KeyType, SecretKeyParamsBuilder,
-    SignedPublicKey, SignedSecretKey, SubkeyParamsBuilder,
+    ArmorOptions, CleartextSignedMessage, EncryptionCaps, KeyType, SecretKeyParamsBuilder, SignedPublicKey,
+    SignedSecretKey, SubkeyParamsBuilder,
 };
 use pgp::types::Password;
 use sha2::{Digest, Sha256};
@@ -118,9 +118,7 @@ fn serve(mut stream: TcpStream, site: &Mutex<Site>) -> std::io::Result<()> {
         }
         (site.files.get(&path).cloned(), manner)
     };
-    let head = |status: u16, extra: &str| {
-        format!("HTTP/1.1 {status} X\r\nConnection: close\r\n{extra}\r\n")
-    };
+    let head = |status: u16, extra: &str| format!("HTTP/1.1 {status} X\r\nConnection: close\r\n{extra}\r\n");
     match &manner {
         Some(Manner::Status(s)) => return stream.write_all(head(*s, "Content-Length: 0\r\n").as_bytes()),
         Some(Manner::Busy(_)) => return stream.write_all(head(503, "Content-Length: 0\r\n").as_bytes()),
@@ -158,7 +156,8 @@ fn serve(mut stream: TcpStream, site: &Mutex<Site>) -> std::io::Result<()> {
     Ok(())
 }
 
-fn key(seconds: Option<u32>) -> SignedSecretKey {
+/// A key whose primary may sign or not, with a subkey that may.
+fn key(primary_signs: bool) -> SignedSecretKey {
     let sub = SubkeyParamsBuilder::default()
         .key_type(KeyType::Ed25519Legacy)
         .can_sign(true)
@@ -170,7 +169,7 @@ fn key(seconds: Option<u32>) -> SignedSecretKey {
     params
         .key_type(KeyType::Ed25519Legacy)
         .can_certify(true)
-        .can_sign(seconds.is_none())
+        .can_sign(primary_signs)
         .can_encrypt(EncryptionCaps::None)
         .primary_user_id("Test <test@example.org>".into())
         .subkeys(vec![sub]);
@@ -209,7 +208,7 @@ impl World {
     fn new() -> Self {
         let server = Server::start();
         let dir = tempfile::tempdir().unwrap();
-        let key = key(None);
+        let key = key(true);
         let keyring = dir.path().join("keyring.asc");
         let public = SignedPublicKey::from(key.clone());
         fs::write(&keyring, public.to_armored_bytes(ArmorOptions::default()).unwrap()).unwrap();
@@ -217,10 +216,7 @@ impl World {
             mirror: Some(format!("{}/debian", server.url)),
             cache_dir: Some(dir.path().join("cache")),
             progress: Progress::Quiet,
-            host: Host::at(
-                dir.path().join("host"),
-                &[("TIGHTROPE_KEYRING", keyring.to_str().unwrap())],
-            ),
+            host: Host::at(dir.path().join("host"), &[("TIGHTROPE_KEYRING", keyring.to_str().unwrap())]),
             patience: Patience {
                 connect: Duration::from_secs(5),
                 read: Duration::from_millis(300),
@@ -494,9 +490,9 @@ fn signatures_decide() {
     refused("a second message", format!("{text}{text}").into_bytes());
     refused("another header", text.replacen("Hash: ", "Comment: ", 1).into_bytes());
     refused("not signed", b"Suite: stable\n".to_vec());
-    refused("signature cut", text[..text.len() - 100].as_bytes().to_vec());
+    refused("signature cut", text.as_bytes()[..text.len() - 100].to_vec());
     refused("an unescaped line", text.replacen("Suite", "-x\nSuite", 1).into_bytes());
-    refused("a stranger's key", sign(&key(None), "Suite: stable\nCodename: trixie\n"));
+    refused("a stranger's key", sign(&key(true), "Suite: stable\nCodename: trixie\n"));
     refused("empty", Vec::new());
     // Blanks at line ends are not signed (RFC 9580, 7.1), so they change nothing.
     w.server.put(IN_RELEASE, text.replacen("stable\n", "stable  \r\n", 1));
@@ -506,7 +502,7 @@ fn signatures_decide() {
 #[test]
 fn a_primary_key_that_may_only_certify_does_not_sign() {
     let mut w = World::new();
-    w.key = key(Some(0));
+    w.key = key(false);
     let keyring = w.dir.path().join("keyring.asc");
     let public = SignedPublicKey::from(w.key.clone());
     fs::write(&keyring, public.to_armored_bytes(ArmorOptions::default()).unwrap()).unwrap();
