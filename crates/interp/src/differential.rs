@@ -215,15 +215,15 @@ fn hand_written_and_native_agree() {
         }
         let mut at = 0;
         let r = random.next();
-        if r % 5 == 0 {
+        if r.is_multiple_of(5) {
             bytes[at] = 0x66;
             at += 1;
         }
-        if r / 5 % 2 == 0 {
+        if (r / 5).is_multiple_of(2) {
             bytes[at] = 0x40 | (r >> 8) as u8 & 15;
             at += 1;
         }
-        if r / 10 % 3 == 0 {
+        if (r / 10).is_multiple_of(3) {
             bytes[at] = 0x0f;
         }
         let Ok(Decoded::Insn(insn)) = decode(&bytes, 0x1000_0000) else { continue };
@@ -257,7 +257,8 @@ fn hand_written_and_native_agree() {
                     hooks: &mut NoHooks,
                 };
                 let now = probe.address(&insn.mem);
-                address = DATA + if random.next() % 4 == 0 { 4096 - random.next() % 16 } else { random.next() % 4096 };
+                address = DATA
+                    + if random.next().is_multiple_of(4) { 4096 - random.next() % 16 } else { random.next() % 4096 };
                 if insn.raw.mnemonic() == Mnemonic::Cmpxchg16b {
                     address &= !15;
                 }

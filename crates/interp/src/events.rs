@@ -82,11 +82,10 @@ impl Interp {
         if first == vector::DF {
             return Err(TripleFault);
         }
-        let double = match (class(first), class(second.vector)) {
-            (Class::Contributory, Class::Contributory) => true,
-            (Class::PageFault, Class::PageFault | Class::Contributory) => true,
-            _ => false,
-        };
+        let double = matches!(
+            (class(first), class(second.vector)),
+            (Class::Contributory | Class::PageFault, Class::Contributory) | (Class::PageFault, Class::PageFault)
+        );
         Ok(if double { Exception { vector: vector::DF, error_code: Some(0), cr2: second.cr2 } } else { second })
     }
 

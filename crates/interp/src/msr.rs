@@ -241,7 +241,7 @@ fn write_mtrr(state: &mut CpuState, index: usize, value: u64) -> Result<(), MsrE
         0 => value & !0xcff == 0 && memory_type(value),
         1..MTRR_VARIABLE_AT => value.to_le_bytes().iter().all(|kind| memory_type(u64::from(*kind))),
         // Bases at even places, masks at odd ones.
-        _ if index % 2 == 0 => !above && value & 0xf00 == 0 && memory_type(value),
+        _ if index.is_multiple_of(2) => !above && value & 0xf00 == 0 && memory_type(value),
         _ => !above && value & 0x7ff == 0,
     })?;
     *state.mtrr.get_mut(index).ok_or(MsrError)? = value;

@@ -66,7 +66,7 @@ impl GuestRam {
     /// # Errors
     /// [`RamError`] for an impossible size or when the host refuses the mapping.
     pub fn new(size: u64) -> Result<Self, RamError> {
-        if !(layout::MIN_RAM..=layout::MAX_RAM).contains(&size) || size % crate::PAGE_SIZE != 0 {
+        if !(layout::MIN_RAM..=layout::MAX_RAM).contains(&size) || !size.is_multiple_of(crate::PAGE_SIZE) {
             return Err(RamError::Size(size));
         }
         let low = size.min(layout::LOW_RAM_END);
@@ -134,7 +134,7 @@ impl GuestRam {
     /// of 8. Whoever writes through it must call [`CodePages::written`] afterwards.
     #[inline]
     pub fn atomic_u64(&self, gpa: u64) -> Option<&AtomicU64> {
-        if gpa % 8 != 0 {
+        if !gpa.is_multiple_of(8) {
             return None;
         }
         let host = self.host_page(gpa)?.wrapping_add((gpa & (crate::PAGE_SIZE - 1)) as usize);

@@ -405,7 +405,7 @@ fn read_operand(cx: &mut Cx<'_>, address: u64, data: &mut [u8]) -> Result<(), Ex
         data.iter_mut().zip(value).for_each(|(to, from)| *to = from);
         return Ok(());
     }
-    if size % 8 != 0 || address % 8 != 0 {
+    if !size.is_multiple_of(8) || !address.is_multiple_of(8) {
         return cx.it.mmu.read_bytes(cx.st, address, data, cx.user);
     }
     for (i, part) in data.chunks_exact_mut(8).enumerate() {
@@ -423,7 +423,7 @@ fn write_operand(cx: &mut Cx<'_>, address: u64, data: &[u8]) -> Result<(), Excep
         value.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
         return cx.it.mmu.write(cx.st, address, size, u64::from_le_bytes(value), cx.user);
     }
-    if size % 8 != 0 || address % 8 != 0 {
+    if !size.is_multiple_of(8) || !address.is_multiple_of(8) {
         return cx.it.mmu.write_bytes(cx.st, address, data, cx.user);
     }
     for (i, part) in data.chunks_exact(8).enumerate() {

@@ -126,7 +126,7 @@ pub(super) fn cmpxchg16b(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> 
     let expected = pair(cx.st.gpr[RDX], cx.st.gpr[RAX]);
     let new = pair(cx.st.gpr[RCX], cx.st.gpr[RBX]);
     let address = cx.address(&insn.mem);
-    if address % 16 != 0 {
+    if !address.is_multiple_of(16) {
         return Err(Exception::gp(0));
     }
     let target = cx.it.mmu.translate(cx.st, address, Kind::Write, cx.user).map_err(|e| at_stack(e, insn.mem.stack))?;

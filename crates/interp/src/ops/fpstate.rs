@@ -26,7 +26,7 @@ fn check_fx(cx: &Cx<'_>, address: u64) -> Result<(), Exception> {
     if cx.st.cr0 & (cr0::EM | cr0::TS) != 0 {
         return Err(no_device());
     }
-    if address % 16 != 0 { Err(Exception::gp(0)) } else { Ok(()) }
+    if !address.is_multiple_of(16) { Err(Exception::gp(0)) } else { Ok(()) }
 }
 
 /// The first 32 bytes of the legacy area, with pointers as the 64-bit (`wide`) or 32-bit form stores them.
@@ -101,7 +101,7 @@ fn check_x(cx: &Cx<'_>, address: u64) -> Result<(), Exception> {
     if cx.st.cr0 & cr0::TS != 0 {
         return Err(no_device());
     }
-    if address % 64 != 0 { Err(Exception::gp(0)) } else { Ok(()) }
+    if !address.is_multiple_of(64) { Err(Exception::gp(0)) } else { Ok(()) }
 }
 
 /// The requested-feature bitmap.

@@ -88,7 +88,7 @@ pub(super) fn rol(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
         let result = rotate_left(old, count, size);
         let carry = result & 1;
         let overflow = (result & sign(size) != 0) != (carry != 0);
-        cx.st.rflags = (cx.st.rflags & !(CF | OF)) | carry * CF | u64::from(overflow) * OF;
+        cx.st.rflags = (cx.st.rflags & !(CF | OF)) | (carry * CF) | (u64::from(overflow) * OF);
     }
     Ok(())
 }
@@ -103,7 +103,7 @@ pub(super) fn ror(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
         let result = rotate_left(old, left, size);
         let carry = result & sign(size) != 0;
         let overflow = carry != (result & sign(size) >> 1 != 0);
-        cx.st.rflags = (cx.st.rflags & !(CF | OF)) | u64::from(carry) * CF | u64::from(overflow) * OF;
+        cx.st.rflags = (cx.st.rflags & !(CF | OF)) | (u64::from(carry) * CF) | (u64::from(overflow) * OF);
     }
     Ok(())
 }
