@@ -325,7 +325,7 @@ impl PioDevice for Port61 {
         let now = self.0.timer.clock().now();
         let channel = inner.state.channels[2];
         // Bit 4 toggles with each memory refresh, every 15 µs; old delay loops count it.
-        let refresh = (now / 15_085 & 1) as u8;
+        let refresh = ((now / 15_085) & 1) as u8;
         if let Some(byte) = data.first_mut() {
             *byte = u8::from(channel.gate)
                 | u8::from(inner.state.speaker) << 1

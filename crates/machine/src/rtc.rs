@@ -118,7 +118,7 @@ impl RtcState {
     }
 
     fn encode(&self, value: u8) -> u8 {
-        if self.byte(B) & B_BINARY != 0 { value } else { value / 10 << 4 | value % 10 }
+        if self.byte(B) & B_BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
 
     fn decode(&self, value: u8) -> u8 {

@@ -52,7 +52,7 @@ pub fn prepare(ram: &GuestRam) -> Result<(), BootError> {
             bytes.copy_from_slice(&value.to_le_bytes());
         }
     };
-    entry(0, layout::PAGE_TABLES + 0x1000 | TABLE);
+    entry(0, (layout::PAGE_TABLES + 0x1000) | TABLE);
     for number in 0..4 {
         entry(512 + number as usize, directory(number) | TABLE);
     }

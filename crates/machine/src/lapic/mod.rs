@@ -257,7 +257,7 @@ impl Lapic {
 
     /// A write to the register page; only aligned dwords are defined.
     pub fn mmio_write(&self, offset: u64, data: &[u8]) {
-        if offset % 16 == 0 && data.len() >= 4 {
+        if offset.is_multiple_of(16) && data.len() >= 4 {
             let value = crate::bus::value(&data[..4]) as u32;
             self.access(|registers, now, _| ((), registers.write_mmio((offset & 0xff0) as u32, value, now)));
         }

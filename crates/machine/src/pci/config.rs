@@ -261,7 +261,7 @@ impl PciConfig {
         *status = if registers.intx { *status | STATUS_INTX } else { *status & !STATUS_INTX };
         let on = registers.intx
             && value(&registers.bytes[COMMAND..COMMAND + 2]) as u16 & COMMAND_INTX_DISABLE == 0
-            && !self.msix.as_ref().is_some_and(|place| registers.bytes[place.control + 1] & 0x80 != 0);
+            && self.msix.as_ref().is_none_or(|place| registers.bytes[place.control + 1] & 0x80 == 0);
         if let Some(line) = self.intx_line.get() {
             line.set(on);
         }

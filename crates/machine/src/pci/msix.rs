@@ -139,7 +139,7 @@ impl Msix {
     /// Only aligned dwords and quadwords are defined (6.8.2); other writes are dropped.
     pub(super) fn table_write(&self, offset: u64, data: &[u8]) {
         let at = offset % ENTRY_SIZE;
-        if !matches!(data.len(), 4 | 8) || at % data.len() as u64 != 0 {
+        if !matches!(data.len(), 4 | 8) || !at.is_multiple_of(data.len() as u64) {
             return;
         }
         let mut inner = lock(&self.inner);
