@@ -193,7 +193,7 @@ fn remove_old(cache: &Path, key: &str) {
     let Ok(entries) = fs::read_dir(cache) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let ours = name.starts_with("root-") || name.starts_with("disk-");
+        let ours = ["root-", "disk-", "sums-"].iter().any(|p| name.starts_with(p));
         if ours && !name.contains(key) {
             let _ =
                 if entry.path().is_dir() { fs::remove_dir_all(entry.path()) } else { fs::remove_file(entry.path()) };
@@ -237,7 +237,14 @@ fn archive(cache: &Path, name: &str, packages: &[&str], mirror: Option<&str>) ->
     args.push(SUITE.into());
     args.push(fresh.display().to_string());
     args.push(format!("deb [signed-by={}] {mirror} {SUITE} main", keyring.display()));
-    run("mmdebstrap", &args, "apt install mmdebstrap")?;
+    let made = run("mmdebstrap", &args, "apt install mmdebstrap");
+    if !chroot::is_root() {
+        made.context(
+            "as a user, mmdebstrap needs uidmap (apt install uidmap) and a range of ids in /etc/subuid and /etc/subgid",
+        )?;
+    } else {
+        made?;
+    }
     fs::rename(&fresh, &path)?;
     Ok(path)
 }

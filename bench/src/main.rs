@@ -207,6 +207,8 @@ fn run(cli: &Cli) -> Result<bool> {
             verify::run(&disk, &setup, &engines, cases, *systemd)
         }
         Some(Sub::Soak { minutes, workers, engine: name }) => {
+            ensure!(*name != EngineName::Native, "a soak writes to its disk and drops caches: it needs a guest");
+            ensure!(*minutes > 0 && *workers > 0, "--minutes and --workers must be at least 1");
             let (disk, setup) = prepare(common)?;
             endure::soak(&disk, &setup, &engine(*name, common)?, *minutes, *workers)
         }
