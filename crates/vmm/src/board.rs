@@ -12,8 +12,8 @@ use crate::events::Events;
 
 /// A machine, built and loaded, around vCPUs that are still to be made.
 pub(crate) trait Board: Send {
-    /// Everything that is not RAM.
-    fn bus(&self) -> Arc<dyn Bus>;
+    /// Everything that is not RAM, as vCPU `index` sees it.
+    fn bus(&self, index: u32) -> Option<Arc<dyn Bus>>;
     /// The local APIC of vCPU `index`.
     fn lapic(&self, index: u32) -> Option<Arc<dyn LocalApic>>;
     /// How to wake vCPU `index`, once it is made.

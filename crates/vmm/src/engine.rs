@@ -1,8 +1,11 @@
 //! Which engine runs the guest, and why.
 
 use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::sync::Arc;
 
 use cpu::Engine;
+use cpu::cpuid::CpuidModel;
 use memory::GuestRam;
 
 use crate::config::{EngineChoice, MAX_CPUS, VmConfig};
@@ -40,31 +43,69 @@ pub(crate) fn check(config: &VmConfig) -> Result<(), Error> {
             config.cpus
         )));
     }
-    if config.lockstep && config.engine == EngineChoice::Interp {
-        return Err(Error::Engine("--lockstep compares engine bt with engine interp: choose --engine bt".into()));
+    if config.lockstep {
+        return Err(Error::Engine("--lockstep is not part of this version: leave it away".into()));
+    }
+    if let Some(trace) = &config.trace
+        && (trace.interrupts || trace.blocks || trace.tlb)
+    {
+        return Err(Error::Engine("--trace shows only exits in this version: write --trace exits".into()));
     }
     Ok(())
 }
 
-/// Opens the file that the trace goes to.
-pub(crate) fn open_trace(config: &VmConfig) -> Result<Option<File>, Error> {
-    let Some(path) = config.trace.as_ref().and_then(|trace| trace.file.as_deref()) else { return Ok(None) };
-    File::create(path).map(Some).map_err(|error| Error::file("trace file", path, error))
+/// Opens what the trace is written to, if one is asked for.
+pub(crate) fn open_trace(config: &VmConfig) -> Result<Option<Box<dyn Write + Send>>, Error> {
+    let Some(trace) = &config.trace else { return Ok(None) };
+    match trace.file.as_deref() {
+        Some(path) => {
+            let file = File::create(path).map_err(|error| Error::file("trace file", path, error))?;
+            // In lines: what is written before a crash must be there after it.
+            Ok(Some(Box::new(std::io::LineWriter::new(file))))
+        }
+        None => Ok(Some(Box::new(ToTerminal))),
+    }
+}
+
+/// Standard error, in whatever mode the terminal is.
+struct ToTerminal;
+
+impl Write for ToTerminal {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.write_all(bytes).map(|()| bytes.len())
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        crate::terminal::message(&String::from_utf8_lossy(bytes));
+        Ok(())
+    }
+
+    fn write_fmt(&mut self, text: std::fmt::Arguments<'_>) -> std::io::Result<()> {
+        crate::terminal::message(&text.to_string());
+        Ok(())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// The engine chosen, and the line that says so.
-pub(crate) fn choose(
-    config: &VmConfig,
-    ram: GuestRam,
-    trace: Option<File>,
-    kvm: &str,
-) -> Result<(Box<dyn Engine>, String), Error> {
-    let _ = (ram, trace);
-    let line = match config.engine {
-        EngineChoice::Auto => format!("engine bt: engine kvm is not part of this version ({kvm})"),
-        EngineChoice::Bt => "engine bt: asked for".to_string(),
-        EngineChoice::Interp => "engine interp: asked for; precise, but slow".to_string(),
+pub(crate) fn choose(config: &VmConfig, ram: GuestRam, kvm: &str) -> Result<(Box<dyn Engine>, String), Error> {
+    Ok(match config.engine {
+        EngineChoice::Auto => (bt(config, ram)?, format!("engine bt: engine kvm is not part of this version ({kvm})")),
+        EngineChoice::Bt => (bt(config, ram)?, "engine bt: asked for".to_string()),
+        EngineChoice::Interp => (
+            Box::new(interp::InterpEngine::new(ram, config.cpus)),
+            "engine interp: asked for; precise, but slow".to_string(),
+        ),
         EngineChoice::Kvm => return Err(no_kvm(kvm)),
-    };
-    Err(Error::Engine(line))
+    })
+}
+
+fn bt(config: &VmConfig, ram: GuestRam) -> Result<Box<dyn Engine>, Error> {
+    let khz = u32::try_from(machine::clock::measure_tsc_khz()).unwrap_or(u32::MAX);
+    let model = Arc::new(CpuidModel::new(config.cpus, khz));
+    let engine = bt::BtEngine::new(ram, bt::Options::new(model)).map_err(Error::Engine)?;
+    Ok(Box::new(engine))
 }

@@ -1,18 +1,236 @@
-//! The PC as the supervisor sees it.
+//! The PC as the supervisor sees it: built once from the opened files, put back to power-on and loaded again at each reset.
 
 use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
-use crate::board::BoardMaker;
+use cpu::{Bus, CpuState, Kick, LocalApic};
+use machine::boot::{self, BootSource};
+use machine::bus::{Access, Space};
+use machine::pci::PciDevice;
+use machine::power::PowerEvent;
+use machine::serial::Serial;
+use machine::{Pc, PcConfig};
+use memory::GuestRam;
+use virtio::{Block, Disk, Entropy, Reporter, VirtioDevice, VirtioPci};
+
+use crate::board::{Board, BoardMaker};
 use crate::config::VmConfig;
+use crate::console::{Input, Output};
 use crate::error::Error;
-use virtio::Disk;
+use crate::events::{Event, Events};
+use crate::terminal;
 
 /// What builds the PC from the opened files.
 pub(crate) fn maker(
-    _config: &VmConfig,
-    _kernel: File,
-    _initrd: Option<File>,
-    _disks: Vec<Disk>,
-) -> Result<Box<dyn BoardMaker>, Error> {
-    Err(Error::Engine("no machine yet".into()))
+    config: &VmConfig,
+    kernel: File,
+    initrd: Option<File>,
+    disks: Vec<Disk>,
+    exits: Option<Box<dyn Write + Send>>,
+) -> Box<dyn BoardMaker> {
+    Box::new(PcMaker {
+        cmdline: config.cmdline.clone(),
+        cpus: config.cpus,
+        kernel,
+        initrd,
+        disks,
+        exits,
+        pc: None,
+        input: None,
+    })
+}
+
+struct PcMaker {
+    cmdline: String,
+    cpus: u32,
+    kernel: File,
+    initrd: Option<File>,
+    /// Until the first build.
+    disks: Vec<Disk>,
+    /// Where accesses to devices are written down.
+    exits: Option<Box<dyn Write + Send>>,
+    /// After the first build.
+    pc: Option<Arc<Pc>>,
+    input: Option<Arc<SerialInput>>,
+}
+
+fn engine_error(error: impl std::fmt::Display) -> Error {
+    Error::Engine(error.to_string())
+}
+
+/// Reads a file from its start, however often; the sandbox does not let it be opened again.
+fn read_whole(what: &str, file: &File) -> Result<Vec<u8>, Error> {
+    let mut bytes = Vec::new();
+    loop {
+        let at = bytes.len();
+        bytes.resize(at + (1 << 20).max(at), 0);
+        match file.read_at(bytes.get_mut(at..).unwrap_or_default(), at as u64) {
+            Ok(0) => {
+                bytes.truncate(at);
+                return Ok(bytes);
+            }
+            Ok(len) => bytes.truncate(at + len),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => bytes.truncate(at),
+            Err(error) => return Err(Error::Input(format!("{what} cannot be read: {error}"))),
+        }
+    }
+}
+
+impl PcMaker {
+    fn devices(&mut self, ram: &GuestRam) -> Result<Vec<Arc<dyn PciDevice>>, Error> {
+        let reporter: Reporter = Arc::new(|line: &str| terminal::message(&format!("tightrope: {line}")));
+        let mut devices: Vec<(String, Box<dyn VirtioDevice>)> = Vec::new();
+        for (number, disk) in std::mem::take(&mut self.disks).into_iter().enumerate() {
+            disk.set_reporter(reporter.clone());
+            let queues = self.cpus.min(4) as u16;
+            let block = Block::new(disk, &format!("tightrope-disk-{number}"), queues)
+                .map_err(|error| Error::Host(format!("the host gives no thread for a disk: {error}")))?;
+            devices.push((format!("disk{number}"), Box::new(block)));
+        }
+        devices.push(("entropy".into(), Box::new(Entropy::default())));
+        devices
+            .into_iter()
+            .map(|(name, device)| {
+                let device = VirtioPci::new(&name, device, ram.shared(), Some(reporter.clone()));
+                Ok(Arc::new(device.map_err(engine_error)?) as Arc<dyn PciDevice>)
+            })
+            .collect()
+    }
+
+    fn first_build(&mut self, ram: &GuestRam, events: &Events, output: &Output) -> Result<Arc<Pc>, Error> {
+        let events = Mutex::new(events.clone());
+        let power = move |event| {
+            let event = match event {
+                PowerEvent::Off => Event::PowerOff,
+                PowerEvent::Reset => Event::Reset,
+            };
+            let _ = events.lock().unwrap_or_else(PoisonError::into_inner).send(event);
+        };
+        let pc = Pc::new(PcConfig {
+            ram: ram.clone(),
+            vcpus: self.cpus,
+            tsc_khz: machine::clock::measure_tsc_khz(),
+            serial_output: Box::new(output.clone()),
+            pci_devices: self.devices(ram)?,
+            power: Arc::new(power),
+        })
+        .map_err(engine_error)?;
+        if let Some(sink) = self.exits.take() {
+            let sink = Mutex::new(sink);
+            pc.bus().set_trace(Box::new(move |access| {
+                let mut sink = sink.lock().unwrap_or_else(PoisonError::into_inner);
+                let _ = writeln!(sink, "{}", trace_line(access));
+            }));
+        }
+        Ok(Arc::new(pc))
+    }
+}
+
+fn trace_line(access: &Access<'_>) -> String {
+    let value = access.data.iter().rev().fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
+    format!(
+        "exit {} {} {:#x} {value} {}",
+        if access.write { "write" } else { "read" },
+        if access.space == Space::Pio { "port" } else { "memory" },
+        access.address,
+        access.device.unwrap_or("(no device)")
+    )
+}
+
+impl BoardMaker for PcMaker {
+    fn build(&mut self, ram: &GuestRam, events: &Events, output: &Output) -> Result<Box<dyn Board>, Error> {
+        let (pc, input) = match (&self.pc, &self.input) {
+            (Some(pc), Some(input)) => {
+                pc.reset();
+                (pc.clone(), input.clone())
+            }
+            _ => {
+                let pc = self.first_build(ram, events, output)?;
+                let input = Arc::new(SerialInput::new(pc.serial().clone()));
+                (self.pc, self.input) = (Some(pc.clone()), Some(input.clone()));
+                (pc, input)
+            }
+        };
+        let kernel = read_whole("the kernel", &self.kernel)?;
+        let initrd = self.initrd.as_ref().map(|file| read_whole("the initrd", file)).transpose()?;
+        let source = BootSource {
+            kernel: &kernel,
+            initrd: initrd.as_deref(),
+            command_line: &self.cmdline,
+            own_decompressor: false,
+        };
+        pc.prepare_boot().map_err(|error| Error::Input(error.to_string()))?;
+        let loaded = boot::load(ram, &source).map_err(|error| Error::Input(error.to_string()))?;
+        Ok(Box::new(PcBoard { pc, input, entry: loaded.entry }))
+    }
+}
+
+struct PcBoard {
+    pc: Arc<Pc>,
+    input: Arc<SerialInput>,
+    entry: u64,
+}
+
+impl Board for PcBoard {
+    fn bus(&self, index: u32) -> Option<Arc<dyn Bus>> {
+        self.pc.vcpu_bus(index)
+    }
+
+    fn lapic(&self, index: u32) -> Option<Arc<dyn LocalApic>> {
+        self.pc.local_apic(index)
+    }
+
+    fn attach(&mut self, index: u32, kick: Arc<dyn Kick>) {
+        if let Some(lapic) = self.pc.lapic(index) {
+            lapic.set_kick(kick);
+        }
+    }
+
+    fn start_state(&self, index: u32) -> CpuState {
+        self.pc.initial_cpu_state(index, self.entry)
+    }
+
+    fn console(&self) -> Arc<dyn Input> {
+        self.input.clone()
+    }
+
+    fn counters(&self) -> Vec<(String, u64)> {
+        let both =
+            |(name, reads, writes)| [(format!("exits.{name}.reads"), reads), (format!("exits.{name}.writes"), writes)];
+        self.pc.bus().counters().into_iter().flat_map(both).filter(|(_, count)| *count > 0).collect()
+    }
+}
+
+/// COM1's receiver, with somebody waiting for room in it.
+struct SerialInput {
+    serial: Arc<Serial>,
+    room: Arc<(Mutex<bool>, Condvar)>,
+}
+
+impl SerialInput {
+    fn new(serial: Arc<Serial>) -> Self {
+        let room = Arc::new((Mutex::new(false), Condvar::new()));
+        let signal = room.clone();
+        serial.on_room(Arc::new(move || {
+            *signal.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+            signal.1.notify_all();
+        }));
+        Self { serial, room }
+    }
+}
+
+impl Input for SerialInput {
+    fn offer(&self, bytes: &[u8]) -> usize {
+        self.serial.input(bytes)
+    }
+
+    fn wait_for_room(&self, at_most: Duration) {
+        let there = self.room.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut there, _) =
+            self.room.1.wait_timeout_while(there, at_most, |there| !*there).unwrap_or_else(PoisonError::into_inner);
+        *there = false;
+    }
 }

@@ -99,12 +99,12 @@ impl Vm {
         signals::restore_terminal_when_fatal();
         let ram = GuestRam::new(config.memory).map_err(|error| Error::Host(error.to_string()))?;
         sandbox::before_threads(config.sandbox)?;
-        let (engine, engine_line) = engine::choose(config, ram.clone(), trace, &kvm)?;
+        let (engine, engine_line) = engine::choose(config, ram.clone(), &kvm)?;
         terminal::message(&format!("tightrope: {engine_line}"));
         for line in [serial_line, gdb_line].into_iter().flatten() {
             terminal::message(&format!("tightrope: {line}"));
         }
-        let maker = crate::pc::maker(config, kernel, initrd, disks)?;
+        let maker = crate::pc::maker(config, kernel, initrd, disks, trace);
         let vm = Self::assemble(config, engine, Parts { ram, serial, listener, maker }, started)?;
         sandbox::close(config.sandbox, needs)?;
         Ok(vm)
@@ -159,9 +159,10 @@ impl Vm {
     fn make_vcpus(&mut self, count: u32) -> Result<(), Error> {
         let mut threads = Vec::new();
         for index in 0..count {
-            let lapic =
-                self.board.lapic(index).ok_or_else(|| Error::Engine(format!("vCPU {index} has no local APIC")))?;
-            let setup = VcpuSetup { index, lapic, bus: self.board.bus() };
+            let (Some(lapic), Some(bus)) = (self.board.lapic(index), self.board.bus(index)) else {
+                return Err(Error::Engine(format!("vCPU {index} is not part of the machine")));
+            };
+            let setup = VcpuSetup { index, lapic, bus };
             let mut vcpu = self.engine.create_vcpu(setup).map_err(Error::Engine)?;
             vcpu.set_state(&self.board.start_state(index));
             self.board.attach(index, vcpu.kick_handle());

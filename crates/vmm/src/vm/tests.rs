@@ -209,8 +209,8 @@ impl LocalApic for NoApic {
 struct ToyBoard(Arc<ToyBus>);
 
 impl Board for ToyBoard {
-    fn bus(&self) -> Arc<dyn Bus> {
-        self.0.clone()
+    fn bus(&self, _: u32) -> Option<Arc<dyn Bus>> {
+        Some(self.0.clone())
     }
     fn lapic(&self, _: u32) -> Option<Arc<dyn LocalApic>> {
         Some(Arc::new(NoApic))

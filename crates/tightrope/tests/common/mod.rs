@@ -1,0 +1,280 @@
+//! Running the command in tests: with which engine, for how long, and tiny kernels of our own.
+//!
+//! `TIGHTROPE_TEST_ENGINE` chooses the engine (`bt` unless set), so that every whole-machine test serves every engine.
+
+#![allow(dead_code)] // each test file uses its part
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+/// A limit no test comes near when all is well.
+pub const LIMIT: Duration = Duration::from_secs(120);
+
+/// The engine under test.
+pub fn engine() -> String {
+    std::env::var("TIGHTROPE_TEST_ENGINE").unwrap_or_else(|_| "bt".into())
+}
+
+/// `tightrope` with arguments, without the user's settings.
+pub fn tightrope(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tightrope"));
+    command.args(args).env("XDG_CONFIG_HOME", "/nonexistent").stdin(Stdio::null());
+    for name in ["TIGHTROPE_MIRROR", "TIGHTROPE_MEMORY", "TIGHTROPE_ENGINE", "TIGHTROPE_NO_SANDBOX"] {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// `tightrope run` with the engine under test.
+pub fn run(args: &[&str]) -> Command {
+    let mut command = tightrope(&["run", "--engine", &engine()]);
+    command.args(args);
+    command
+}
+
+/// What a finished process left.
+#[derive(Debug)]
+pub struct Finished {
+    pub status: ExitStatus,
+    pub out: String,
+    pub err: String,
+}
+
+impl Finished {
+    pub fn code(&self) -> Option<i32> {
+        self.status.code()
+    }
+}
+
+/// A process that is talked to.
+pub struct Session {
+    child: Child,
+    out: Receiver<Vec<u8>>,
+    err: Receiver<Vec<u8>>,
+    seen: Vec<u8>,
+    searched: usize,
+}
+
+fn reader(mut from: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
+    let (to, receiver) = channel();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(len) = from.read(&mut buffer) {
+            if len == 0 || to.send(buffer[..len].to_vec()).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+impl Session {
+    pub fn start(mut command: Command) -> Self {
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("spawn");
+        let out = reader(child.stdout.take().expect("piped"));
+        let err = reader(child.stderr.take().expect("piped"));
+        Self { child, out, err, seen: Vec::new(), searched: 0 }
+    }
+
+    pub fn id(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    pub fn send(&mut self, text: &[u8]) {
+        self.child.stdin.as_mut().expect("open").write_all(text).expect("write");
+    }
+
+    /// Closes the process's input.
+    pub fn end_input(&mut self) {
+        self.child.stdin = None;
+    }
+
+    /// Waits until the output has `text` behind what was waited for last.
+    pub fn expect(&mut self, text: &str) {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let found = self.seen[self.searched..].windows(text.len()).position(|window| window == text.as_bytes());
+            if let Some(at) = found {
+                self.searched += at + text.len();
+                return;
+            }
+            match self.out.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(bytes) => self.seen.extend(bytes),
+                Err(why) => {
+                    let what = if why == RecvTimeoutError::Timeout { "in time" } else { "before the end" };
+                    let _ = self.child.kill();
+                    panic!(
+                        "{text:?} did not come {what}; output: {}\nerrors: {}",
+                        String::from_utf8_lossy(&self.seen),
+                        String::from_utf8_lossy(&self.err.iter().flatten().collect::<Vec<u8>>())
+                    );
+                }
+            }
+        }
+    }
+
+    /// Waits for the end of the process.
+    pub fn finish(mut self) -> Finished {
+        self.child.stdin = None;
+        let deadline = Instant::now() + LIMIT;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("wait") {
+                break status;
+            }
+            if Instant::now() > deadline {
+                let _ = self.child.kill();
+                panic!("no end; output: {}", String::from_utf8_lossy(&self.seen));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        self.seen.extend(self.out.iter().flatten());
+        let err: Vec<u8> = self.err.iter().flatten().collect();
+        Finished {
+            status,
+            out: String::from_utf8_lossy(&self.seen).into_owned(),
+            err: String::from_utf8_lossy(&err).into_owned(),
+        }
+    }
+}
+
+/// Runs to the end with this input.
+pub fn finish(command: Command, input: &[u8]) -> Finished {
+    let mut session = Session::start(command);
+    if let Some(mut stdin) = session.child.stdin.take() {
+        let input = input.to_vec();
+        // On a thread of its own: the process may not read all of it.
+        std::thread::spawn(move || stdin.write_all(&input));
+    }
+    session.finish()
+}
+
+/// Code for tiny kernels, which start in 64-bit mode at [`Code::START`] with interrupts off.
+#[derive(Clone, Default)]
+pub struct Code(pub Vec<u8>);
+
+impl Code {
+    /// Where they are loaded.
+    pub const START: u64 = 0x10_0000;
+
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Appends machine code.
+    pub fn raw(mut self, bytes: &[u8]) -> Self {
+        self.0.extend_from_slice(bytes);
+        self
+    }
+
+    /// `mov dx, port; mov al, value; out dx, al`
+    pub fn out8(self, port: u16, value: u8) -> Self {
+        let [low, high] = port.to_le_bytes();
+        self.raw(&[0x66, 0xba, low, high, 0xb0, value, 0xee])
+    }
+
+    /// `mov dx, port; mov ax, value; out dx, ax`
+    pub fn out16(self, port: u16, value: u16) -> Self {
+        let ([pl, ph], [vl, vh]) = (port.to_le_bytes(), value.to_le_bytes());
+        self.raw(&[0x66, 0xba, pl, ph, 0x66, 0xb8, vl, vh, 0x66, 0xef])
+    }
+
+    /// Writes `text` on the first serial port.
+    pub fn print(self, text: &str) -> Self {
+        text.bytes().fold(self, |code, byte| code.out8(0x3f8, byte))
+    }
+
+    /// `1: hlt; jmp 1b`
+    pub fn stop(self) -> Self {
+        self.raw(&[0xf4, 0xeb, 0xfd])
+    }
+
+    /// `jmp .`
+    pub fn spin(self) -> Self {
+        self.raw(&[0xeb, 0xfe])
+    }
+
+    /// Switches off by ACPI (PM1a control register, S5).
+    pub fn power_off(self) -> Self {
+        self.out16(0x604, 5 << 10 | 1 << 13).stop()
+    }
+
+    /// Resets by the chipset's reset register.
+    pub fn reset(self) -> Self {
+        self.out8(0xcf9, 6).stop()
+    }
+
+    /// `lidt [empty]; ud2`
+    pub fn triple_fault(self) -> Self {
+        self.raw(&[0x0f, 0x01, 0x1d, 0x02, 0, 0, 0, 0x0f, 0x0b]).raw(&[0; 10])
+    }
+
+    /// Sends back what comes in on the first serial port, and switches off after a `q`.
+    pub fn echo(self) -> Self {
+        self.raw(&[
+            0x66, 0xba, 0xfd, 0x03, // 1: mov dx, 0x3fd
+            0xec, // in al, dx
+            0xa8, 0x01, // test al, 1
+            0x74, 0xf7, // jz 1b
+            0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+            0xec, // in al, dx
+            0xee, // out dx, al
+            0x3c, 0x71, // cmp al, 'q'
+            0x75, 0xed, // jne 1b
+        ])
+        .power_off()
+    }
+
+    /// Writes the kernel as an ELF file into `dir`.
+    pub fn write(&self, dir: &Path) -> PathBuf {
+        const HEADERS: u64 = 64 + 56;
+        let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
+        elf.resize(16, 0);
+        for field in [2_u16, 62] {
+            elf.extend(field.to_le_bytes()); // executable, x86-64
+        }
+        elf.extend(1_u32.to_le_bytes());
+        for field in [Self::START, 64, 0] {
+            elf.extend(field.to_le_bytes()); // entry, program headers, no sections
+        }
+        elf.extend(0_u32.to_le_bytes());
+        for field in [64_u16, 56, 1, 64, 0, 0] {
+            elf.extend(field.to_le_bytes());
+        }
+        for field in [1_u32, 5] {
+            elf.extend(field.to_le_bytes()); // loaded, readable and executable
+        }
+        let size = self.0.len() as u64;
+        for field in [HEADERS, Self::START, Self::START, size, size, 0x1000] {
+            elf.extend(field.to_le_bytes());
+        }
+        elf.extend(&self.0);
+        let path = dir.join("kernel");
+        std::fs::write(&path, elf).expect("write");
+        path
+    }
+}
+
+/// A directory with a kernel in it.
+pub struct Kernel {
+    pub dir: tempfile::TempDir,
+    pub path: String,
+}
+
+impl Kernel {
+    pub fn new(code: Code) -> Self {
+        let dir = tempfile::tempdir().expect("directory");
+        let path = code.write(dir.path()).display().to_string();
+        Self { dir, path }
+    }
+
+    /// `tightrope run --kernel` with it.
+    pub fn run(&self, args: &[&str]) -> Command {
+        let mut command = run(&["--kernel", &self.path]);
+        command.args(args);
+        command
+    }
+}

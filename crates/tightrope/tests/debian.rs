@@ -1,0 +1,81 @@
+//! The default image, unmodified Debian, through the whole command. Fetches it if the cache has none.
+
+mod common;
+
+use common::{Session, finish, run};
+
+const PROMPT: &str = "tightrope:";
+
+#[test]
+fn boots_to_a_shell_and_switches_off() {
+    let mut session = Session::start(run(&["--stats=json"]));
+    session.expect(PROMPT);
+    session.send(b"uname -a; poweroff -f\n");
+    session.expect("GNU/Linux");
+    let done = session.finish();
+    assert_eq!(done.code(), Some(0), "{}", done.err);
+    assert!(done.err.contains("shell after "), "{}", done.err);
+}
+
+#[test]
+fn a_script_by_pipe() {
+    let input = b"echo $((6*7))0; for i in 1 2 3; do echo line-$i; done; poweroff\n";
+    let done = finish(run(&[]), input);
+    assert_eq!(done.code(), Some(0), "{}", done.err);
+    for part in ["420", "line-1\r\nline-2\r\nline-3"] {
+        assert!(done.out.contains(part), "{part} is missing in {}", done.out);
+    }
+}
+
+#[test]
+fn reboots() {
+    let mut session = Session::start(run(&[]));
+    for _ in 0..2 {
+        session.expect(PROMPT);
+        session.send(b"reboot\n");
+    }
+    session.expect(PROMPT);
+    session.send(b"poweroff\n");
+    assert_eq!(session.finish().code(), Some(0));
+}
+
+#[test]
+fn disks_are_read_and_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let make = |name: &str, fill: u8| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, vec![fill; 8 << 20]).unwrap();
+        path
+    };
+    let (writable, read_only) = (make("a", b'A'), make("b", b'B'));
+    let mut session = Session::start(run(&[
+        "--disk",
+        &writable.display().to_string(),
+        "--disk",
+        &format!("{},ro", read_only.display()),
+    ]));
+    session.expect(PROMPT);
+    session.send(b"head -c 4 /dev/vda; echo; head -c 4 /dev/vdb; echo\n");
+    session.expect("AAAA\r\nBBBB\r\n");
+    session
+        .send(b"printf written | dd of=/dev/vda bs=512 seek=100 conv=sync,notrunc 2>/dev/null; sync; echo $?-done\n");
+    session.expect("0-done");
+    session.send(b"printf no | dd of=/dev/vdb conv=sync,fsync 2>&1 | grep -ci -e error -e permitted; poweroff\n");
+    session.expect("1\r\n");
+    assert_eq!(session.finish().code(), Some(0));
+    let bytes = std::fs::read(&writable).unwrap();
+    assert_eq!(&bytes[100 * 512..100 * 512 + 8], b"written\0");
+    assert_eq!(bytes[0], b'A');
+    assert!(std::fs::read(&read_only).unwrap().iter().all(|&byte| byte == b'B'));
+}
+
+#[test]
+fn a_kernel_panic_is_seen() {
+    let mut session = Session::start(run(&["--append", "panic=-1"]));
+    session.expect(PROMPT);
+    session.send(b"echo c >/proc/sysrq-trigger\n");
+    session.expect("Kernel panic");
+    session.expect(PROMPT); // panic=-1 reboots at once
+    session.send(b"poweroff -f\n");
+    assert_eq!(session.finish().code(), Some(0));
+}

@@ -1,0 +1,218 @@
+//! Bad input: one clear line that names the thing and the remedy, and the right exit code.
+
+mod common;
+
+use common::{Code, Finished, Kernel, finish, run, tightrope};
+
+/// Checks that the command fails with `code` and one line that has all of `parts`.
+fn check(done: &Finished, code: i32, parts: &[&str]) {
+    let lines: Vec<&str> = done.err.lines().collect();
+    assert_eq!(done.code(), Some(code), "{done:?}");
+    assert_eq!(lines.len(), 1, "{}", done.err);
+    assert!(lines[0].starts_with("tightrope: "), "{}", done.err);
+    for part in parts {
+        assert!(lines[0].contains(part), "{part:?} is missing in {}", done.err);
+    }
+}
+
+fn fails(args: &[&str], code: i32, parts: &[&str]) {
+    check(&finish(tightrope(args), b""), code, parts);
+}
+
+#[test]
+fn wrong_usage_is_exit_code_2() {
+    fails(&["rnu"], 2, &["'rnu'", "--help"]);
+    fails(&["run", "--cpus", "0"], 2, &["--cpus", "1..=64"]);
+    fails(&["run", "--cpus", "65"], 2, &["--cpus", "1..=64"]);
+    fails(&["run", "--memory", "12"], 2, &["--memory", "32 MiB"]);
+    fails(&["run", "--memory", "1X"], 2, &["--memory", "512M"]);
+    fails(&["run", "--engine", "xen"], 2, &["'xen'", "auto, bt, kvm or interp"]);
+    fails(&["run", "--initrd", "x"], 2, &["--kernel"]);
+    fails(&["run", "--disk", "a,cow"], 2, &["'cow'", ",ro"]);
+    fails(&["run", "--gdb", "everywhere"], 2, &["--gdb", "PORT"]);
+    fails(&["run", "--trace", "everything"], 2, &["int, exits, blocks, tlb"]);
+    fails(&["run", "--serial", "modem"], 2, &["stdio, none, pty"]);
+    fails(&["completions", "tcsh"], 2, &["tcsh"]);
+}
+
+#[test]
+fn help_version_completions_man() {
+    for args in [&["--help"][..], &["run", "--help"], &["--version"], &["completions", "bash"], &["man"]] {
+        let done = finish(tightrope(args), b"");
+        assert_eq!((done.code(), done.err.as_str()), (Some(0), ""), "{args:?}");
+        assert!(!done.out.is_empty());
+    }
+    assert!(finish(tightrope(&["run", "--help"]), b"").out.contains("Examples:"));
+}
+
+#[test]
+fn kernels_that_are_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, bytes: &[u8]| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path.display().to_string()
+    };
+    let kernel =
+        |path: &str, parts: &[&str]| check(&finish(run(&["--kernel", path]), b""), 1, &[parts, &[path]].concat());
+    kernel("/nonexistent/vmlinuz", &["does not exist"]);
+    kernel(&dir.path().display().to_string(), &["is a directory"]);
+    kernel("/dev/null", &["neither a file nor"]);
+    kernel(&file("empty", b""), &["is empty"]);
+    kernel(&file("text", b"#!/bin/sh\n"), &["not a kernel"]);
+    kernel(&file("gz", &[0x1f, 0x8b, 8, 0, 0]), &["gzip"]);
+    let mut arm = vec![0; 4096];
+    arm[0x38..0x3c].copy_from_slice(b"ARMd");
+    kernel(&file("arm64", &arm), &["64-bit ARM", "x86-64"]);
+    let whole = std::fs::read(Code::new().power_off().write(dir.path())).unwrap();
+    kernel(&file("cut", &whole[..whole.len() - 3]), &["cut off"]);
+    let mut elf = whole.clone();
+    elf[18] = 183;
+    kernel(&file("elf-arm", &elf), &["64-bit ARM"]);
+    let mut bzimage = vec![0; 8192];
+    bzimage[0x1f1] = 1;
+    bzimage[0x1f4] = 0xff;
+    bzimage[0x1f5] = 0xff;
+    bzimage[0x202..0x206].copy_from_slice(b"HdrS");
+    bzimage[0x206] = 0x0f;
+    bzimage[0x207] = 2;
+    bzimage[0x236] = 1;
+    kernel(&file("bz", &bzimage), &["cut off"]);
+    // A header that promises what is not there: the loader must say so, not crash.
+    bzimage[0x1f4] = 0x10;
+    bzimage[0x1f5] = 0;
+    let done = finish(run(&["--kernel", &file("hostile", &bzimage)]), b"");
+    assert_eq!(done.code(), Some(1), "{done:?}");
+}
+
+#[test]
+fn an_unreadable_kernel() {
+    use std::os::unix::fs::PermissionsExt;
+    if rustix::process::geteuid().is_root() {
+        eprintln!("root may read everything: skipped");
+        return;
+    }
+    let kernel = Kernel::new(Code::new().power_off());
+    std::fs::set_permissions(&kernel.path, std::fs::Permissions::from_mode(0)).unwrap();
+    check(&finish(kernel.run(&[]), b""), 1, &["permissions"]);
+}
+
+#[test]
+fn initrds_that_are_none() {
+    let kernel = Kernel::new(Code::new().power_off());
+    let initrd = |bytes: &[u8], parts: &[&str]| {
+        let path = kernel.dir.path().join("initrd");
+        std::fs::write(&path, bytes).unwrap();
+        check(&finish(kernel.run(&["--initrd", &path.display().to_string()]), b""), 1, parts);
+    };
+    initrd(b"", &["initrd", "is empty"]);
+    initrd(b"hello", &["not an initramfs"]);
+    initrd(b"070701000000", &["cut off"]);
+    check(&finish(kernel.run(&["--initrd", "/nonexistent"]), b""), 1, &["/nonexistent", "does not exist"]);
+}
+
+#[test]
+fn disks_that_are_none() {
+    let kernel = Kernel::new(Code::new().power_off());
+    let disk = |name: &str, parts: &[&str]| check(&finish(kernel.run(&["--disk", name]), b""), 1, parts);
+    let path = kernel.dir.path().join("disk");
+    let name = path.display().to_string();
+    disk(&name, &[&name, "check the path"]);
+    disk(&kernel.dir.path().display().to_string(), &["a directory"]);
+    std::fs::write(&path, b"").unwrap();
+    disk(&name, &["smaller than one sector"]);
+    let mut qcow = vec![0; 1024];
+    qcow[..4].copy_from_slice(b"QFI\xfb");
+    std::fs::write(&path, &qcow).unwrap();
+    disk(&name, &["qcow2", "qemu-img convert"]);
+    // The same disk twice in one VM.
+    std::fs::write(&path, [0; 1024]).unwrap();
+    check(&finish(kernel.run(&["--disk", &name, "--disk", &name]), b""), 1, &[&name, "in use"]);
+}
+
+#[test]
+fn a_disk_of_another_vm() {
+    let kernel = Kernel::new(Code::new().print("up").echo());
+    let path = kernel.dir.path().join("disk");
+    std::fs::write(&path, [0; 1024]).unwrap();
+    let name = path.display().to_string();
+    let mut first = common::Session::start(kernel.run(&["--disk", &name]));
+    first.expect("up");
+    check(&finish(kernel.run(&["--disk", &name]), b""), 1, &[&name, "in use by another VM"]);
+    first.send(b"q");
+    assert_eq!(first.finish().code(), Some(0));
+    assert_eq!(finish(kernel.run(&["--disk", &name]), b"q").code(), Some(0));
+}
+
+#[test]
+fn engines_that_are_not_there() {
+    let kernel = Kernel::new(Code::new().power_off());
+    fails(&["run", "--kernel", &kernel.path, "--engine", "kvm"], 1, &["engine kvm", "/dev/kvm", "--engine bt"]);
+    fails(&["run", "--kernel", &kernel.path, "--cpus", "2"], 1, &["2 vCPUs", "--cpus"]);
+}
+
+#[test]
+fn more_memory_than_there_is_and_less_than_is_needed() {
+    let kernel = Kernel::new(Code::new().power_off());
+    // Sparse: a file that does not fit beside a kernel into 32 MiB.
+    let initrd = kernel.dir.path().join("initrd");
+    let mut bytes = vec![0; 64 << 20];
+    let header = b"070701";
+    bytes[..6].copy_from_slice(header);
+    let fields = [0, 0o100644, 0, 0, 1, 0, (60 << 20), 0, 0, 0, 0, 2, 0];
+    for (i, field) in fields.iter().enumerate() {
+        bytes[6 + i * 8..14 + i * 8].copy_from_slice(format!("{field:08x}").as_bytes());
+    }
+    bytes[110] = b'x';
+    let trailer_at = 112 + (60 << 20);
+    bytes[trailer_at..trailer_at + 6].copy_from_slice(header);
+    for i in 0..13 {
+        let field = if i == 11 { 11 } else { 0 };
+        bytes[trailer_at + 6 + i * 8..trailer_at + 14 + i * 8].copy_from_slice(format!("{field:08x}").as_bytes());
+    }
+    bytes[trailer_at + 110..trailer_at + 120].copy_from_slice(b"TRAILER!!!");
+    std::fs::write(&initrd, bytes).unwrap();
+    let name = initrd.display().to_string();
+    let done = finish(kernel.run(&["--initrd", &name, "--memory", "32M"]), b"");
+    assert_eq!(done.code(), Some(1), "{}", done.err);
+    assert!(done.err.contains("--memory"), "{}", done.err);
+    let done = finish(kernel.run(&["--initrd", &name, "--memory", "256M"]), b"");
+    assert_eq!(done.code(), Some(0), "{}", done.err);
+}
+
+#[test]
+fn a_configuration_file_with_a_mistake() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("tightrope")).unwrap();
+    let file = dir.path().join("tightrope/config.toml");
+    std::fs::write(&file, "memory = \"much\"\n").unwrap();
+    let mut command = tightrope(&["run"]);
+    command.env("XDG_CONFIG_HOME", dir.path());
+    check(&finish(command, b""), 1, &["config.toml", "memory", "512M"]);
+}
+
+#[test]
+fn no_network_at_the_first_run() {
+    let cache = tempfile::tempdir().unwrap();
+    let mut command = tightrope(&["run", "--mirror", "http://127.0.0.1:9/debian"]);
+    command.env("XDG_CACHE_HOME", cache.path());
+    for proxy in ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"] {
+        command.env_remove(proxy);
+    }
+    check(&finish(command, b""), 1, &["127.0.0.1:9", "--mirror"]);
+}
+
+#[test]
+fn sockets_and_files_that_cannot_be_had() {
+    let kernel = Kernel::new(Code::new().power_off());
+    let socket = kernel.dir.path().join("socket");
+    let _taken = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let place = format!("unix:{}", socket.display());
+    check(&finish(kernel.run(&["--serial", &place]), b""), 1, &["console socket", "in use"]);
+    check(&finish(kernel.run(&["--gdb", &place]), b""), 1, &["gdb socket", "in use"]);
+    check(&finish(kernel.run(&["--serial", "file:/nonexistent/x"]), b""), 1, &["/nonexistent/x"]);
+    check(&finish(kernel.run(&["--trace", "exits:/nonexistent/x"]), b""), 1, &["trace file", "/nonexistent/x"]);
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = port.local_addr().unwrap().to_string();
+    check(&finish(kernel.run(&["--gdb", &address]), b""), 1, &[&address, "another port"]);
+}

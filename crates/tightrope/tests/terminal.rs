@@ -1,0 +1,184 @@
+//! The user's terminal: raw while the guest runs, as it was on every way out.
+
+mod common;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Code, Kernel, LIMIT};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{LocalModes, Termios, tcgetattr};
+
+/// A command on a terminal of its own.
+struct OnTerminal {
+    child: Child,
+    master: File,
+    slave: File,
+    before: Termios,
+    seen: String,
+}
+
+impl OnTerminal {
+    fn start(mut command: Command) -> Self {
+        let master: File = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap().into();
+        grantpt(&master).unwrap();
+        unlockpt(&master).unwrap();
+        let name = ptsname(&master, Vec::new()).unwrap().into_string().unwrap();
+        let slave = File::options().read(true).write(true).open(name).unwrap();
+        let before = tcgetattr(&slave).unwrap();
+        let end = || Stdio::from(slave.try_clone().unwrap());
+        command.stdin(end()).stdout(end()).stderr(end());
+        // SAFETY: between fork and exec only two system calls are made: a new session, and its controlling terminal.
+        unsafe {
+            command.pre_exec(|| {
+                rustix::process::setsid()?;
+                rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+                Ok(())
+            });
+        }
+        let child = command.spawn().unwrap();
+        Self { child, master, slave, before, seen: String::new() }
+    }
+
+    fn raw(&self) -> bool {
+        !tcgetattr(&self.slave).unwrap().local_modes.intersects(LocalModes::ICANON | LocalModes::ECHO)
+    }
+
+    fn restored(&self) -> bool {
+        let now = tcgetattr(&self.slave).unwrap();
+        now.local_modes == self.before.local_modes
+            && now.input_modes == self.before.input_modes
+            && now.output_modes == self.before.output_modes
+            && now.control_modes == self.before.control_modes
+    }
+
+    fn wait_until(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let deadline = Instant::now() + LIMIT;
+        while !condition(self) {
+            assert!(Instant::now() < deadline, "{what} did not come about; seen: {}", self.seen);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn expect(&mut self, text: &str) {
+        let deadline = Instant::now() + LIMIT;
+        let mut buffer = [0; 4096];
+        while !self.seen.contains(text) {
+            assert!(Instant::now() < deadline, "{text} did not come; seen: {}", self.seen);
+            let len = self.master.read(&mut buffer).unwrap();
+            self.seen.push_str(&String::from_utf8_lossy(&buffer[..len]));
+        }
+        self.seen.clear();
+    }
+
+    fn send(&mut self, keys: &[u8]) {
+        self.master.write_all(keys).unwrap();
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32).unwrap()
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    /// The exit code; the terminal must be as it was.
+    fn end(mut self) -> Option<i32> {
+        let deadline = Instant::now() + LIMIT;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "no end");
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        assert!(self.restored(), "the terminal was not restored");
+        status.code()
+    }
+}
+
+/// A guest that says it is up and sends back what is typed, on a terminal.
+fn echo() -> (Kernel, OnTerminal) {
+    let kernel = Kernel::new(Code::new().print("up").echo());
+    let mut terminal = OnTerminal::start(kernel.run(&[]));
+    terminal.expect("up");
+    assert!(terminal.raw());
+    (kernel, terminal)
+}
+
+#[test]
+fn power_off() {
+    let (_kernel, mut terminal) = echo();
+    terminal.send(b"abc");
+    terminal.expect("abc");
+    terminal.send(b"q");
+    assert_eq!(terminal.end(), Some(0));
+}
+
+#[test]
+fn keys() {
+    let (_kernel, mut terminal) = echo();
+    terminal.send(b"\x03\x1a\x01a1");
+    terminal.expect("\x03\x1a\x011"); // Ctrl-C and Ctrl-Z are the guest's
+    terminal.send(b"\x01h");
+    terminal.expect("Ctrl-A X");
+    terminal.send(b"\x01c");
+    terminal.expect("counters: engine");
+    terminal.send(b"\x01x");
+    assert_eq!(terminal.end(), Some(0));
+}
+
+#[test]
+fn signals() {
+    for (signal, code) in [(Signal::TERM, 143), (Signal::INT, 130), (Signal::HUP, 129), (Signal::QUIT, 131)] {
+        let (_kernel, terminal) = echo();
+        terminal.signal(signal);
+        assert_eq!(terminal.end(), Some(code));
+    }
+}
+
+#[test]
+fn an_abort() {
+    let (_kernel, terminal) = echo();
+    terminal.signal(Signal::ABORT);
+    assert_eq!(terminal.end(), None);
+}
+
+#[test]
+fn a_crash() {
+    let kernel = Kernel::new(Code::new().print("up").triple_fault());
+    let mut terminal = OnTerminal::start(kernel.run(&[]));
+    terminal.expect("triple fault");
+    assert_eq!(terminal.end(), Some(3));
+}
+
+#[test]
+fn an_error_before_the_start() {
+    let terminal = OnTerminal::start(common::run(&["--kernel", "/nonexistent"]));
+    assert_eq!(terminal.end(), Some(1));
+}
+
+#[test]
+fn stopping_and_going_on() {
+    let (_kernel, mut terminal) = echo();
+    for _ in 0..3 {
+        terminal.signal(Signal::TSTP);
+        terminal.wait_until("the stop", |t| {
+            waitpid(Some(t.pid()), WaitOptions::UNTRACED | WaitOptions::NOHANG)
+                .unwrap()
+                .is_some_and(|(_, status)| status.stopped())
+        });
+        assert!(terminal.restored());
+        terminal.signal(Signal::CONT);
+        terminal.wait_until("raw mode", OnTerminal::raw);
+        terminal.send(b"on");
+        terminal.expect("on");
+    }
+    terminal.send(b"q");
+    assert_eq!(terminal.end(), Some(0));
+}

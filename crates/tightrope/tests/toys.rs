@@ -1,0 +1,192 @@
+//! Tiny kernels of our own through the whole command: switching off, resets, crashes, console, counters, signals, gdb.
+
+mod common;
+
+use common::{Code, Kernel, Session, finish};
+use rustix::process::{Pid, Signal, kill_process};
+
+fn signal(session: &Session, signal: Signal) {
+    kill_process(Pid::from_raw(session.id()).expect("a process"), signal).expect("kill");
+}
+
+#[test]
+fn power_off_is_exit_code_0() {
+    let kernel = Kernel::new(Code::new().print("hello\r\n").power_off());
+    let done = finish(kernel.run(&[]), b"");
+    assert_eq!((done.code(), done.out.as_str()), (Some(0), "hello\r\n"), "{}", done.err);
+    assert_eq!(done.err.lines().count(), 1, "one line says which engine runs: {}", done.err);
+    assert!(done.err.starts_with("tightrope: engine "), "{}", done.err);
+}
+
+#[test]
+fn triple_fault_is_exit_code_3_with_registers() {
+    let kernel = Kernel::new(Code::new().print("bye").raw(&[0x48, 0xb8, 1, 2, 3, 4, 5, 6, 7, 8]).triple_fault());
+    let done = finish(kernel.run(&[]), b"");
+    assert_eq!((done.code(), done.out.as_str()), (Some(3), "bye"), "{}", done.err);
+    for part in ["triple fault on vCPU 0", "RAX: 0807060504030201", "<0f> 0b", "CR3: ", "64-bit, CPL 0"] {
+        assert!(done.err.contains(part), "{part} is missing in {}", done.err);
+    }
+}
+
+#[test]
+fn halting_for_good_is_exit_code_3() {
+    let kernel = Kernel::new(Code::new().raw(&[0xfa]).stop());
+    let done = finish(kernel.run(&[]), b"");
+    assert_eq!(done.code(), Some(3), "{}", done.err);
+    assert!(done.err.contains("no progress") && done.err.contains("RIP: "), "{}", done.err);
+}
+
+#[test]
+fn reset_boots_again_and_sigterm_ends() {
+    let kernel = Kernel::new(Code::new().print("boot\r\n").reset());
+    let mut session = Session::start(kernel.run(&[]));
+    for _ in 0..5 {
+        session.expect("boot\r\n");
+    }
+    signal(&session, Signal::TERM);
+    let done = session.finish();
+    assert_eq!(done.code(), Some(128 + 15), "{}", done.err);
+}
+
+#[test]
+fn signals_end_the_guest() {
+    for (which, code) in [(Signal::INT, 130), (Signal::HUP, 129), (Signal::QUIT, 131)] {
+        let kernel = Kernel::new(Code::new().print("up").spin());
+        let mut session = Session::start(kernel.run(&[]));
+        session.expect("up");
+        signal(&session, which);
+        assert_eq!(session.finish().code(), Some(code));
+    }
+}
+
+#[test]
+fn piped_input_is_complete_and_in_order() {
+    let kernel = Kernel::new(Code::new().echo());
+    let text: String = (0..20_000).map(|i| char::from(b'a' + (i * 7 % 13) as u8)).collect();
+    let done = finish(kernel.run(&[]), format!("{text}q").as_bytes());
+    assert_eq!(done.code(), Some(0), "{}", done.err);
+    assert!(done.out == format!("{text}q"), "{} bytes came back", done.out.len());
+}
+
+#[test]
+fn the_end_of_input_does_not_end_the_guest() {
+    let kernel = Kernel::new(Code::new().print("a").echo());
+    let mut session = Session::start(kernel.run(&[]));
+    session.expect("a");
+    session.end_input();
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    signal(&session, Signal::USR1);
+    signal(&session, Signal::TERM);
+    let done = session.finish();
+    assert_eq!(done.code(), Some(143));
+}
+
+#[test]
+fn output_is_complete_when_the_reader_goes_away_slowly() {
+    let kernel = Kernel::new(Code::new().print(&"0123456789".repeat(300)).power_off());
+    let done = finish(kernel.run(&[]), b"");
+    assert_eq!(done.out, "0123456789".repeat(300));
+}
+
+#[test]
+fn counters_as_table_and_json() {
+    let kernel = Kernel::new(Code::new().print("x").power_off());
+    let done = finish(kernel.run(&["--stats"]), b"");
+    assert_eq!(done.code(), Some(0));
+    assert!(done.err.contains("--- counters: engine "), "{}", done.err);
+    let done = finish(kernel.run(&["--stats=json"]), b"");
+    let line = done.err.lines().last().unwrap_or_default();
+    let json: serde_json::Value = serde_json::from_str(line).expect(line);
+    assert_eq!(json["engine"], common::engine());
+    let writes = &json["counters"]["exits.serial.writes"];
+    assert_eq!(writes.as_u64(), Some(1), "{line}");
+}
+
+#[test]
+fn counters_on_sigusr1() {
+    let kernel = Kernel::new(Code::new().print("up").echo());
+    let mut session = Session::start(kernel.run(&[]));
+    session.expect("up");
+    signal(&session, Signal::USR1);
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    session.send(b"stillq");
+    session.expect("stillq");
+    let done = session.finish();
+    assert_eq!(done.code(), Some(0), "{}", done.err);
+    assert!(done.err.contains("--- counters"), "{}", done.err);
+}
+
+#[test]
+fn console_in_a_file_and_nowhere() {
+    let kernel = Kernel::new(Code::new().print("to a file").power_off());
+    let file = kernel.dir.path().join("console");
+    let done = finish(kernel.run(&["--serial", &format!("file:{}", file.display())]), b"");
+    assert_eq!((done.code(), done.out.as_str()), (Some(0), ""));
+    assert_eq!(std::fs::read_to_string(file).unwrap(), "to a file");
+    let done = finish(kernel.run(&["--serial", "none"]), b"");
+    assert_eq!((done.code(), done.out.as_str()), (Some(0), ""));
+}
+
+#[test]
+fn console_on_a_socket() {
+    use std::io::{Read, Write};
+    let kernel = Kernel::new(Code::new().echo());
+    let path = kernel.dir.path().join("console");
+    let session = Session::start(kernel.run(&["--serial", &format!("unix:{}", path.display())]));
+    let mut stream = None;
+    for _ in 0..500 {
+        stream = std::os::unix::net::UnixStream::connect(&path).ok();
+        if stream.is_some() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let mut stream = stream.expect("a socket");
+    stream.write_all(b"ping q").unwrap();
+    let mut back = [0; 6];
+    stream.read_exact(&mut back).unwrap();
+    assert_eq!(&back, b"ping q");
+    assert_eq!(session.finish().code(), Some(0));
+}
+
+#[test]
+fn gdb_from_the_first_instruction_to_the_end() {
+    if std::process::Command::new("gdb").arg("--version").output().is_err() {
+        eprintln!("gdb is not installed: skipped");
+        return;
+    }
+    // 0x100000: nop, nop; mov eax, 0x12345678; then the end.
+    let kernel = Kernel::new(Code::new().raw(&[0x90, 0x90, 0xb8, 0x78, 0x56, 0x34, 0x12]).power_off());
+    let socket = kernel.dir.path().join("gdb");
+    let session = Session::start(kernel.run(&["--gdb", &format!("unix:{}", socket.display())]));
+    for _ in 0..500 {
+        if socket.exists() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let mut gdb = std::process::Command::new("timeout");
+    gdb.args(["60", "gdb", "-nx", "-batch", "-ex", "set architecture i386:x86-64"]);
+    gdb.args(["-ex", &format!("target remote {}", socket.display())]);
+    for line in [
+        "print/x $rip",
+        "x/2i $rip",
+        "stepi",
+        "stepi",
+        "print/x $rip",
+        "break *0x100007",
+        "continue",
+        "print/x $eax",
+        "delete",
+        "continue",
+    ] {
+        gdb.args(["-ex", line]);
+    }
+    let output = gdb.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let done = session.finish();
+    assert_eq!(done.code(), Some(0), "{text}\n{}", done.err);
+    for part in ["= 0x100000", "nop", "= 0x100002", "Breakpoint 1", "= 0x12345678", "exited normally"] {
+        assert!(text.contains(part), "{part} is missing in\n{text}");
+    }
+}
