@@ -1,0 +1,325 @@
+//! One case: a program, some start states, native against guest; and its reduction when they differ.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use cpu::{FpState, Kick};
+use iced_x86::{Decoder, DecoderOptions, Encoder, Formatter, IntelFormatter};
+
+use crate::generate::Generator;
+use crate::guest::Guest;
+use crate::layout::{BACKING, EXIT, LAYOUTS, Layout, Memory, PAGE, SLOT, SLOTS};
+use crate::native::Native;
+use crate::program::{Placed, Program};
+use crate::rng::{Rng, mix};
+use crate::state::{Final, Role, Start, Stop, Strictness, Templates, differences, flag_names, memory_differences};
+
+/// Everything a case needs besides its seed.
+pub struct Bench {
+    pub generator: Generator,
+    pub native: Native,
+    pub guests: Vec<Guest>,
+    templates: Templates,
+    encoder: Encoder,
+    watch: Arc<Watch>,
+    pub counts: Counts,
+}
+
+/// What has been done.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counts {
+    pub cases: u64,
+    pub runs: u64,
+    /// Instructions that surely ran.
+    pub executed: u64,
+    pub faults: [u64; 32],
+    /// Runs that could not be compared.
+    pub useless: u64,
+    pub stranded: u64,
+}
+
+/// A case in all its parts.
+#[derive(Clone)]
+struct Case {
+    program: Program,
+    layout: Layout,
+    user: bool,
+    guest: usize,
+    /// Offset in the slots.
+    at: usize,
+    starts: Vec<Start>,
+    memory: Box<Memory>,
+}
+
+/// Sees that nothing runs for ever.
+struct Watch {
+    /// 0: nothing runs; else the number of the run, with the lowest bit telling native (1) or guest (0).
+    run: AtomicU64,
+    stop: AtomicBool,
+}
+
+/// What became of one run.
+struct Ran {
+    native: Final,
+    guest: Final,
+    differences: Option<Vec<String>>,
+}
+
+impl Bench {
+    /// Runs something in each guest before the native side exists, so that all signal handlers of the engine and of the
+    /// interpreter's native assist are there to be chained to.
+    pub fn new(mut guests: Vec<Guest>) -> Self {
+        let mut rng = Rng::new(0);
+        let layout = LAYOUTS[1];
+        for guest in &mut guests {
+            let mut start = Start::random(&mut rng, layout, &[Role::Any; 16], layout.code, true);
+            start.gpr[7] = layout.data + PAGE - 8;
+            // movups xmm0, [rdi], across a page; jmp EXIT
+            let mut code = vec![0x0f, 0x10, 0x07, 0xe9];
+            code.extend_from_slice(&(EXIT.wrapping_sub(layout.code + 8) as i32).to_le_bytes());
+            guest.write_code(0, &code);
+            let end = guest.run(&start, true);
+            assert_eq!(end.stop, Stop::End, "{}: at {:#x}", guest.name, end.rip);
+        }
+        let native = Native::new();
+        let watch = Arc::new(Watch { run: AtomicU64::new(0), stop: AtomicBool::new(false) });
+        let handles: Vec<Arc<dyn Kick>> = guests.iter().map(Guest::stop_handle).collect();
+        let seen = watch.clone();
+        // SAFETY: names the calling thread.
+        let thread = unsafe { libc::pthread_self() } as u64;
+        std::thread::spawn(move || {
+            let mut last = 0;
+            while !seen.stop.load(Ordering::SeqCst) {
+                std::thread::sleep(std::time::Duration::from_millis(400));
+                let run = seen.run.load(Ordering::SeqCst);
+                if run != 0 && run == last {
+                    if run & 1 == 1 {
+                        // SAFETY: the thread lives as long as the bench, which ends us first.
+                        unsafe { libc::pthread_kill(thread as libc::pthread_t, libc::SIGALRM) };
+                    } else {
+                        handles.iter().for_each(|h| h.kick());
+                    }
+                }
+                last = run;
+            }
+        });
+        Self {
+            generator: Generator::new(),
+            native,
+            guests,
+            templates: Templates::new(),
+            encoder: Encoder::new(64),
+            watch,
+            counts: Counts::default(),
+        }
+    }
+
+    fn build(&mut self, seed: u64) -> Case {
+        let mut rng = Rng::new(seed);
+        let layout = rng.pick(&LAYOUTS);
+        let user = rng.chance(70);
+        let guest = rng.below(self.guests.len() as u64) as usize;
+        let (program, roles) = self.generator.program(&mut rng, layout, user);
+        let slot = if rng.chance(50) { rng.below(4) } else { rng.below(SLOTS) };
+        let offset = match rng.below(4) {
+            0 => PAGE - 1 - rng.below(120),
+            1 => rng.below(64),
+            _ => rng.below(PAGE + 2000),
+        };
+        let at = (slot * SLOT + offset) as usize;
+        let runs = 1 + rng.below(12);
+        let starts =
+            (0..runs).map(|_| Start::random(&mut rng, layout, &roles, layout.code + at as u64, user)).collect();
+        let mut memory: Box<Memory> = Box::new([[0; PAGE as usize]; BACKING]);
+        self.templates.fill(&mut rng, &mut memory);
+        Case { program, layout, user, guest, at, starts, memory }
+    }
+
+    /// Runs the case of this seed; describes the differences, if there are any.
+    pub fn case(&mut self, seed: u64) -> Result<(), String> {
+        let case = self.build(seed);
+        self.counts.cases += 1;
+        let Some(placed) = case.program.place(case.layout, case.layout.code + case.at as u64, &mut self.encoder) else {
+            return Ok(());
+        };
+        if case.at + placed.bytes.len() > (SLOTS * SLOT) as usize {
+            return Ok(());
+        }
+        if self.run(&case, &placed, true).is_some() {
+            return Err(self.explain(seed, case));
+        }
+        Ok(())
+    }
+
+    /// Runs all start states; the number of the first one with differences, and what happened.
+    fn run(&mut self, case: &Case, placed: &Placed, count: bool) -> Option<(usize, Ran)> {
+        self.native.write_code(case.at, &placed.bytes);
+        self.guests[case.guest].write_code(case.at, &placed.bytes);
+        *self.native.memory() = *case.memory;
+        self.guests[case.guest].write_memory(&case.memory);
+        for (i, start) in case.starts.iter().enumerate() {
+            let number = (mix(self.counts.runs ^ (i as u64) << 48) | 2) & !1;
+            self.counts.runs += u64::from(count);
+            self.watch.run.store(number | 1, Ordering::SeqCst);
+            let native = self.native.run(start);
+            self.watch.run.store(0, Ordering::SeqCst);
+            if matches!(native.stop, Stop::Useless(_)) {
+                self.counts.useless += u64::from(count);
+                return None;
+            }
+            self.watch.run.store(number, Ordering::SeqCst);
+            let guest = self.guests[case.guest].run(start, case.user);
+            self.watch.run.store(0, Ordering::SeqCst);
+            let strictness = Strictness { flags_at_faults: self.guests[case.guest].precise_flags, user: case.user };
+            let mut found = differences(&native, &guest, strictness);
+            if let Some(list) = &mut found
+                && !self.guests[case.guest].memory_equals(self.native.memory())
+            {
+                let mut memory: Box<Memory> = Box::new([[0; PAGE as usize]; BACKING]);
+                self.guests[case.guest].read_memory(&mut memory);
+                list.extend(memory_differences(self.native.memory(), &memory));
+            }
+            match &found {
+                None => {
+                    self.counts.stranded += u64::from(count);
+                    return None;
+                }
+                Some(list) if !list.is_empty() => return Some((i, Ran { native, guest, differences: found })),
+                Some(_) => {}
+            }
+            if count {
+                let stopped_at = match native.stop {
+                    Stop::Fault { vector, .. } => {
+                        self.counts.faults[usize::from(vector & 31)] += 1;
+                        Some(native.rip.wrapping_sub(start.rip) as usize)
+                    }
+                    _ => None,
+                };
+                self.counts.executed += case.program.executed(placed, stopped_at);
+            }
+        }
+        None
+    }
+
+    /// Does this variant of the case still differ?
+    fn differs(&mut self, case: &Case) -> Option<(usize, Ran)> {
+        let placed = case.program.place(case.layout, case.layout.code + case.at as u64, &mut self.encoder)?;
+        self.run(case, &placed, false)
+    }
+
+    /// Makes the case as small as it gets, and describes it.
+    fn explain(&mut self, seed: u64, mut case: Case) -> String {
+        let Some((first, _)) = self.differs(&case) else {
+            return format!("case {seed:#x}: differed once, but not again");
+        };
+        case.starts.truncate(first + 1);
+        // One start state is enough, unless what ran before matters.
+        let only = Case { starts: vec![case.starts[first].clone()], ..case.clone() };
+        if self.differs(&only).is_some() {
+            case = only;
+        }
+        let mut changed = true;
+        while changed {
+            changed = false;
+            for i in (0..case.program.items.len()).rev() {
+                if !case.program.items[i].alive {
+                    continue;
+                }
+                case.program.items[i].alive = false;
+                if self.differs(&case).is_some() {
+                    changed = true;
+                } else {
+                    case.program.items[i].alive = true;
+                }
+            }
+        }
+        // Simpler values.
+        let last = case.starts.len() - 1;
+        for i in 0..16 {
+            for value in [0, 1, case.starts[last].gpr[i] & 0xff] {
+                let old = std::mem::replace(&mut case.starts[last].gpr[i], value);
+                if value != old && self.differs(&case).is_some() {
+                    break;
+                }
+                case.starts[last].gpr[i] = old;
+            }
+        }
+        let old = std::mem::replace(&mut case.starts[last].fp, FpState::default());
+        if self.differs(&case).is_none() {
+            case.starts[last].fp = old;
+        }
+        let old = std::mem::replace(&mut case.starts[last].rflags, if case.user { 0x202 } else { 2 });
+        if self.differs(&case).is_none() {
+            case.starts[last].rflags = old;
+        }
+        let again = (0..3).filter(|_| self.differs(&case).is_some()).count();
+        match self.differs(&case) {
+            Some((_, ran)) => self.describe(seed, &case, &ran, again),
+            None => format!("case {seed:#x}: the smallest form does not differ any more"),
+        }
+    }
+
+    fn describe(&mut self, seed: u64, case: &Case, ran: &Ran, again: usize) -> String {
+        let mut out = String::new();
+        let guest = &self.guests[case.guest];
+        let _ = writeln!(
+            out,
+            "case {seed:#x} under {} at level {}, {} start state(s), differs in {again} of 3 repetitions:",
+            guest.name,
+            if case.user { 3 } else { 0 },
+            case.starts.len()
+        );
+        let at = case.layout.code + case.at as u64;
+        if let Some(placed) = case.program.place(case.layout, at, &mut self.encoder) {
+            let mut formatter = IntelFormatter::new();
+            let mut decoder = Decoder::with_ip(64, &placed.bytes, at, DecoderOptions::NONE);
+            let end = placed.offsets[case.program.items.len()];
+            while decoder.can_decode() && decoder.position() <= end {
+                let start = decoder.position();
+                let ins = decoder.decode();
+                let mut text = String::new();
+                formatter.format(&ins, &mut text);
+                let bytes: String =
+                    placed.bytes[start..decoder.position()].iter().map(|b| format!("{b:02x}")).collect();
+                let _ = writeln!(out, "  {:#x}  {bytes:<24} {text}", ins.ip());
+            }
+        }
+        let start = &case.starts[case.starts.len() - 1];
+        let _ = writeln!(out, "  start: flags {} fs {:#x} gs {:#x}", flag_names(start.rflags), start.fs, start.gs);
+        for (i, value) in start.gpr.iter().enumerate() {
+            let name = crate::generate::gpr(i, 8);
+            let _ = write!(out, "  {name:?}={value:#x}{}", if i % 4 == 3 { "\n" } else { "" });
+        }
+        if start.fp != FpState::default() {
+            let b = &start.fp.bytes;
+            let _ = writeln!(out, "  fcw, fsw, ftw: {:02x?}, mxcsr {:#x}", &b[0..5], start.fp.mxcsr());
+            for i in 0..8 {
+                let _ = writeln!(out, "  st/mm{i} {:#022x}", start.fp.get_u128(32 + 16 * i) & ((1 << 80) - 1));
+            }
+            for i in 0..16 {
+                let _ = writeln!(
+                    out,
+                    "  ymm{i} {:032x}{:032x}",
+                    start.fp.get_u128(576 + 16 * i),
+                    start.fp.get_u128(160 + 16 * i)
+                );
+            }
+        }
+        let _ = writeln!(
+            out,
+            "  native: {:x?} at {:#x}; translated: {:x?} at {:#x}",
+            ran.native.stop, ran.native.rip, ran.guest.stop, ran.guest.rip
+        );
+        for line in ran.differences.iter().flatten() {
+            let _ = writeln!(out, "  * {line}");
+        }
+        out
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.watch.stop.store(true, Ordering::SeqCst);
+    }
+}
