@@ -257,7 +257,10 @@ impl CpuidModel {
             4 => self.cache(subleaf),
             // ARAT.
             6 => [1 << 2, 0, 0, 0],
-            7 if subleaf == 0 => [0, f.leaf7_ebx, f.leaf7_ecx, f.leaf7_edx],
+            7 if subleaf == 0 => [2, f.leaf7_ebx, f.leaf7_ecx, f.leaf7_edx],
+            // BHI_CTRL, MCDT_NO. With BHI_DIS_S in IA32_SPEC_CTRL kernels need no code against branch history injection; since 2025
+            // Linux does not take BHI_NO for an answer.
+            7 if subleaf == 2 => [0, 0, 0, 1 << 4 | 1 << 5],
             0xb | 0x1f => self.topology(index, subleaf),
             0xd => self.xsave(state, subleaf),
             0x15 => {
@@ -439,7 +442,7 @@ mod tests {
         s.cr4 |= cr4::OSXSAVE;
         assert_ne!(m.cpuid(2, &s, 1, 0)[2] & leaf1_ecx::OSXSAVE, 0);
         let [max, ebx, ecx, edx] = m.cpuid(0, &s, 7, 0);
-        assert_eq!(max, 0);
+        assert_eq!(max, 2);
         // SMEP, INVPCID, RTM, MPX, AVX-512F, SMAP.
         assert_eq!(ebx & (1 << 7 | 1 << 10 | 1 << 11 | 1 << 14 | 1 << 16 | 1 << 20), 0);
         // UMIP, PKU, LA57, RDPID, CET.

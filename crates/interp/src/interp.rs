@@ -14,6 +14,7 @@ use crate::mmu::{Mmu, Target};
 use crate::msr::MsrEnv;
 use crate::native::Assist;
 use crate::ops::Cx;
+use crate::tsc;
 
 /// DR6: single step.
 const DR6_BS: u64 = 1 << 14;
@@ -80,6 +81,8 @@ pub struct Interp {
 impl Interp {
     /// An executor for the vCPU `setup` over `ram`; CPUID answers by `model`.
     pub fn new(setup: VcpuSetup, ram: GuestRam, model: Arc<CpuidModel>) -> Self {
+        // The clock of kvmclock starts before any guest can ask for it.
+        tsc::origin();
         let mmu = Mmu::new(ram, setup.bus.clone());
         Self { mmu, setup, model, counters: Counters::default(), assist: Assist::default(), cache: DecodeCache::new() }
     }

@@ -174,8 +174,8 @@ pub fn write(env: &MsrEnv<'_>, state: &mut CpuState, msr: u32, value: u64) -> Re
             env.lapic.write_msr(msr, deadline)?;
         }
         n::SPEC_CTRL => {
-            // IBRS, STIBP, SSBD.
-            check(value & !7 == 0)?;
+            // IBRS, STIBP, SSBD, BHI_DIS_S.
+            check(value & !0x407 == 0)?;
             state.spec_ctrl = value;
         }
         n::PRED_CMD => check(value & !1 == 0)?,
@@ -280,7 +280,7 @@ pub fn update_clock(env: &MsrEnv<'_>, state: &CpuState) {
 
 /// Nanoseconds since the VM's clock started, at host TSC `now`.
 fn system_time(env: &MsrEnv<'_>, now: u64) -> u64 {
-    tsc::to_nanos(now.wrapping_sub(tsc::origin()), tsc::scale(env.model.tsc_khz))
+    tsc::to_nanos(now.saturating_sub(tsc::origin()), tsc::scale(env.model.tsc_khz))
 }
 
 /// Writes the `pvclock_wall_clock`: the real time at which the system time was zero.
@@ -297,4 +297,73 @@ fn write_wall_clock(env: &MsrEnv<'_>, gpa: u64) {
     info[4..8].copy_from_slice(&((start / 1_000_000_000) as u32).to_le_bytes());
     info[8..].copy_from_slice(&((start % 1_000_000_000) as u32).to_le_bytes());
     let _ = env.ram.write(gpa, &info);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::differential::{Nothing, machine};
+
+    #[test]
+    fn kvmclock_pages() {
+        let (interp, mut state) = machine();
+        let env = interp.msr_env();
+        assert_eq!(write(&env, &mut state, n::KVM_SYSTEM_TIME, 0x3001), Ok(false));
+        let word = |gpa: u64, len: usize| {
+            let mut bytes = [0; 8];
+            assert!(env.ram.read(gpa, &mut bytes[..len]));
+            u64::from_le_bytes(bytes)
+        };
+        let version = word(0x3000, 4);
+        assert!(version != 0 && version % 2 == 0);
+        assert_eq!(word(0x3000 + 29, 1), 1, "stable");
+        // What the guest would compute now is our time now.
+        let scale = (word(0x3000 + 24, 4) as u32, word(0x3000 + 28, 1) as i8);
+        let now = tsc::read();
+        let seen = word(0x3010, 8) + tsc::to_nanos(now.wrapping_add(state.tsc_offset) - word(0x3008, 8), scale);
+        assert!(seen.abs_diff(system_time(&env, now)) < 1000);
+        assert!(seen < 3_600_000_000_000, "time starts with the VM: {seen}");
+        assert_eq!(write(&env, &mut state, n::KVM_WALL_CLOCK, 0x4000), Ok(false));
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        assert!((word(0x4004, 4) + seen / 1_000_000_000).abs_diff(wall) <= 2);
+    }
+
+    #[test]
+    fn values_that_are_refused() {
+        let (interp, mut state) = machine();
+        let env = interp.msr_env();
+        let _: &dyn LocalApic = &Nothing;
+        for (msr, value) in [
+            (n::LSTAR, 1 << 62),
+            (n::FS_BASE, 0x8000_0000_0000),
+            (n::KERNEL_GS_BASE, 0x8000_0000_0000),
+            (n::PAT, 2),
+            (n::EFER, 1 << 12),
+            (n::EFER, 0),
+            (n::MTRR_DEFAULT, 2),
+            (n::MTRR_CAP, 0),
+            (n::ARCH_CAPABILITIES, 0),
+            (n::SPEC_CTRL, 8),
+            (0x1234_5678, 0),
+        ] {
+            let before = state.clone();
+            assert_eq!(write(&env, &mut state, msr, value), Err(MsrError), "{msr:#x}");
+            assert_eq!(state, before);
+        }
+        assert_eq!(read(&env, &state, 0x1234_5678), Err(MsrError));
+        let without_nx = state.efer & !efer::NXE;
+        assert_eq!(write(&env, &mut state, n::EFER, without_nx), Ok(true));
+        assert_eq!(state.efer, without_nx);
+    }
+
+    #[test]
+    fn tsc_and_its_adjustment() {
+        let (interp, mut state) = machine();
+        let env = interp.msr_env();
+        assert_eq!(write(&env, &mut state, n::TSC_ADJUST, 1 << 40), Ok(false));
+        assert_eq!((state.tsc_offset, read(&env, &state, n::TSC_ADJUST)), (1 << 40, Ok(1 << 40)));
+        assert_eq!(write(&env, &mut state, n::TSC, 0), Ok(false));
+        assert!(guest_tsc(&state) < 1 << 38);
+        assert_eq!(state.tsc_adjust, state.tsc_offset);
+    }
 }
