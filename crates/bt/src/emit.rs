@@ -1074,7 +1074,9 @@ impl<'a> Emitter<'a> {
         if let Some(mem) = operand {
             set_memory(&mut ins, mem);
         }
-        if borrow_count > 0 {
+        // The check may have moved the flags since the instruction's first byte.
+        let moved = self.out.meta.last().is_some_and(|m| m.flags_saved != (self.flags == Flags::Block));
+        if borrow_count > 0 || moved {
             self.meta(insn, borrowed);
         }
         self.encode(&ins)?;

@@ -37,6 +37,8 @@ pub(crate) struct Plan {
     stack: Option<u8>,
     /// Size of the memory operand in bytes.
     size: usize,
+    /// What the address must be a multiple of.
+    align: usize,
     read: bool,
     write: bool,
 }
@@ -173,6 +175,34 @@ fn usable(cx: &Cx<'_>, state: State) -> Result<(), Exception> {
     }
 }
 
+/// What the address of the memory operand must be a multiple of, else `#GP(0)`, before any page fault (SDM volume 1, 11.3.3 of
+/// legacy SSE; volume 2, 2.7.4 of VEX).
+fn alignment(raw: &Instruction, state: State, size: usize) -> usize {
+    use Mnemonic as M;
+    let aligned = match state {
+        State::Sse => {
+            size == 16
+                && !matches!(
+                    raw.mnemonic(),
+                    M::Movups
+                        | M::Movupd
+                        | M::Movdqu
+                        | M::Lddqu
+                        | M::Pcmpestri
+                        | M::Pcmpestrm
+                        | M::Pcmpistri
+                        | M::Pcmpistrm
+                )
+        }
+        State::Avx => matches!(
+            raw.mnemonic(),
+            M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa
+        ),
+        _ => false,
+    };
+    if aligned { size } else { 1 }
+}
+
 impl Assist {
     fn arena(&mut self) -> Result<&mut Arena, String> {
         if self.arena.is_none() {
@@ -201,7 +231,7 @@ impl Assist {
         let mut new = *raw;
         new.set_ip(0);
         let mut plan =
-            Plan { generation: 0, thunk: 0, state, pointer: None, stack: None, size: 0, read: false, write: false };
+            Plan { generation: 0, thunk: 0, state, pointer: None, stack: None, size: 0, align: 1, read: false, write: false };
         let memory = (0..raw.op_count()).find(|i| raw.op_kind(*i) == OpKind::Memory);
         if let Some(index) = memory {
             let access = info.op_access(index);
@@ -213,6 +243,7 @@ impl Assist {
             if plan.size == 0 || plan.size > LARGEST {
                 return Err(format!("a memory operand of unknown size in {raw}"));
             }
+            plan.align = alignment(raw, state, plan.size);
             let pointer = free.next().ok_or("no free register")?;
             plan.pointer = Some(pointer);
             new.set_segment_prefix(Register::None);
@@ -304,6 +335,9 @@ pub(crate) fn run(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     cx.it.counters.native += 1;
     let address = if plan.pointer.is_some() { cx.address(&insn.mem) } else { 0 };
     let on_stack = insn.mem.stack;
+    if address & (plan.align as u64 - 1) != 0 && cpu::paging::is_canonical(address) {
+        return Err(Exception::gp(0));
+    }
     let mut data = [0u8; LARGEST];
     let Some(data) = data.get_mut(..plan.size) else { return Err(Exception::ud()) };
     if plan.write {

@@ -6,7 +6,7 @@ use iced_x86::{Mnemonic, OpKind, Register};
 
 use super::{State, shown, usable};
 use crate::decode::Insn;
-use crate::ops::{Cx, sign_extend};
+use crate::ops::{Cx, at_stack, sign_extend};
 
 /// The 32 bytes of YMM register `n`.
 fn vector(fp: &FpState, n: usize) -> [u8; 32] {
@@ -63,7 +63,13 @@ pub(super) fn gather(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     let count = (target.size() / size).min(index_register.size() / index_size);
     let indices = vector(&cx.st.fp, numbers[1]);
     let mut result = vector(&cx.st.fp, numbers[0]);
-    let mut masks = vector(&cx.st.fp, numbers[2]);
+    // Before the first access every element of the mask becomes all ones or all zeroes (SDM volume 2, VGATHERDPS).
+    let given = vector(&cx.st.fp, numbers[2]);
+    let mut masks = [0; 32];
+    for i in 0..count {
+        let selected = element(&given, i, size) >> (size * 8 - 1) != 0;
+        set_element(&mut masks, i, size, if selected { u64::MAX } else { 0 });
+    }
     let scale = raw.memory_index_scale().trailing_zeros();
     // The vector index is no general register, so this is base and displacement only.
     let base = cx.offset(&insn.mem);
@@ -80,7 +86,7 @@ pub(super) fn gather(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
                 Err(error) => {
                     set_vector(&mut cx.st.fp, numbers[0], &result);
                     set_vector(&mut cx.st.fp, numbers[2], &masks);
-                    return Err(error);
+                    return Err(at_stack(error, insn.mem.stack));
                 }
             }
         }
@@ -109,16 +115,16 @@ pub(super) fn masked_move(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception>
         let data = vector(&cx.st.fp, source.number());
         let all = 0..source.size() / size;
         for i in all.clone().filter(selected) {
-            cx.it.mmu.check(cx.st, at(i), size, Kind::Write, cx.user)?;
+            cx.it.mmu.check(cx.st, at(i), size, Kind::Write, cx.user).map_err(|e| at_stack(e, insn.mem.stack))?;
         }
         for i in all.filter(selected) {
-            cx.it.mmu.write(cx.st, at(i), size, element(&data, i, size), cx.user)?;
+            cx.it.mmu.write(cx.st, at(i), size, element(&data, i, size), cx.user).map_err(|e| at_stack(e, insn.mem.stack))?;
         }
     } else {
         let target: Register = raw.op0_register();
         let mut result = [0; 32];
         for i in (0..target.size() / size).filter(selected) {
-            let value = cx.it.mmu.read(cx.st, at(i), size, cx.user)?;
+            let value = cx.it.mmu.read(cx.st, at(i), size, cx.user).map_err(|e| at_stack(e, insn.mem.stack))?;
             set_element(&mut result, i, size, value);
         }
         set_vector(&mut cx.st.fp, target.number(), &result);

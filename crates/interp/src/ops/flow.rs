@@ -130,22 +130,25 @@ pub(super) fn enter(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     let step = u64::from(size);
     let alloc = u64::from(insn.raw.immediate16());
     let level = u64::from(insn.raw.immediate8_2nd() & 31);
-    let mut words = vec![cx.st.gpr[RBP] & mask(size)];
     let frame = cx.st.gpr[RSP].wrapping_sub(step);
+    let mut rsp = cx.st.gpr[RSP];
+    let mut push = |cx: &mut Cx<'_>, value: u64| {
+        rsp = rsp.wrapping_sub(step);
+        cx.it.mmu.write(cx.st, rsp, usize::from(size), value, cx.user).map_err(|e| at_stack(e, true))
+    };
+    // What was pushed before a fault stays below the stack pointer, as on the CPU.
+    push(cx, cx.st.gpr[RBP] & mask(size))?;
     for i in 1..level {
         let address = cx.st.gpr[RBP].wrapping_sub(i * step);
-        words.push(cx.it.mmu.read(cx.st, address, usize::from(size), cx.user).map_err(|e| at_stack(e, true))?);
+        let value = cx.it.mmu.read(cx.st, address, usize::from(size), cx.user).map_err(|e| at_stack(e, true))?;
+        push(cx, value)?;
     }
     if level > 0 {
-        words.push(frame);
+        push(cx, frame & mask(size))?;
     }
-    let bottom = cx.st.gpr[RSP].wrapping_sub(step * words.len() as u64);
-    let bytes: Vec<u8> =
-        words.iter().rev().flat_map(|word| word.to_le_bytes().into_iter().take(usize::from(size))).collect();
-    let rsp = bottom.wrapping_sub(alloc);
+    let rsp = rsp.wrapping_sub(alloc);
     // The new top of the stack must be writable, as the CPU checks.
     cx.it.mmu.check(cx.st, rsp, 1, cpu::paging::Kind::Write, cx.user).map_err(|e| at_stack(e, true))?;
-    cx.it.mmu.write_bytes(cx.st, bottom, &bytes, cx.user).map_err(|e| at_stack(e, true))?;
     cx.set_reg(RBP as u8, size, frame);
     cx.st.gpr[RSP] = rsp;
     Ok(())
