@@ -175,7 +175,7 @@ pub fn run(
         Engine::Qemu(qemu) => qemu_command(qemu, setup, boot, image, task)?,
         Engine::Tightrope { path, args, .. } => tightrope_command(path, args, setup, boot, image, task),
     };
-    let mut console = Console::start(&mut command, setup.echo)?;
+    let mut console = Console::start(&mut tied(&command), setup.echo)?;
     let mut out = Outcome::default();
     // Guest time in ns and host time, at the agent's first word.
     let mut first: Option<(f64, Duration)> = None;
@@ -229,6 +229,13 @@ pub fn run(
     out.trouble =
         trouble.or_else(|| bad_end(status)).map(|t| format!("{t}; the console's last lines:\n{}", console.tail()));
     Ok(out)
+}
+
+/// The same command, but it ends when we are killed: no guest is left running behind.
+fn tied(command: &Command) -> Command {
+    let mut c = Command::new("setpriv");
+    c.args(["--pdeathsig", "TERM", "--"]).arg(command.get_program()).args(command.get_args());
+    c
 }
 
 fn bad_end(status: Option<ExitStatus>) -> Option<String> {
