@@ -165,7 +165,7 @@ pub fn run(
     task: &Task,
     mut take: impl FnMut(&str, &str, u32) -> Result<()>,
 ) -> Result<Outcome> {
-    let mut command = match engine {
+    let command = match engine {
         Engine::Native => {
             let args = task.agent_args();
             let mut words = vec!["/opt/bench/agent"];
