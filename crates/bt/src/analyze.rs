@@ -269,6 +269,9 @@ impl Analyzer {
 
     /// Which flags may be read at `target` before they are overwritten, looking a few instructions ahead in the same page.
     fn live_at(&mut self, page: &[u8], page_address: u64, target: u64) -> u32 {
+        if self.precise_flags {
+            return ALL_FLAGS;
+        }
         let mut offset = target.wrapping_sub(page_address);
         let mut live = ALL_FLAGS;
         let mut read = 0;
@@ -646,7 +649,8 @@ fn arithmetic_reads(ins: &Instruction) -> u32 {
 fn certain_kills(ins: &Instruction) -> u32 {
     use Mnemonic as M;
     match ins.mnemonic() {
-        M::Rcl | M::Rcr => 0, // some widths take the count modulo 9 or 17
+        M::Rcl | M::Rcr => 0,   // some widths take the count modulo 9 or 17
+        M::Div | M::Idiv => 0, // undefined flags: CPUs leave them alone
         M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror | M::Shld | M::Shrd => {
             let count = (0..ins.op_count()).rev().find_map(|i| match ins.op_kind(i) {
                 OpKind::Immediate8 => Some(ins.immediate8()),

@@ -84,7 +84,7 @@ impl Interp {
         // The clock of kvmclock starts before any guest can ask for it.
         tsc::origin();
         let mmu = Mmu::new(ram, setup.bus.clone());
-        Self { mmu, setup, model, counters: Counters::default(), assist: Assist::default(), cache: DecodeCache::new() }
+        Self { mmu, setup, model, counters: Counters::default(), assist: Assist::ready(), cache: DecodeCache::new() }
     }
 
     /// Forgets cached translations: to be called when somebody else changed CR0, CR3, CR4, EFER, or page tables without the guest

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use cpu::{FpState, Kick};
-use iced_x86::{Decoder, DecoderOptions, Encoder, Formatter, IntelFormatter};
+use iced_x86::{Decoder, DecoderOptions, Encoder, Formatter, Instruction, IntelFormatter};
 
 use crate::generate::Generator;
 use crate::guest::Guest;
@@ -171,7 +171,11 @@ impl Bench {
             self.watch.run.store(number, Ordering::SeqCst);
             let guest = self.guests[case.guest].run(start, case.user);
             self.watch.run.store(0, Ordering::SeqCst);
-            let strictness = Strictness { flags_at_faults: self.guests[case.guest].precise_flags, user: case.user };
+            let strictness = Strictness {
+                flags_at_faults: self.guests[case.guest].precise_flags,
+                user: case.user,
+                last: instruction(placed, native.rip.wrapping_sub(start.rip)),
+            };
             let mut found = differences(&native, &guest, strictness);
             if let Some(list) = &mut found
                 && !self.guests[case.guest].memory_equals(self.native.memory())
@@ -316,6 +320,12 @@ impl Bench {
         }
         out
     }
+}
+
+/// The instruction at this offset.
+fn instruction(placed: &Placed, offset: u64) -> Instruction {
+    let bytes = placed.bytes.get(offset as usize..).unwrap_or_default();
+    Decoder::new(64, bytes, DecoderOptions::NONE).decode()
 }
 
 impl Drop for Bench {

@@ -204,6 +204,14 @@ fn alignment(raw: &Instruction, state: State, size: usize) -> usize {
 }
 
 impl Assist {
+    /// With its executable memory made now: a sandboxed process gets none later. What fails here fails again, and is told, at the first
+    /// use.
+    pub(crate) fn ready() -> Self {
+        let mut this = Self::default();
+        let _ = this.arena();
+        this
+    }
+
     fn arena(&mut self) -> Result<&mut Arena, String> {
         if self.arena.is_none() {
             signals::install();
@@ -239,6 +247,8 @@ impl Assist {
                 matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::ReadWrite | OpAccess::ReadCondWrite);
             plan.write =
                 matches!(access, OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite);
+            // An x87 store does nothing when an unmasked exception is pending after it.
+            plan.read |= plan.write && state == State::X87;
             plan.size = raw.memory_size().size();
             if plan.size == 0 || plan.size > LARGEST {
                 return Err(format!("a memory operand of unknown size in {raw}"));

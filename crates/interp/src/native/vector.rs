@@ -63,10 +63,11 @@ pub(super) fn gather(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     let count = (target.size() / size).min(index_register.size() / index_size);
     let indices = vector(&cx.st.fp, numbers[1]);
     let mut result = vector(&cx.st.fp, numbers[0]);
-    // Before the first access every element of the mask becomes all ones or all zeroes (SDM volume 2, VGATHERDPS).
+    // Before the first access every element of the mask becomes all ones or all zeroes (SDM volume 2, VGATHERDPS), CPUs do it to
+    // those behind the last one used, too.
     let given = vector(&cx.st.fp, numbers[2]);
     let mut masks = [0; 32];
-    for i in 0..count {
+    for i in 0..target.size().max(index_register.size()) / size {
         let selected = element(&given, i, size) >> (size * 8 - 1) != 0;
         set_element(&mut masks, i, size, if selected { u64::MAX } else { 0 });
     }

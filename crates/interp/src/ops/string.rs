@@ -52,6 +52,16 @@ impl Shape {
         (count != 0).then_some(count)
     }
 
+    /// With a repeat prefix the CPU writes these registers back even when nothing is done, for lack of a count or by a fault; this
+    /// shows with 32-bit addresses only.
+    fn truncate(&self, cx: &mut Cx<'_>, registers: &[usize]) {
+        if self.rep != Rep::No {
+            for &register in registers {
+                cx.st.gpr[register] &= mask(self.addr);
+            }
+        }
+    }
+
     /// How many elements this step may do one by one.
     pub(super) fn chunk(&self, count: u64) -> u64 {
         if self.single { 1 } else { count.min(CHUNK) }
@@ -115,6 +125,7 @@ pub(super) fn partial(
 
 pub(super) fn movs(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     let shape = Shape::new(cx, insn);
+    shape.truncate(cx, &[RCX, RSI, RDI]);
     let Some(count) = shape.count(cx) else { return Ok(()) };
     if count > 1 && shape.upwards() && !shape.single {
         let (source, target) = (shape.source(cx), shape.target(cx));
@@ -157,6 +168,7 @@ pub(super) fn movs(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
 
 pub(super) fn stos(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     let shape = Shape::new(cx, insn);
+    shape.truncate(cx, &[RCX, RDI]);
     let Some(count) = shape.count(cx) else { return Ok(()) };
     let value = cx.st.gpr[RAX];
     if count > 1 && shape.upwards() && !shape.single {
@@ -188,7 +200,10 @@ pub(super) fn stos(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
 
 pub(super) fn lods(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     let shape = Shape::new(cx, insn);
-    let Some(count) = shape.count(cx) else { return Ok(()) };
+    let Some(count) = shape.count(cx) else {
+        shape.truncate(cx, &[RCX]);
+        return Ok(());
+    };
     let mut done = 0;
     let mut result = Ok(());
     while done < shape.chunk(count) {
@@ -222,7 +237,10 @@ fn compare(
     mut element: impl FnMut(&mut Cx<'_>, &Shape) -> Result<(), Exception>,
 ) -> Result<(), Exception> {
     let shape = Shape::new(cx, insn);
-    let Some(count) = shape.count(cx) else { return Ok(()) };
+    let Some(count) = shape.count(cx) else {
+        shape.truncate(cx, &[RCX]);
+        return Ok(());
+    };
     let mut done = 0;
     while done < shape.chunk(count) {
         if let Err(error) = element(cx, &shape) {
@@ -252,8 +270,9 @@ pub(super) fn scas(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
 pub(super) fn cmps(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     compare(cx, insn, |cx, shape| {
         let size = usize::from(shape.size);
-        let a = cx.it.mmu.read(cx.st, shape.source(cx), size, cx.user)?;
+        // Where both fault, the CPU reports the target.
         let b = cx.it.mmu.read(cx.st, shape.target(cx), size, cx.user)?;
+        let a = cx.it.mmu.read(cx.st, shape.source(cx), size, cx.user)?;
         alu::flags_sub(cx.st, a, b, 0, shape.size);
         shape.advance(cx, RSI, 1);
         shape.advance(cx, RDI, 1);
