@@ -54,7 +54,9 @@ fn default_image(args: &RunArgs, settings: &Settings, config: &mut VmConfig) -> 
     config.kernel = image.kernel;
     config.initrd = Some(image.initrd);
     config.trusted_image = true;
-    config.ready_marker = Some(image::PROMPT.to_string());
+    // A disk of the user's as root has its own shell and prompt.
+    let own_root = |text: &String| text.split_whitespace().any(|word| word.contains("root="));
+    config.ready_marker = (!args.append.iter().any(own_root)).then(|| image::PROMPT.to_string());
     let mut words = vec![CONSOLE.to_string(), image.cmdline, DEFAULT_IMAGE.to_string()];
     words.extend(terminal_words());
     Ok(words.join(" "))

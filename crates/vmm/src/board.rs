@@ -26,7 +26,7 @@ pub(crate) trait Board: Send {
     fn counters(&self) -> Vec<(String, u64)>;
 }
 
-/// Makes boards: one at the start, and one more for each reset.
+/// Makes boards: one at the start, and one more for each reset, around the same buses and local APICs.
 pub(crate) trait BoardMaker: Send {
     /// Builds the devices and loads the kernel. The guest's wish to switch off or reset comes as an event; what it writes on its
     /// console goes to `output`.

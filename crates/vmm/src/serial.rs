@@ -6,7 +6,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -42,6 +42,30 @@ impl Input for InputSlot {
             Some(input) => input.wait_for_room(at_most),
             None => std::thread::sleep(at_most),
         }
+    }
+}
+
+/// Holds piped input back until the guest listens: what arrives earlier would be thrown away when the guest opens its console.
+pub(crate) struct Gate {
+    open: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    /// A gate, open or not.
+    pub(crate) fn new(open: bool) -> Self {
+        Self { open: Mutex::new(open), opened: Condvar::new() }
+    }
+
+    /// Opens it for good.
+    pub(crate) fn open(&self) {
+        *self.open.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.opened.notify_all();
+    }
+
+    fn wait(&self) {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.opened.wait_while(open, |open| !*open));
     }
 }
 
@@ -91,8 +115,8 @@ impl Serial {
         }
     }
 
-    /// Starts the threads that move bytes. Input goes to `slot`.
-    pub(crate) fn start(self, events: &Events, slot: Arc<InputSlot>) -> std::io::Result<Output> {
+    /// Starts the threads that move bytes. Input goes to `slot`; piped input when `gate` is open.
+    pub(crate) fn start(self, events: &Events, slot: Arc<InputSlot>, gate: Arc<Gate>) -> std::io::Result<Output> {
         match self {
             Self::Stdio => {
                 terminal::enter_raw()?;
@@ -100,7 +124,12 @@ impl Serial {
                 let is_terminal = terminal::is_terminal();
                 let quit = events.clone();
                 std::thread::Builder::new().name("console-in".into()).spawn(move || {
-                    if is_terminal { read_keys(&to, &quit) } else { read_all(&mut std::io::stdin(), &to) }
+                    if is_terminal {
+                        read_keys(&to, &quit);
+                    } else {
+                        gate.wait();
+                        read_all(&mut std::io::stdin(), &to);
+                    }
                 })?;
                 let quit = events.clone();
                 let broken = move || {

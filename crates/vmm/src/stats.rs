@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::config::StatsFormat;
 
-/// Counters in the order in which they are shown: grouped by the part of their name before the first dot.
+/// Counters, shown in the order of their names.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Stats {
     engine: String,
@@ -38,13 +38,7 @@ impl Stats {
     fn table(&self) -> String {
         let mut text = format!("--- counters: engine {}, {:.3} s ---\n", self.engine, self.elapsed.as_secs_f64());
         let width = self.counters.keys().map(String::len).max().unwrap_or(0);
-        let mut group = None;
         for (kind, value) in &self.counters {
-            let this = kind.split('.').next();
-            if group.is_some() && group != this {
-                text.push('\n');
-            }
-            group = this;
             text.push_str(&format!("{kind:<width$} {:>18}\n", grouped(*value)));
         }
         text

@@ -19,7 +19,7 @@ use crate::events::{DebuggerEvent, Event, Events};
 use crate::gdb::target::{Cpus, tid};
 use crate::gdb::{Listener, Stream};
 use crate::sandbox::{self, Needs};
-use crate::serial::{InputSlot, Serial};
+use crate::serial::{Gate, InputSlot, Serial};
 use crate::stats::Stats;
 use crate::vcpu::VcpuThread;
 use crate::{crash, engine, inputs, signals, terminal};
@@ -120,10 +120,12 @@ impl Vm {
         let threads = |error: std::io::Error| Error::Host(format!("the host gives no thread: {error}"));
         let (events, inbox) = mpsc::channel();
         let console = Arc::new(InputSlot::default());
-        let output = parts.serial.start(&events, console.clone()).map_err(threads)?;
+        let gate = Arc::new(Gate::new(config.ready_marker.is_none()));
+        let output = parts.serial.start(&events, console.clone(), gate.clone()).map_err(threads)?;
         if let Some(marker) = &config.ready_marker {
             let written = output.clone();
             let report = move || {
+                gate.open();
                 let elapsed = started.elapsed();
                 written.flush(Duration::from_millis(200));
                 terminal::message(&format!("tightrope: shell after {:.1} s", elapsed.as_secs_f64()));
@@ -306,24 +308,25 @@ impl Vm {
         stopped
     }
 
-    /// The guest's reset: new devices, the kernel loaded again, new vCPUs; the process and its engine stay.
+    /// The guest's reset: devices as at power-on, the kernel loaded again; the process, its engine and its vCPU threads stay.
     fn reset(&mut self) -> Option<i32> {
         self.pause();
         // What the old machine still had to say is void.
         self.deferred.retain(|event| !matches!(event, Event::VcpuExit(..) | Event::PowerOff | Event::Reset));
-        let count = self.cpus.threads.len() as u32;
-        self.cpus.replace(Vec::new());
         self.resets += 1;
-        let rebuilt = self.maker.build(self.engine.ram(), &self.events, &self.output).and_then(|board| {
-            self.board = board;
-            self.make_vcpus(count)
-        });
+        let rebuilt = self.maker.build(self.engine.ram(), &self.events, &self.output).map(|board| self.board = board);
         if let Err(error) = rebuilt {
             terminal::message(&format!("tightrope: the machine cannot be reset: {error}"));
             return Some(1);
         }
+        // The vCPUs stay: making new ones could take what the sandbox forbids.
+        for thread in &self.cpus.threads {
+            let state = self.board.start_state(thread.index());
+            thread.ask(move |vcpu| vcpu.set_state(&state));
+        }
+        self.stuck.fill(false);
+        self.console.set(self.board.console());
         if self.debugger.as_ref().is_some_and(|debugger| debugger.session.is_some()) {
-            self.cpus.apply_breakpoints();
             self.cpus.forget_actions();
         }
         self.run_all();

@@ -231,18 +231,21 @@ impl Board for ToyBoard {
 }
 
 /// Loads the next of its programs at each start.
-struct ToyMaker(VecDeque<Vec<u8>>);
+struct ToyMaker(VecDeque<Vec<u8>>, Option<Arc<ToyBus>>);
 
 impl BoardMaker for ToyMaker {
     fn build(&mut self, ram: &GuestRam, events: &Events, output: &Output) -> Result<Box<dyn Board>, Error> {
         let program = self.0.pop_front().ok_or_else(|| Error::Engine("no program left".into()))?;
         assert!(ram.write(START, &program));
-        Ok(Box::new(ToyBoard(Arc::new(ToyBus {
-            events: Mutex::new(events.clone()),
-            output: output.clone(),
-            input: Mutex::default(),
-            writes: AtomicU64::new(0),
-        }))))
+        let new = || {
+            Arc::new(ToyBus {
+                events: Mutex::new(events.clone()),
+                output: output.clone(),
+                input: Mutex::default(),
+                writes: AtomicU64::new(0),
+            })
+        };
+        Ok(Box::new(ToyBoard(self.1.get_or_insert_with(new).clone())))
     }
 }
 
@@ -274,7 +277,7 @@ impl Toy {
             ram: ram.clone(),
             serial: Serial::open(&config.serial).unwrap().0,
             listener: config.gdb.as_ref().map(|address| Listener::open(address).unwrap().0),
-            maker: Box::new(ToyMaker(programs.iter().cloned().collect())),
+            maker: Box::new(ToyMaker(programs.iter().cloned().collect(), None)),
         };
         let vm = Vm::assemble(&config, Box::new(ToyEngine(ram)), parts, Instant::now()).unwrap();
         Self { vm, dir }
