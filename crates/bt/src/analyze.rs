@@ -650,7 +650,9 @@ fn certain_kills(ins: &Instruction) -> u32 {
     use Mnemonic as M;
     match ins.mnemonic() {
         M::Rcl | M::Rcr => 0,   // some widths take the count modulo 9 or 17
-        M::Div | M::Idiv => 0, // undefined flags: CPUs leave them alone
+        // What the manual calls undefined CPUs leave alone here.
+        M::Div | M::Idiv => 0,
+        M::Bt | M::Bts | M::Btr | M::Btc => RflagsBits::CF,
         M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror | M::Shld | M::Shrd => {
             let count = (0..ins.op_count()).rev().find_map(|i| match ins.op_kind(i) {
                 OpKind::Immediate8 => Some(ins.immediate8()),

@@ -240,6 +240,10 @@ impl Mmu {
         kind: Kind,
         user: bool,
     ) -> Result<(), Exception> {
+        // An end outside the canonical range counts before any page fault.
+        if !is_canonical(address) || !is_canonical(address.wrapping_add(len.saturating_sub(1) as u64)) {
+            return Err(Exception::gp(0));
+        }
         for (start, _) in pieces(address, len) {
             self.translate(state, start, kind, user)?;
         }

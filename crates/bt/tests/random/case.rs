@@ -81,6 +81,7 @@ impl Bench {
             guest.write_code(0, &code);
             let end = guest.run(&start, true);
             assert_eq!(end.stop, Stop::End, "{}: at {:#x}", guest.name, end.rip);
+            guest.write_code(0, &[0; 32]);
         }
         let native = Native::new();
         let watch = Arc::new(Watch { run: AtomicU64::new(0), stop: AtomicBool::new(false) });
@@ -155,7 +156,10 @@ impl Bench {
     /// Runs all start states; the number of the first one with differences, and what happened.
     fn run(&mut self, case: &Case, placed: &Placed, count: bool) -> Option<(usize, Ran)> {
         self.native.write_code(case.at, &placed.bytes);
-        self.guests[case.guest].write_code(case.at, &placed.bytes);
+        // All of them: programs read code as data.
+        for guest in &mut self.guests {
+            guest.write_code(case.at, &placed.bytes);
+        }
         *self.native.memory() = *case.memory;
         self.guests[case.guest].write_memory(&case.memory);
         for (i, start) in case.starts.iter().enumerate() {

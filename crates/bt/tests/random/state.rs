@@ -298,28 +298,38 @@ pub fn differences(native: &Final, guest: &Final, strictness: Strictness) -> Opt
 /// | MASKMOVQ, MASKMOVDQU | faults for bytes that the mask leaves out | only for bytes it writes | up to the implementation (SDM volume 2) |
 /// | MMX instruction that faults | may have set TOP to 0 already | leaves x87 alone | invisible once the instruction is repeated |
 /// | x87 store with an unmasked exception | does not access memory | checks the memory first | no program unmasks and relies on it |
+/// | FLDENV, FRSTOR with a page fault | names any byte of the operand in CR2 | the first of the page | they read in an order of their own |
+/// | VCVTPS2PH whose store faults | has set MXCSR's exception flags | has not | sticky, and set anyway once the instruction is repeated |
 /// | near branch to a non-canonical address | #GP at the branch | #GP at the target | the branch has left its block by then; Linux makes SIGSEGV of either |
 fn tolerate(native: &mut Final, guest: &mut Final, strictness: Strictness) -> bool {
     let last = &strictness.last;
-    let Stop::Fault { vector, .. } = native.stop else {
-        // A store that did not happen: the exception is pending.
-        let fault = matches!(guest.stop, Stop::Fault { vector: 14, .. });
-        return fault && native.fp.bytes[2] & 0x80 != 0 && guest.fp.bytes[2] & 0x80 == 0;
-    };
+    let guest_page_fault = matches!(guest.stop, Stop::Fault { vector: 14, .. });
+    if guest_page_fault && native.fp.bytes[2] & 0x80 != 0 && guest.fp.bytes[2] & 0x80 == 0 {
+        return true; // a store that did not happen: its exception is pending
+    }
+    let Stop::Fault { vector, .. } = native.stop else { return false };
+    let same = matches!(guest.stop, Stop::Fault { vector: v, .. } if v == vector) && native.rip == guest.rip;
     if vector == 14
         && native.stop != guest.stop
         && matches!(last.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu)
     {
         return true;
     }
-    if matches!(guest.stop, Stop::Fault { vector: 14, .. }) && vector == 16 && native.rip != guest.rip {
-        return true; // #MF of the next x87 instruction, after a store that did not happen
-    }
     let mmx = |i| last.op_kind(i) == OpKind::Register && last.op_register(i).is_mm();
-    if (0..last.op_count()).any(mmx) && native.stop == guest.stop && native.fp.bytes[3] & 0x38 == 0 {
+    if (0..last.op_count()).any(mmx) && same && native.fp.bytes[3] & 0x38 == 0 {
         let (n, g) = (&native.fp.bytes, &mut guest.fp.bytes);
         g[2..5].copy_from_slice(&n[2..5]);
         g[32..160].copy_from_slice(&n[32..160]);
+    }
+    if same
+        && matches!(last.mnemonic(), Mnemonic::Fldenv | Mnemonic::Frstor)
+        && let (Stop::Fault { cr2: a, .. }, Stop::Fault { cr2: b, .. }) = (&native.stop, &mut guest.stop)
+        && *a & !0xfff == *b & !0xfff
+    {
+        *b = *a;
+    }
+    if same && last.mnemonic() == Mnemonic::Vcvtps2ph {
+        guest.fp.bytes[24] |= native.fp.bytes[24] & 0x3f;
     }
     if matches!(
         last.flow_control(),

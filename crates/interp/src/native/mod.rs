@@ -180,7 +180,7 @@ fn usable(cx: &Cx<'_>, state: State) -> Result<(), Exception> {
 fn alignment(raw: &Instruction, state: State, size: usize) -> usize {
     use Mnemonic as M;
     let aligned = match state {
-        State::Sse => {
+        State::Sse | State::Mmx => {
             size == 16
                 && !matches!(
                     raw.mnemonic(),
@@ -189,7 +189,9 @@ fn alignment(raw: &Instruction, state: State, size: usize) -> usize {
                         | M::Movdqu
                         | M::Lddqu
                         | M::Pcmpestri
+                        | M::Pcmpestri64
                         | M::Pcmpestrm
+                        | M::Pcmpestrm64
                         | M::Pcmpistri
                         | M::Pcmpistrm
                 )
@@ -345,7 +347,7 @@ pub(crate) fn run(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     cx.it.counters.native += 1;
     let address = if plan.pointer.is_some() { cx.address(&insn.mem) } else { 0 };
     let on_stack = insn.mem.stack;
-    if address & (plan.align as u64 - 1) != 0 && cpu::paging::is_canonical(address) {
+    if address & (plan.align as u64 - 1) != 0 {
         return Err(Exception::gp(0));
     }
     let mut data = [0u8; LARGEST];

@@ -75,6 +75,7 @@ pub(super) fn gather(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     // The vector index is no general register, so this is base and displacement only.
     let base = cx.offset(&insn.mem);
     let segment = cx.segment_base(insn.mem.segment);
+    let mut loaded = false;
     for i in 0..count {
         if element(&masks, i, size) >> (size * 8 - 1) != 0 {
             let index = sign_extend(element(&indices, i, index_size), index_size as u8) << scale;
@@ -83,8 +84,15 @@ pub(super) fn gather(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
                 offset &= 0xffff_ffff;
             }
             match cx.it.mmu.read(cx.st, segment.wrapping_add(offset), size, cx.user) {
-                Ok(value) => set_element(&mut result, i, size, value),
+                Ok(value) => {
+                    set_element(&mut result, i, size, value);
+                    loaded = true;
+                }
                 Err(error) => {
+                    // Not the manual's, but what CPUs do: the first element loaded clears the rest of the register.
+                    if loaded && let Some(rest) = result.get_mut(target.size()..) {
+                        rest.fill(0);
+                    }
                     set_vector(&mut cx.st.fp, numbers[0], &result);
                     set_vector(&mut cx.st.fp, numbers[2], &masks);
                     return Err(at_stack(error, insn.mem.stack));
@@ -143,10 +151,12 @@ pub(super) fn masked_store_bytes(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exc
         _ => State::Avx,
     };
     prepare(cx, insn, state)?;
+    // MM registers are the x87 stack's by their physical number; the area has them by their place in the stack.
+    let top = usize::from(cx.st.fp.bytes[3] >> 3 & 7);
     let register = |r: Register| {
         let mut bytes = [0; 16];
         if mmx {
-            let at = FpState::ST + r.number() * 16;
+            let at = FpState::ST + (r.number() + 8 - top) % 8 * 16;
             bytes[..8].copy_from_slice(&(cx.st.fp.get_u128(at) as u64).to_le_bytes());
         } else {
             bytes = cx.st.fp.get_u128(FpState::XMM + r.number() * 16).to_le_bytes();
@@ -172,6 +182,9 @@ pub(super) fn masked_store_bytes(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exc
         // As every MMX instruction: tags valid, top of stack 0.
         cx.st.fp.bytes[4] = 0xff;
         cx.st.fp.bytes[3] &= !0x38;
+        if let Some(stack) = cx.st.fp.bytes.get_mut(FpState::ST..FpState::ST + 128) {
+            stack.rotate_right(top * 16);
+        }
     }
     Ok(())
 }

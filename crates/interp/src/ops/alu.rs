@@ -168,10 +168,8 @@ fn put_product(cx: &mut Cx<'_>, low: u64, high: u64, size: u8, overflow: bool) {
 }
 
 fn product_flags(cx: &mut Cx<'_>, low: u64, size: u8, overflow: bool) {
-    let flags = result_flags(low, size) & !ZF | if overflow { CF | OF } else { 0 };
-    // ZF is left alone by CPUs of this family; whoever reads it relies on nothing.
-    let zf = cx.st.rflags & ZF;
-    put(cx.st, flags | zf);
+    // ZF is undefined; CPUs clear it.
+    put(cx.st, result_flags(low, size) & !ZF | if overflow { CF | OF } else { 0 });
 }
 
 pub(super) fn mul(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {

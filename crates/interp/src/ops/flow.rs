@@ -35,12 +35,10 @@ pub(super) fn jcc(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
 
 pub(super) fn call(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     let target = target(cx, insn)?;
-    if !is_canonical(target) {
-        return Err(Exception::gp(0));
-    }
+    // The return address is written before the target is looked at.
+    let rsp = cx.st.gpr[RSP];
     cx.push(8, cx.next)?;
-    cx.next = target;
-    Ok(())
+    go(cx, target).inspect_err(|_| cx.st.gpr[RSP] = rsp)
 }
 
 pub(super) fn ret(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {

@@ -200,10 +200,8 @@ pub(super) fn stos(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
 
 pub(super) fn lods(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     let shape = Shape::new(cx, insn);
-    let Some(count) = shape.count(cx) else {
-        shape.truncate(cx, &[RCX]);
-        return Ok(());
-    };
+    shape.truncate(cx, &[RCX]);
+    let Some(count) = shape.count(cx) else { return Ok(()) };
     let mut done = 0;
     let mut result = Ok(());
     while done < shape.chunk(count) {
@@ -237,13 +235,14 @@ fn compare(
     mut element: impl FnMut(&mut Cx<'_>, &Shape) -> Result<(), Exception>,
 ) -> Result<(), Exception> {
     let shape = Shape::new(cx, insn);
-    let Some(count) = shape.count(cx) else {
-        shape.truncate(cx, &[RCX]);
-        return Ok(());
-    };
+    shape.truncate(cx, &[RCX]);
+    let Some(count) = shape.count(cx) else { return Ok(()) };
     let mut done = 0;
+    // Flags show only when the instruction ends: at a fault on the way they are as before it (SDM volume 2, REP).
+    let flags = cx.st.rflags;
     while done < shape.chunk(count) {
         if let Err(error) = element(cx, &shape) {
+            cx.st.rflags = flags;
             return partial(cx, &shape, done, Err(error));
         }
         done += 1;
@@ -253,6 +252,9 @@ fn compare(
             cx.next = next;
             return Ok(());
         }
+    }
+    if done < count {
+        cx.st.rflags = flags;
     }
     partial(cx, &shape, done, Ok(()))
 }
