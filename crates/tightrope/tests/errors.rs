@@ -93,7 +93,7 @@ fn an_unreadable_kernel() {
         return;
     }
     let kernel = Kernel::new(Code::new().power_off());
-    std::fs::set_permissions(&kernel.path, std::fs::Permissions::from_mode(0)).unwrap();
+    std::fs::set_permissions(&kernel.path, std::fs::Permissions::from_mode(0o000)).unwrap();
     check(&finish(kernel.run(&[]), b""), 1, &["permissions"]);
 }
 

@@ -328,7 +328,7 @@ mod tests {
                 assert!(listener.accept().is_err());
             }
             "accept without leave" => drop(listener.accept()),
-            // SAFETY (all below): system calls without effect on memory in use.
+            // SAFETY: no memory in use is touched, and the process ends here or in the call.
             "mmap exec" => unsafe {
                 libc::mmap(
                     std::ptr::null_mut(),
@@ -339,6 +339,7 @@ mod tests {
                     0,
                 );
             },
+            // SAFETY: no memory in use is touched, and the process ends here or in the call.
             "mprotect exec" => unsafe {
                 let page = libc::mmap(
                     std::ptr::null_mut(),
@@ -350,12 +351,15 @@ mod tests {
                 );
                 libc::mprotect(page, 4096, libc::PROT_READ | libc::PROT_EXEC);
             },
+            // SAFETY: no memory in use is touched, and the process ends here or in the call.
             "fork" => unsafe {
                 libc::fork();
             },
+            // SAFETY: no memory in use is touched, and the process ends here or in the call.
             "kill init" => unsafe {
                 libc::kill(1, 0);
             },
+            // SAFETY: no memory in use is touched, and the process ends here or in the call.
             "ptrace" => unsafe {
                 libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
             },
