@@ -35,6 +35,15 @@ impl Mode {
     }
 }
 
+impl std::fmt::Display for Mode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.user { "user" } else { "kernel" })?;
+        let flags =
+            [(self.no_fpu, ",no-fpu"), (self.no_avx, ",no-avx"), (self.df, ",df"), (self.no_tsc, ",no-tsc")];
+        flags.iter().filter(|flag| flag.0).try_for_each(|flag| f.write_str(flag.1))
+    }
+}
+
 /// How an instruction is translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {

@@ -118,6 +118,8 @@ struct Template {
     address: u64,
     mode: Mode,
     end: u16,
+    /// Guest instructions.
+    insns: u16,
     output: Output,
 }
 
@@ -179,6 +181,8 @@ pub struct Cache {
     hot: usize,
     cold: usize,
     pub counters: CacheCounters,
+    /// For the events of blocks.
+    pub trace: Option<crate::trace::Trace>,
     /// Bumped by every flush of everything.
     pub generation: u64,
 }
@@ -208,6 +212,7 @@ impl Cache {
             hot: 0,
             cold: 0,
             counters: CacheCounters::default(),
+            trace: None,
             generation: 0,
         };
         cache.reset();
@@ -337,7 +342,7 @@ impl Cache {
         let insns = self.analyzer.block(bytes, page_address, offset, key.mode, 1);
         let Some(insn) = insns.first() else { return Ok(STEP_ONLY) };
         let template = self.emit(key, bytes, &insns, insn.end());
-        self.insert(key, &template, new_slots)
+        self.insert(key, &template, new_slots, "translate")
     }
 
     fn emit(&mut self, key: Key, bytes: &[u8], insns: &[Insn], end: usize) -> Template {
@@ -347,7 +352,7 @@ impl Cache {
         self.encoder = Some(encoder);
         self.counters.blocks += 1;
         self.counters.instructions += insns.len() as u64;
-        Template { address: key.address, mode: key.mode, end: end as u16, output }
+        Template { address: key.address, mode: key.mode, end: end as u16, insns: insns.len() as u16, output }
     }
 
     /// Translates the block at `key` from the page contents. [`STEP_ONLY`] when its first instruction crosses the page end.
@@ -361,7 +366,7 @@ impl Cache {
         });
         if let Some(template) = known {
             self.counters.copied += 1;
-            let result = self.insert(key, &template, new_slots);
+            let result = self.insert(key, &template, new_slots, "copy");
             if let Some(page) = self.pages.get_mut(&key.page) {
                 page.templates.push(template);
             }
@@ -379,7 +384,7 @@ impl Cache {
         }
         let end = insns.last().map_or(offset, Insn::end);
         let template = self.emit(key, page, &insns, end);
-        let result = self.insert(key, &template, new_slots);
+        let result = self.insert(key, &template, new_slots, "translate");
         if key.mode.user && result.is_ok() {
             self.pages.entry(key.page).or_default().templates.push(template);
         }
@@ -387,7 +392,13 @@ impl Cache {
     }
 
     /// Places a block into the cache and enters it into the tables.
-    fn insert(&mut self, key: Key, template: &Template, new_slots: &mut Vec<u32>) -> Result<BlockId, Full> {
+    fn insert(
+        &mut self,
+        key: Key,
+        template: &Template,
+        new_slots: &mut Vec<u32>,
+        how: &str,
+    ) -> Result<BlockId, Full> {
         let output = &template.output;
         // Room: everything of this block, and a thunk for each slot.
         let hot_len = (output.hot.len() + 15) & !15;
@@ -409,6 +420,18 @@ impl Cache {
             entry.chunks |= 1;
         }
         self.counters.code_bytes += (hot_len + cold_len) as u64;
+        if let Some(trace) = &self.trace {
+            trace.line(format_args!(
+                "block {how} {:#x} gpa {:#x} {} insns {} bytes {} host {}+{}",
+                key.address,
+                key.page + (key.address & 0xfff),
+                key.mode,
+                template.insns,
+                usize::from(template.end) - usize::from(template.address as u16 & 0xfff),
+                output.hot.len(),
+                output.cold.len(),
+            ));
+        }
         self.blocks.push(block);
         self.map.insert(key, id);
         Ok(id)
@@ -612,6 +635,10 @@ impl Cache {
             return;
         }
         block.alive = false;
+        if let Some(trace) = &self.trace {
+            let gpa = block.key.page + (block.key.address & 0xfff);
+            trace.line(format_args!("block drop {:#x} gpa {gpa:#x} {}", block.key.address, block.key.mode));
+        }
         self.counters.invalidated += 1;
         self.map.remove(&block.key);
         let user = block.key.mode.user;
@@ -651,6 +678,9 @@ impl Cache {
         self.slot_map.clear();
         self.reset();
         self.counters.flushes += 1;
+        if let Some(trace) = &self.trace {
+            trace.line(format_args!("block flush all"));
+        }
         self.generation += 1;
         pages
     }

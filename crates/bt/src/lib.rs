@@ -23,6 +23,7 @@ mod memory;
 mod signals;
 mod stubs;
 mod tlb;
+mod trace;
 mod vcpu;
 
 use std::sync::Arc;
@@ -35,6 +36,8 @@ use interp::Interp;
 use crate::cache::Cache;
 use crate::vcpu::{BtVcpu, Shared};
 
+pub use crate::trace::Trace;
+
 /// Settings of the engine.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -46,6 +49,8 @@ pub struct Options {
     pub fast_transitions: bool,
     /// Count interpreted instructions by kind.
     pub step_histogram: bool,
+    /// What to write down, and where.
+    pub trace: Option<Trace>,
     /// What CPUID answers.
     pub model: Arc<CpuidModel>,
 }
@@ -53,7 +58,7 @@ pub struct Options {
 impl Options {
     /// The usual settings for a guest with this CPUID model.
     pub fn new(model: Arc<CpuidModel>) -> Self {
-        Self { code_cache: 160 << 20, precise_flags: false, fast_transitions: true, step_histogram: false, model }
+        Self { code_cache: 160 << 20, precise_flags: false, fast_transitions: true, step_histogram: false, trace: None, model }
     }
 }
 
@@ -79,8 +84,9 @@ impl BtEngine {
             return Err(format!("a code cache of {} bytes is not possible: 16 MiB to 1 GiB", options.code_cache));
         }
         let slow_access = vcpu::slow_access as *const () as u64;
-        let cache = Cache::new(options.code_cache, slow_access, options.precise_flags)
+        let mut cache = Cache::new(options.code_cache, slow_access, options.precise_flags)
             .map_err(|e| format!("no memory for the code cache: {e}"))?;
+        cache.trace = options.trace.clone().filter(|trace| trace.blocks);
         let shared = Shared::new(cache, ram.clone());
         ram.code_pages().set_listener(shared.clone());
         Ok(Self { shared, ram, options })
@@ -96,8 +102,12 @@ impl Engine for BtEngine {
         if setup.index > 0 {
             return Err("engine bt runs one virtual CPU so far: leave --cpus at 1".into());
         }
-        let interp = Interp::new(setup.clone(), self.ram.clone(), self.options.model.clone());
+        let mut interp = Interp::new(setup.clone(), self.ram.clone(), self.options.model.clone());
+        if let Some(trace) = self.options.trace.clone().filter(|trace| trace.interrupts) {
+            interp.observe(Box::new(trace::Interrupts { trace, cpu: setup.index }));
+        }
         let mut vcpu = BtVcpu::new(setup, self.shared.clone(), interp)?;
+        vcpu.trace = self.options.trace.clone().filter(|trace| trace.tlb);
         vcpu.fast_transitions = self.options.fast_transitions;
         if self.options.step_histogram {
             vcpu.step_histogram = Some(Default::default());

@@ -185,6 +185,8 @@ pub struct BtVcpu {
     pub counters: Counters,
     /// Instructions the interpreter ran, by mnemonic, when asked for.
     pub step_histogram: Option<std::collections::HashMap<iced_x86::Code, u64>>,
+    /// For fills and flushes of the TLB.
+    pub trace: Option<crate::trace::Trace>,
     page: Box<[u8; 4096 + 15]>,
 }
 
@@ -236,6 +238,7 @@ impl BtVcpu {
             fast_transitions: true,
             counters: Counters::default(),
             step_histogram: None,
+            trace: None,
             page: Box::new([0; 4096 + 15]),
         });
         let pointer = &raw mut *vcpu;
@@ -277,6 +280,9 @@ impl BtVcpu {
 
     fn flush_all(&mut self) {
         self.counters.flush_all += 1;
+        if let Some(trace) = &self.trace {
+            trace.line(format_args!("tlb cpu{} flush all", self.setup.index));
+        }
         {
             let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
             let block = self.block();
@@ -287,6 +293,9 @@ impl BtVcpu {
 
     fn flush_local(&mut self) {
         self.counters.flush_local += 1;
+        if let Some(trace) = &self.trace {
+            trace.line(format_args!("tlb cpu{} flush non-global", self.setup.index));
+        }
         {
             let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
             let block = self.block();
@@ -297,6 +306,9 @@ impl BtVcpu {
 
     fn flush_page(&mut self, address: u64) {
         self.counters.flush_page += 1;
+        if let Some(trace) = &self.trace {
+            trace.line(format_args!("tlb cpu{} flush page {address:#x}", self.setup.index));
+        }
         let jumps = {
             let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
             let block = self.block();
@@ -402,6 +414,7 @@ impl BtVcpu {
         let context = PagingContext::new(&self.block().state);
         let mapping = paging::walk(&self.shared.ram, &context, page, PageAccess::new(Kind::Fetch, user)).ok()?;
         self.shared.ram.host_page(mapping.gpa)?;
+        self.trace_fill("fetch", user, page, &mapping);
         self.tlbs.fill_fetch(page, user, mapping.gpa, mapping.global, mapping.page_size);
         Some((mapping.gpa, mapping.global))
     }
@@ -769,7 +782,21 @@ impl BtVcpu {
         if access.write && self.shared.ram.code_pages().test(mapping.gpa >> 12) {
             return None;
         }
+        self.trace_fill(if access.write { "write" } else { "read" }, user, address & !0xfff, &mapping);
         Some(self.tlbs.fill(block, user, access.write, address, host, mapping.global, mapping.page_size))
+    }
+
+    fn trace_fill(&self, kind: &str, user: bool, page: u64, mapping: &paging::Mapping) {
+        if let Some(trace) = &self.trace {
+            trace.line(format_args!(
+                "tlb cpu{} fill {kind} {} {page:#x} gpa {:#x} size {:#x}{}",
+                self.setup.index,
+                if user { "user" } else { "kernel" },
+                mapping.gpa & !0xfff,
+                mapping.page_size,
+                if mapping.global { " global" } else { "" },
+            ));
+        }
     }
 
     fn thread_info(&self) -> ThreadInfo {

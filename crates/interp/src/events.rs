@@ -3,7 +3,7 @@
 use cpu::paging::is_canonical;
 use cpu::{CpuState, Exception, Segment, SegmentIndex, rflags, vector};
 
-use crate::interp::Interp;
+use crate::interp::{Delivery, Interp};
 use crate::mmu::is_user;
 
 /// An exception while delivering a double fault: the CPU shuts down.
@@ -122,6 +122,10 @@ impl Interp {
         return_rip: u64,
         saved_flags: u64,
     ) -> Result<(), Exception> {
+        if let Some(observer) = &mut self.observer {
+            let (external, software) = (source == Source::External, source == Source::Software);
+            observer.delivery(state, &Delivery { vector, error_code, external, software });
+        }
         let ext = u32::from(source != Source::Software);
         let idt_error = u32::from(vector) * 8 + 2 + ext;
         let offset = u64::from(vector) * 16;

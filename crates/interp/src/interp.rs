@@ -36,6 +36,25 @@ pub trait Hooks {
     fn tlb_flush(&mut self, what: TlbFlush);
 }
 
+/// An exception or interrupt on its way through the guest's IDT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Delivery {
+    /// The vector.
+    pub vector: u8,
+    /// The error code that goes onto the handler's stack.
+    pub error_code: Option<u32>,
+    /// An external interrupt or NMI.
+    pub external: bool,
+    /// INT n, INT3, INTO.
+    pub software: bool,
+}
+
+/// Sees every exception and interrupt that an [`Interp`] delivers: for traces.
+pub trait Observer: Send {
+    /// `delivery` begins; `state` is that of the interrupted code (CR2 already set). If a table is bad, its exception follows.
+    fn delivery(&mut self, state: &CpuState, delivery: &Delivery);
+}
+
 /// For callers without caches of their own.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoHooks;
@@ -75,6 +94,7 @@ pub struct Interp {
     pub(crate) model: Arc<CpuidModel>,
     pub(crate) counters: Counters,
     pub(crate) assist: Assist,
+    pub(crate) observer: Option<Box<dyn Observer>>,
     cache: DecodeCache,
 }
 
@@ -84,13 +104,26 @@ impl Interp {
         // The clock of kvmclock starts before any guest can ask for it.
         tsc::origin();
         let mmu = Mmu::new(ram, setup.bus.clone());
-        Self { mmu, setup, model, counters: Counters::default(), assist: Assist::ready(), cache: DecodeCache::new() }
+        Self {
+            mmu,
+            setup,
+            model,
+            counters: Counters::default(),
+            assist: Assist::ready(),
+            observer: None,
+            cache: DecodeCache::new(),
+        }
     }
 
     /// Forgets cached translations: to be called when somebody else changed CR0, CR3, CR4, EFER, or page tables without the guest
     /// executing an invalidation (a debugger, a restored snapshot).
     pub fn flush(&mut self) {
         self.mmu.flush();
+    }
+
+    /// From now on `observer` sees what is delivered.
+    pub fn observe(&mut self, observer: Box<dyn Observer>) {
+        self.observer = Some(observer);
     }
 
     /// Events so far, as `(kind, number)`: instructions, decodings, TLB misses, exceptions by vector.

@@ -31,4 +31,4 @@ pub mod tsc;
 
 pub use engine::InterpEngine;
 pub use events::TripleFault;
-pub use interp::{Hooks, Interp, NoHooks, Outcome, TlbFlush};
+pub use interp::{Delivery, Hooks, Interp, NoHooks, Observer, Outcome, TlbFlush};
