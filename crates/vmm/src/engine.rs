@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use cpu::Engine;
 use cpu::cpuid::CpuidModel;
@@ -46,24 +46,28 @@ pub(crate) fn check(config: &VmConfig) -> Result<(), Error> {
     if config.lockstep {
         return Err(Error::Engine("--lockstep is not part of this version: leave it away".into()));
     }
-    if let Some(trace) = &config.trace
+    if config.engine == EngineChoice::Interp
+        && let Some(trace) = &config.trace
         && (trace.interrupts || trace.blocks || trace.tlb)
     {
-        return Err(Error::Engine("--trace shows only exits in this version: write --trace exits".into()));
+        return Err(Error::Engine("--trace int, blocks and tlb are of engine bt: leave --engine interp away".into()));
     }
     Ok(())
 }
 
+/// What trace lines are written to, by the engine and by the bus.
+pub(crate) type TraceSink = Arc<Mutex<dyn Write + Send>>;
+
 /// Opens what the trace is written to, if one is asked for.
-pub(crate) fn open_trace(config: &VmConfig) -> Result<Option<Box<dyn Write + Send>>, Error> {
+pub(crate) fn open_trace(config: &VmConfig) -> Result<Option<TraceSink>, Error> {
     let Some(trace) = &config.trace else { return Ok(None) };
     match trace.file.as_deref() {
         Some(path) => {
             let file = File::create(path).map_err(|error| Error::file("trace file", path, error))?;
             // In lines: what is written before a crash must be there after it.
-            Ok(Some(Box::new(std::io::LineWriter::new(file))))
+            Ok(Some(Arc::new(Mutex::new(std::io::LineWriter::new(file)))))
         }
-        None => Ok(Some(Box::new(ToTerminal))),
+        None => Ok(Some(Arc::new(Mutex::new(ToTerminal)))),
     }
 }
 
@@ -91,10 +95,17 @@ impl Write for ToTerminal {
 }
 
 /// The engine chosen, and the line that says so.
-pub(crate) fn choose(config: &VmConfig, ram: GuestRam, kvm: &str) -> Result<(Box<dyn Engine>, String), Error> {
+pub(crate) fn choose(
+    config: &VmConfig,
+    ram: GuestRam,
+    kvm: &str,
+    trace: Option<TraceSink>,
+) -> Result<(Box<dyn Engine>, String), Error> {
     Ok(match config.engine {
-        EngineChoice::Auto => (bt(config, ram)?, format!("engine bt: engine kvm is not part of this version ({kvm})")),
-        EngineChoice::Bt => (bt(config, ram)?, "engine bt: asked for".to_string()),
+        EngineChoice::Auto => {
+            (bt(config, ram, trace)?, format!("engine bt: engine kvm is not part of this version ({kvm})"))
+        }
+        EngineChoice::Bt => (bt(config, ram, trace)?, "engine bt: asked for".to_string()),
         EngineChoice::Interp => (
             Box::new(interp::InterpEngine::new(ram, config.cpus)),
             "engine interp: asked for; precise, but slow".to_string(),
@@ -103,9 +114,17 @@ pub(crate) fn choose(config: &VmConfig, ram: GuestRam, kvm: &str) -> Result<(Box
     })
 }
 
-fn bt(config: &VmConfig, ram: GuestRam) -> Result<Box<dyn Engine>, Error> {
+fn bt(config: &VmConfig, ram: GuestRam, trace: Option<TraceSink>) -> Result<Box<dyn Engine>, Error> {
     let khz = u32::try_from(machine::clock::measure_tsc_khz()).unwrap_or(u32::MAX);
     let model = Arc::new(CpuidModel::new(config.cpus, khz));
-    let engine = bt::BtEngine::new(ram, bt::Options::new(model)).map_err(Error::Engine)?;
+    let mut options = bt::Options::new(model);
+    if let (Some(kinds), Some(sink)) = (&config.trace, trace) {
+        let mut trace = bt::Trace::new(sink);
+        trace.interrupts = kinds.interrupts;
+        trace.blocks = kinds.blocks;
+        trace.tlb = kinds.tlb;
+        options.trace = Some(trace);
+    }
+    let engine = bt::BtEngine::new(ram, options).map_err(Error::Engine)?;
     Ok(Box::new(engine))
 }

@@ -1,7 +1,6 @@
 //! The PC as the supervisor sees it: built once from the opened files, put back to power-on and loaded again at each reset.
 
 use std::fs::File;
-use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -19,6 +18,7 @@ use virtio::{Block, Disk, Entropy, Reporter, VirtioDevice, VirtioPci};
 use crate::board::{Board, BoardMaker};
 use crate::config::VmConfig;
 use crate::console::{Input, Output};
+use crate::engine::TraceSink;
 use crate::error::Error;
 use crate::events::{Event, Events};
 use crate::terminal;
@@ -29,7 +29,7 @@ pub(crate) fn maker(
     kernel: File,
     initrd: Option<File>,
     disks: Vec<Disk>,
-    exits: Option<Box<dyn Write + Send>>,
+    exits: Option<TraceSink>,
 ) -> Box<dyn BoardMaker> {
     Box::new(PcMaker {
         cmdline: config.cmdline.clone(),
@@ -51,7 +51,7 @@ struct PcMaker {
     /// Until the first build.
     disks: Vec<Disk>,
     /// Where accesses to devices are written down.
-    exits: Option<Box<dyn Write + Send>>,
+    exits: Option<TraceSink>,
     /// After the first build.
     pc: Option<Arc<Pc>>,
     input: Option<Arc<SerialInput>>,
@@ -119,10 +119,9 @@ impl PcMaker {
         })
         .map_err(engine_error)?;
         if let Some(sink) = self.exits.take() {
-            let sink = Mutex::new(sink);
             pc.bus().set_trace(Box::new(move |access| {
                 let mut sink = sink.lock().unwrap_or_else(PoisonError::into_inner);
-                let _ = writeln!(sink, "{}", trace_line(access));
+                let _ = sink.write_all(format!("{}\n", trace_line(access)).as_bytes());
             }));
         }
         Ok(Arc::new(pc))

@@ -99,12 +99,13 @@ impl Vm {
         signals::restore_terminal_when_fatal();
         let ram = GuestRam::new(config.memory).map_err(|error| Error::Host(error.to_string()))?;
         sandbox::before_threads(config.sandbox)?;
-        let (engine, engine_line) = engine::choose(config, ram.clone(), &kvm)?;
+        let (engine, engine_line) = engine::choose(config, ram.clone(), &kvm, trace.clone())?;
         terminal::message(&format!("tightrope: {engine_line}"));
         for line in [serial_line, gdb_line].into_iter().flatten() {
             terminal::message(&format!("tightrope: {line}"));
         }
-        let maker = crate::pc::maker(config, kernel, initrd, disks, trace);
+        let exits = trace.filter(|_| config.trace.as_ref().is_some_and(|trace| trace.exits));
+        let maker = crate::pc::maker(config, kernel, initrd, disks, exits);
         let vm = Self::assemble(config, engine, Parts { ram, serial, listener, maker }, started)?;
         sandbox::close(config.sandbox, needs)?;
         Ok(vm)
