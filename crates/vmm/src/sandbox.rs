@@ -198,7 +198,8 @@ fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<Rule>>, seccompiler::Backen
     let pid = u64::from(std::process::id());
     rules.insert(libc::SYS_tgkill, vec![equals(0, pid)?]);
     rules.insert(libc::SYS_kill, vec![equals(0, pid)?]);
-    rules.insert(libc::SYS_prctl, vec![equals(0, libc::PR_SET_NAME as u64)?]);
+    // A thread's name, and how exact its timers are: threads that have just been started set them.
+    rules.insert(libc::SYS_prctl, one_of(0, &[libc::PR_SET_NAME as u64, libc::PR_SET_TIMERSLACK as u64])?);
     const ARCH_SET_GS: u64 = 0x1001;
     rules.insert(libc::SYS_arch_prctl, vec![equals(0, ARCH_SET_GS)?]);
     rules.insert(
