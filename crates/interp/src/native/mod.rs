@@ -150,7 +150,17 @@ fn state_of(raw: &Instruction) -> State {
         State::Wait
     } else if has(CpuidFeature::FPU) || has(CpuidFeature::FPU287) || has(CpuidFeature::FPU387) {
         State::X87
-    } else if registers().any(Register::is_xmm) || matches!(raw.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr) {
+    } else if registers().any(Register::is_xmm)
+        || matches!(
+            raw.mnemonic(),
+            Mnemonic::Ldmxcsr
+                | Mnemonic::Stmxcsr
+                | Mnemonic::Cvtss2si
+                | Mnemonic::Cvttss2si
+                | Mnemonic::Cvtsd2si
+                | Mnemonic::Cvttsd2si
+        )
+    {
         State::Sse
     } else if registers().any(Register::is_mm) || raw.mnemonic() == Mnemonic::Emms {
         State::Mmx
@@ -173,6 +183,20 @@ fn usable(cx: &Cx<'_>, state: State) -> Result<(), Exception> {
         State::Avx if c4 & cr4::OSXSAVE == 0 || cx.st.xcr0 & 6 != 6 => Err(Exception::ud()),
         State::Mmx | State::Sse | State::Avx => no_device(cr0::TS),
     }
+}
+
+/// `#MF` for an unmasked x87 exception that waits, before the instruction looks at its operands (SDM volume 1, 8.7).
+fn pending_x87(cx: &Cx<'_>, state: State, raw: &Instruction) -> Result<(), Exception> {
+    use Mnemonic as M;
+    let waits = match state {
+        State::Mmx => true,
+        State::X87 => {
+            !matches!(raw.mnemonic(), M::Fninit | M::Fnclex | M::Fnstcw | M::Fnstsw | M::Fnstenv | M::Fnsave)
+        }
+        _ => false,
+    };
+    let pending = cx.st.fp.bytes[2] & 0x80 != 0;
+    if waits && pending && cx.st.cr0 & cr0::NE != 0 { Err(Exception::plain(number::MF)) } else { Ok(()) }
 }
 
 /// What the address of the memory operand must be a multiple of, else `#GP(0)`, before any page fault (SDM volume 1, 11.3.3 of
@@ -344,6 +368,7 @@ fn plan(cx: &mut Cx<'_>, insn: &Insn) -> Result<Plan, Exception> {
 pub(crate) fn run(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     let plan = plan(cx, insn)?;
     usable(cx, plan.state)?;
+    pending_x87(cx, plan.state, &insn.raw)?;
     cx.it.counters.native += 1;
     let address = if plan.pointer.is_some() { cx.address(&insn.mem) } else { 0 };
     let on_stack = insn.mem.stack;
@@ -352,7 +377,9 @@ pub(crate) fn run(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     }
     let mut data = [0u8; LARGEST];
     let Some(data) = data.get_mut(..plan.size) else { return Err(Exception::ud()) };
-    if plan.write {
+    // Of this one the conversion comes first, with its own exceptions.
+    let late = insn.raw.mnemonic() == Mnemonic::Vcvtps2ph;
+    if plan.write && !late {
         cx.it.mmu.check(cx.st, address, plan.size, Kind::Write, cx.user).map_err(|e| at_stack(e, on_stack))?;
     }
     if plan.read {
@@ -395,6 +422,9 @@ pub(crate) fn run(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
         return Err(exception(cx, trap - 1));
     }
     if plan.write {
+        if late {
+            cx.it.mmu.check(cx.st, address, plan.size, Kind::Write, cx.user).map_err(|e| at_stack(e, on_stack))?;
+        }
         write_operand(cx, address, data)?;
     }
     for (i, value) in gpr.into_iter().enumerate() {

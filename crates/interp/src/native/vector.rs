@@ -4,7 +4,7 @@ use cpu::paging::Kind;
 use cpu::{Exception, FpState};
 use iced_x86::{Mnemonic, OpKind, Register};
 
-use super::{State, shown, usable};
+use super::{State, pending_x87, shown, usable};
 use crate::decode::Insn;
 use crate::ops::{Cx, at_stack, sign_extend};
 
@@ -90,7 +90,8 @@ pub(super) fn gather(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
                 }
                 Err(error) => {
                     // Not the manual's, but what CPUs do: the first element loaded clears the rest of the register.
-                    if loaded && let Some(rest) = result.get_mut(target.size()..) {
+                    let length = target.size().max(index_register.size());
+                    if loaded && let Some(rest) = result.get_mut(length..) {
                         rest.fill(0);
                     }
                     set_vector(&mut cx.st.fp, numbers[0], &result);
@@ -151,6 +152,7 @@ pub(super) fn masked_store_bytes(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exc
         _ => State::Avx,
     };
     prepare(cx, insn, state)?;
+    pending_x87(cx, state, raw)?;
     // MM registers are the x87 stack's by their physical number; the area has them by their place in the stack.
     let top = usize::from(cx.st.fp.bytes[3] >> 3 & 7);
     let register = |r: Register| {

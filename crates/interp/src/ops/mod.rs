@@ -260,7 +260,9 @@ pub(crate) fn select(raw: &Instruction) -> Handler {
         M::Cwd => data::cwd,
         M::Cdq => data::cdq,
         M::Cqo => data::cqo,
+        // Hints, and the space kept free for hints.
         M::Nop
+        | M::Cldemote
         | M::Pause
         | M::Endbr64
         | M::Endbr32
