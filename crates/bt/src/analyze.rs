@@ -668,6 +668,10 @@ fn certain_kills(ins: &Instruction) -> u32 {
                 _ => None,
             });
             match count {
+                // The manual calls OF undefined here, CPUs leave it alone.
+                Some(count) if matches!(ins.mnemonic(), M::Rol | M::Ror) && !matches!(count & 0x3f, 0 | 1 | 0x20) => {
+                    RflagsBits::CF
+                }
                 Some(count) if count & 0x1f != 0 => ins.rflags_modified() & ALL_FLAGS,
                 _ => 0,
             }

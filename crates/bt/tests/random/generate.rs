@@ -47,8 +47,12 @@ struct Draft<'a> {
     layout: Layout,
     user: bool,
     pointer: u16,
+    /// Those of them that are multiples of 32.
+    aligned: u16,
     small: u16,
     stack_good: bool,
+    /// Pointers may lead to the page that is mapped twice.
+    alias: bool,
     /// Must not be written.
     reserved: u16,
     rng: &'a mut Rng,
@@ -359,11 +363,12 @@ impl Generator {
     }
 
     /// A program of 1 to about 30 instructions.
-    pub fn program(&mut self, rng: &mut Rng, layout: Layout, user: bool) -> (Program, [Role; 16]) {
+    pub fn program(&mut self, rng: &mut Rng, layout: Layout, user: bool) -> (Program, [Role; 16], bool) {
         let mut roles = [Role::Any; 16];
         for role in &mut roles {
             *role = match rng.below(10) {
-                0..=3 => Role::Pointer,
+                0 | 1 => Role::Pointer,
+                2 | 3 => Role::Aligned,
                 4 | 5 => Role::Small,
                 _ => Role::Any,
             };
@@ -377,13 +382,16 @@ impl Generator {
             roles[1] = Role::Small;
         }
         roles[4] = if rng.chance(95) { Role::Stack } else { Role::Pointer };
+        let alias = rng.chance(20);
         let mask = |wanted: Role| (0..16).fold(0_u16, |m, i| m | u16::from(roles[i] == wanted) << i);
         let mut draft = Draft {
             layout,
             user,
-            pointer: mask(Role::Pointer),
+            pointer: mask(Role::Pointer) | mask(Role::Aligned),
+            aligned: mask(Role::Aligned),
             small: mask(Role::Small),
             stack_good: true,
+            alias,
             reserved: 0,
             rng,
         };
@@ -402,7 +410,7 @@ impl Generator {
                 self.plain(&mut draft, &mut program.items);
             }
         }
-        (program, roles)
+        (program, roles, alias)
     }
 
     /// One instruction without a jump, and what it needs to make sense.
@@ -411,7 +419,7 @@ impl Generator {
         if code_free.count_ones() < 2 && draft.rng.chance(40) {
             let to = draft.any_register();
             if draft.reserved & (1 << to) == 0 && to != 4 {
-                let address = data_pointer(draft.rng, draft.layout);
+                let address = data_pointer(draft.rng, draft.layout, draft.alias);
                 let ins = if draft.rng.chance(50) {
                     Instruction::with2(Code::Mov_r64_imm64, gpr(to, 8), address).unwrap()
                 } else {
@@ -475,6 +483,11 @@ impl Generator {
                 || template.operands.contains(&K::seg_reg))
         {
             return None; // shows the level
+        }
+        // The CPU's fast string moves take no notice of overlaps that only physical addresses show; the engine does.
+        let movs = matches!(code.mnemonic(), Mnemonic::Movsb | Mnemonic::Movsw | Mnemonic::Movsd | Mnemonic::Movsq);
+        if draft.alias && movs && kind == Kind::Text {
+            return None;
         }
         if matches!(code.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) && draft.rng.chance(60) {
             return None; // mostly ends in #DE
@@ -577,7 +590,7 @@ impl Generator {
         if draft.reserved & (1 << counter) != 0 {
             return;
         }
-        let most = if draft.rng.chance(10) { 60 } else { 9 };
+        let most = if draft.rng.chance(20) { 150 } else { 12 };
         let times = 1 + draft.rng.below(most) as u32;
         items.push(Item::new(Instruction::with2(Code::Mov_r32_imm32, gpr(counter, 4), times).unwrap()));
         draft.reserved |= 1 << counter;
@@ -890,6 +903,16 @@ impl Draft<'_> {
     /// A memory operand for an access of about `size` bytes.
     fn memory(&mut self, size: usize) -> MemoryOperand {
         let low = self.layout.data < 1 << 32;
+        if size >= 16 && self.rng.chance(80) {
+            // Most of these want alignment.
+            let disp = self.rng.range(-4, 6) * 32;
+            if let Some(base) = self.member(self.aligned & self.pointer & !(1 << 4)) {
+                let size = if disp == 0 { 0 } else { 8 };
+                return MemoryOperand::new(gpr(base, 8), Register::None, 1, disp, size, false, Register::None);
+            }
+            let address = data_pointer(self.rng, self.layout, self.alias) as i64 & !31;
+            return MemoryOperand::new(Register::RIP, Register::None, 1, address, 8, false, Register::None);
+        }
         let mut disp = self.displacement();
         let segment = match self.rng.below(60) {
             0 => Register::DS,
@@ -911,12 +934,12 @@ impl Draft<'_> {
         let width = if narrow { 4 } else { 8 };
         match self.rng.below(100) {
             0..=13 => {
-                let address = data_pointer(self.rng, self.layout) as i64;
+                let address = data_pointer(self.rng, self.layout, self.alias) as i64;
                 let base = if narrow { Register::EIP } else { Register::RIP };
                 MemoryOperand::new(base, Register::None, 1, address, 8, false, segment)
             }
             14..=16 if low => {
-                let address = data_pointer(self.rng, self.layout) as i64;
+                let address = data_pointer(self.rng, self.layout, self.alias) as i64;
                 MemoryOperand::new(
                     Register::None,
                     Register::None,
@@ -948,23 +971,23 @@ impl Draft<'_> {
                     _ => MemoryOperand::new(Register::None, Register::None, 1, d, 8, false, segment),
                 }
             }
-            32 | 33 => {
+            32 => {
                 let base = self.any_register();
                 let index = self.rng.below(16) as usize;
                 let index = if index == 4 { Register::None } else { gpr(index, width) };
                 let scale = if index == Register::None { 1 } else { self.rng.pick(&[1, 2, 4, 8]) };
                 MemoryOperand::new(gpr(base, width), index, scale, disp, fit(disp, self.rng), false, segment)
             }
-            34 | 35 if low => {
+            33..=35 if low => {
                 // Index without base.
                 let Some(index) = self.member(self.small & !(1 << 4)) else { return self.memory(size) };
                 let scale = self.rng.pick(&[1, 2, 4, 8]);
-                let address = data_pointer(self.rng, self.layout) as i64;
+                let address = data_pointer(self.rng, self.layout, self.alias) as i64;
                 MemoryOperand::new(Register::None, gpr(index, width), scale, address, 8, false, segment)
             }
             _ => {
                 let Some(base) = self.member(self.pointer & !(1 << 4)) else {
-                    let address = data_pointer(self.rng, self.layout) as i64;
+                    let address = data_pointer(self.rng, self.layout, self.alias) as i64;
                     return MemoryOperand::new(Register::RIP, Register::None, 1, address, 8, false, segment);
                 };
                 let index = if self.rng.chance(30) { self.member(self.small & !(1 << 4)) } else { None };
@@ -1022,7 +1045,7 @@ fn build(template: &Template, draft: &mut Draft<'_>) -> Option<Instruction> {
                 }
                 ins.set_op_kind(i, OpKind::Memory);
                 ins.set_memory_displ_size(8);
-                ins.set_memory_displacement64(data_pointer(draft.rng, draft.layout));
+                ins.set_memory_displacement64(data_pointer(draft.rng, draft.layout, draft.alias));
                 if draft.rng.chance(10) {
                     ins.set_segment_prefix(draft.rng.pick(&[Register::FS, Register::GS]));
                     ins.set_memory_displacement64(draft.rng.below(256));

@@ -36,14 +36,21 @@ pub enum Right {
 /// A page of the data or stack area: which backing page, and what may be done with it.
 pub type Page = (usize, Right);
 
-/// The data area, page by page: two pages, a hole, one page, one to read only, one page, the second once more, a hole.
-pub const DATA: [Page; 8] = [
+/// The page of the data area that is the same memory as page 1.
+pub const ALIAS: u64 = 10;
+
+/// The data area, page by page: two pages, a hole, one page, one to read only, one page, holes, the second once more, a hole.
+pub const DATA: [Page; 12] = [
     (0, Right::Write),
     (1, Right::Write),
     (0, Right::Absent),
     (2, Right::Write),
     (3, Right::Read),
     (4, Right::Write),
+    (0, Right::Absent),
+    (0, Right::Absent),
+    (0, Right::Absent),
+    (0, Right::Absent),
     (1, Right::Write),
     (0, Right::Absent),
 ];

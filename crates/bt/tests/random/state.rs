@@ -1,9 +1,9 @@
 //! Start states, and what is compared of final ones.
 
 use cpu::{CpuState, FpState, rflags};
-use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
-use crate::layout::{BACKING, Layout, Memory, PAGE};
+use crate::layout::{ALIAS, BACKING, Layout, Memory, PAGE};
 use crate::rng::Rng;
 
 /// Registers before a run.
@@ -45,6 +45,8 @@ pub struct Final {
 pub enum Role {
     /// Points into the data area.
     Pointer,
+    /// Points into the data area at a multiple of 32.
+    Aligned,
     /// Points into the stack area.
     Stack,
     /// Small, of either sign.
@@ -54,13 +56,18 @@ pub enum Role {
 }
 
 /// A pointer into the data area, mostly to writable pages and sometimes close to a page's end.
-pub fn data_pointer(rng: &mut Rng, layout: Layout) -> u64 {
-    let page = rng.pick(&[0, 0, 0, 1, 1, 3, 3, 4, 5, 5, 6, 2]);
-    let offset = match rng.below(16) {
-        0 | 1 => PAGE - 1 - rng.below(72),
-        2 => rng.below(72),
-        3..=6 => rng.below(PAGE),
-        7..=10 => rng.below(PAGE / 8) * 8,
+pub fn data_pointer(rng: &mut Rng, layout: Layout, alias: bool) -> u64 {
+    let page = match rng.below(64) {
+        0 => 2,
+        1..=4 => 4,
+        5..=15 if alias => ALIAS,
+        _ => rng.pick(&[0, 0, 0, 1, 3, 5]),
+    };
+    let offset = match rng.below(24) {
+        0 => PAGE - 1 - rng.below(72),
+        1 => rng.below(72),
+        2..=7 => rng.below(PAGE),
+        8..=15 => rng.below(PAGE / 8) * 8,
         _ => rng.below(PAGE / 32) * 32,
     };
     layout.data + page * PAGE + offset
@@ -68,11 +75,12 @@ pub fn data_pointer(rng: &mut Rng, layout: Layout) -> u64 {
 
 impl Start {
     /// A random start state.
-    pub fn random(rng: &mut Rng, layout: Layout, roles: &[Role; 16], rip: u64, user: bool) -> Self {
+    pub fn random(rng: &mut Rng, layout: Layout, roles: &[Role; 16], alias: bool, rip: u64, user: bool) -> Self {
         let mut gpr = [0; 16];
         for (value, role) in gpr.iter_mut().zip(roles) {
             *value = match role {
-                Role::Pointer => data_pointer(rng, layout),
+                Role::Pointer => data_pointer(rng, layout, alias),
+                Role::Aligned => data_pointer(rng, layout, alias) & !31,
                 Role::Stack => {
                     let offset = match rng.below(20) {
                         0 => rng.below(64),
@@ -98,8 +106,8 @@ impl Start {
             gpr,
             rip,
             rflags: flags,
-            fs: data_pointer(rng, layout) & !7,
-            gs: data_pointer(rng, layout) & !7,
+            fs: data_pointer(rng, layout, alias) & !7,
+            gs: data_pointer(rng, layout, alias) & !7,
             fp: random_fp(rng),
         }
     }
@@ -297,20 +305,23 @@ pub fn differences(native: &Final, guest: &Final, strictness: Strictness) -> Opt
 /// |---|---|---|---|
 /// | MASKMOVQ, MASKMOVDQU | faults for bytes that the mask leaves out | only for bytes it writes | up to the implementation (SDM volume 2) |
 /// | MMX instruction that faults | may have set TOP to 0 already | leaves x87 alone | invisible once the instruction is repeated |
+/// | FBSTP, FSTP of 10 bytes across pages | has stored the first part when the second faults | stores all or nothing | invisible once the instruction is repeated |
 /// | x87 store with an unmasked exception | does not access memory | checks the memory first | no program unmasks and relies on it |
-/// | FLDENV, FRSTOR with a page fault | names any byte of the operand in CR2 | the first of the page | they read in an order of their own |
+/// | FLDENV, FRSTOR, masked moves with a page fault | names any byte of the operand in CR2 | the first of the page | they read in an order of their own |
 /// | VCVTPS2PH whose store faults | has set MXCSR's exception flags | has not | sticky, and set anyway once the instruction is repeated |
 /// | near branch to a non-canonical address | #GP at the branch | #GP at the target | the branch has left its block by then; Linux makes SIGSEGV of either |
 fn tolerate(native: &mut Final, guest: &mut Final, strictness: Strictness) -> bool {
     let last = &strictness.last;
-    let guest_page_fault = matches!(guest.stop, Stop::Fault { vector: 14, .. });
-    if guest_page_fault && native.fp.bytes[2] & 0x80 != 0 && guest.fp.bytes[2] & 0x80 == 0 {
+    let guest_fault = matches!(guest.stop, Stop::Fault { vector: 12..=14, .. });
+    if guest_fault && native.fp.bytes[2] & 0x80 != 0 && guest.fp.bytes[2] & 0x80 == 0 {
         return true; // a store that did not happen: its exception is pending
     }
     let Stop::Fault { vector, .. } = native.stop else { return false };
     let same = matches!(guest.stop, Stop::Fault { vector: v, .. } if v == vector) && native.rip == guest.rip;
-    if vector == 14
-        && native.stop != guest.stop
+    if matches!(last.code(), Code::Fbstp_m80bcd | Code::Fstp_m80fp) && vector == 14 {
+        return true;
+    }
+    if (native.stop != guest.stop || native.rip != guest.rip)
         && matches!(last.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu)
     {
         return true;
@@ -322,7 +333,15 @@ fn tolerate(native: &mut Final, guest: &mut Final, strictness: Strictness) -> bo
         g[32..160].copy_from_slice(&n[32..160]);
     }
     if same
-        && matches!(last.mnemonic(), Mnemonic::Fldenv | Mnemonic::Frstor)
+        && matches!(
+            last.mnemonic(),
+            Mnemonic::Fldenv
+                | Mnemonic::Frstor
+                | Mnemonic::Vmaskmovps
+                | Mnemonic::Vmaskmovpd
+                | Mnemonic::Vpmaskmovd
+                | Mnemonic::Vpmaskmovq
+        )
         && let (Stop::Fault { cr2: a, .. }, Stop::Fault { cr2: b, .. }) = (&native.stop, &mut guest.stop)
         && *a & !0xfff == *b & !0xfff
     {
@@ -331,10 +350,8 @@ fn tolerate(native: &mut Final, guest: &mut Final, strictness: Strictness) -> bo
     if same && last.mnemonic() == Mnemonic::Vcvtps2ph {
         guest.fp.bytes[24] |= native.fp.bytes[24] & 0x3f;
     }
-    if matches!(
-        last.flow_control(),
-        FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return
-    ) && native.stop == (Stop::Fault { vector: 13, error: 0, cr2: 0 })
+    if matches!(last.flow_control(), FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return)
+        && native.stop == (Stop::Fault { vector: 13, error: 0, cr2: 0 })
         && guest.stop == native.stop
         && !cpu::paging::is_canonical(guest.rip)
     {
