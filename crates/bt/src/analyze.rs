@@ -38,8 +38,7 @@ impl Mode {
 impl std::fmt::Display for Mode {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(if self.user { "user" } else { "kernel" })?;
-        let flags =
-            [(self.no_fpu, ",no-fpu"), (self.no_avx, ",no-avx"), (self.df, ",df"), (self.no_tsc, ",no-tsc")];
+        let flags = [(self.no_fpu, ",no-fpu"), (self.no_avx, ",no-avx"), (self.df, ",df"), (self.no_tsc, ",no-tsc")];
         flags.iter().filter(|flag| flag.0).try_for_each(|flag| f.write_str(flag.1))
     }
 }
@@ -658,7 +657,7 @@ fn arithmetic_reads(ins: &Instruction) -> u32 {
 fn certain_kills(ins: &Instruction) -> u32 {
     use Mnemonic as M;
     match ins.mnemonic() {
-        M::Rcl | M::Rcr => 0,   // some widths take the count modulo 9 or 17
+        M::Rcl | M::Rcr => 0, // some widths take the count modulo 9 or 17
         // What the manual calls undefined CPUs leave alone here.
         M::Div | M::Idiv => 0,
         M::Bt | M::Bts | M::Btr | M::Btc => RflagsBits::CF,

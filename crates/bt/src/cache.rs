@@ -392,13 +392,7 @@ impl Cache {
     }
 
     /// Places a block into the cache and enters it into the tables.
-    fn insert(
-        &mut self,
-        key: Key,
-        template: &Template,
-        new_slots: &mut Vec<u32>,
-        how: &str,
-    ) -> Result<BlockId, Full> {
+    fn insert(&mut self, key: Key, template: &Template, new_slots: &mut Vec<u32>, how: &str) -> Result<BlockId, Full> {
         let output = &template.output;
         // Room: everything of this block, and a thunk for each slot.
         let hot_len = (output.hot.len() + 15) & !15;

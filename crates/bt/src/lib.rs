@@ -58,7 +58,14 @@ pub struct Options {
 impl Options {
     /// The usual settings for a guest with this CPUID model.
     pub fn new(model: Arc<CpuidModel>) -> Self {
-        Self { code_cache: 160 << 20, precise_flags: false, fast_transitions: true, step_histogram: false, trace: None, model }
+        Self {
+            code_cache: 160 << 20,
+            precise_flags: false,
+            fast_transitions: true,
+            step_histogram: false,
+            trace: None,
+            model,
+        }
     }
 }
 
