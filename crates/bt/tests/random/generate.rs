@@ -10,7 +10,7 @@ use iced_x86::{
     OpAccess, OpCodeOperandKind as K, OpKind, Register,
 };
 
-use crate::layout::{Layout, PAGE};
+use crate::layout::{LAYOUTS, Layout, PAGE};
 use crate::program::{Item, Program};
 use crate::rng::Rng;
 use crate::state::{Role, data_pointer};
@@ -395,7 +395,7 @@ impl Generator {
             reserved: 0,
             rng,
         };
-        let mut program = Program { items: Vec::new(), straight: true };
+        let mut program = Program { straight: true, ..Program::default() };
         let wanted = match draft.rng.below(10) {
             0 | 1 => 1 + draft.rng.below(3),
             2..=6 => 3 + draft.rng.below(10),
@@ -403,7 +403,10 @@ impl Generator {
         } as usize;
         let branchy = draft.rng.chance(45);
         while program.items.len() < wanted {
-            if branchy && draft.rng.chance(22) {
+            if layout == LAYOUTS[0] && draft.rng.chance(1) {
+                program.straight = false;
+                self.modify(&mut draft, &mut program.items);
+            } else if branchy && draft.rng.chance(22) {
                 program.straight = false;
                 self.branch(&mut draft, &mut program.items);
             } else {
@@ -618,6 +621,42 @@ impl Generator {
             let code = draft.rng.pick(&[Code::Jne_rel8_64, Code::Jne_rel32_64]);
             items.push(Item::to(Instruction::with_branch(code, 0).unwrap(), top));
         }
+        for item in &mut items[top..] {
+            item.weight *= times;
+        }
+        draft.reserved &= !(1 << counter);
+    }
+
+    /// A loop that stores into the immediate operand of an instruction that comes later in it.
+    fn modify(&mut self, draft: &mut Draft<'_>, items: &mut Vec<Item>) {
+        let counter = draft.rng.pick(&[9, 10, 11, 14, 8, 15]);
+        if draft.reserved & (1 << counter) != 0 {
+            return;
+        }
+        let times = 1 + draft.rng.below(6) as u32;
+        items.push(Item::new(Instruction::with2(Code::Mov_r32_imm32, gpr(counter, 4), times).unwrap()));
+        draft.reserved |= 1 << counter;
+        draft.pointer &= !(1 << counter);
+        let top = items.len();
+        let store = items.len();
+        items.push(Item::new(Instruction::default()));
+        self.few(draft, items, 3);
+        // mov r32, imm32 without REX: the immediate begins at the second byte.
+        let to = draft.rng.pick(&[0, 1, 2, 3, 5, 6, 7]);
+        let target = items.len();
+        items.push(Item::new(Instruction::with2(Code::Mov_r32_imm32, gpr(to, 4), 0x1234_5678_u32).unwrap()));
+        draft.pointer &= !(1 << to);
+        draft.small &= !(1 << to);
+        let place = rip_relative(0);
+        let ins = match draft.rng.below(4) {
+            0 => Instruction::with2(Code::Mov_rm8_imm8, place, draft.rng.next() as u8 as u32).unwrap(),
+            1 => Instruction::with2(Code::Mov_rm32_r32, place, gpr(counter, 4)).unwrap(),
+            2 => Instruction::with2(Code::Add_rm32_imm8, place, 3).unwrap(),
+            _ => Instruction::with2(Code::Xadd_rm8_r8, place, gpr(draft.rng.pick(&[0, 2, 3]), 1)).unwrap(),
+        };
+        items[store] = Item { addend: 1, ..Item::to(ins, target) };
+        items.push(Item::new(Instruction::with1(Code::Dec_rm32, gpr(counter, 4)).unwrap()));
+        items.push(Item::to(Instruction::with_branch(Code::Jne_rel32_64, 0).unwrap(), top));
         for item in &mut items[top..] {
             item.weight *= times;
         }
@@ -866,7 +905,8 @@ impl Draft<'_> {
     /// A register that may be overwritten.
     fn free_register(&mut self) -> Option<usize> {
         let register = self.any_register();
-        let free = register != 4 && self.reserved & (1 << register) == 0;
+        // RSI and RDI would lead string instructions into the code: the CPU notices between elements, the engine between pieces.
+        let free = !matches!(register, 4 | 6 | 7) && self.reserved & (1 << register) == 0;
         if free {
             self.pointer &= !(1 << register);
             self.small &= !(1 << register);

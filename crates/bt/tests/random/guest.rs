@@ -115,7 +115,9 @@ impl Guest {
         let mut tables = Tables { ram: ram.clone(), next: PML4 };
         for layout in LAYOUTS {
             for page in 0..SLOTS * SLOT / PAGE {
-                tables.map(layout.code + page * PAGE, SLOTS_AT + page * PAGE, Tables::USER);
+                // In the first layout programs can write their code.
+                let flags = if layout == LAYOUTS[0] { Tables::USER | Tables::WRITE } else { Tables::USER };
+                tables.map(layout.code + page * PAGE, SLOTS_AT + page * PAGE, flags);
             }
             for (area, pages) in [(layout.data, &DATA[..]), (layout.stack, &STACK[..])] {
                 for (i, &(backing, right)) in pages.iter().enumerate() {
@@ -246,7 +248,6 @@ impl Guest {
                 state.rip = EXIT;
                 Stop::End
             }
-            Exit::Internal(_) if state.rip == EXIT => Stop::End,
             Exit::Stopped => Stop::Useless("does not end"),
             other => Stop::Stranded(format!("{other:?}")),
         };

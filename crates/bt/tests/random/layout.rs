@@ -6,10 +6,10 @@ pub const PAGE: u64 = 4096;
 pub const SLOTS: u64 = 48;
 /// Bytes of a slot.
 pub const SLOT: u64 = 2 * PAGE;
-/// Where programs end.
-pub const EXIT: u64 = 0x6f00_0300_0000;
+/// Where programs end: within reach of a jump, out of reach of 32-bit bit offsets.
+pub const EXIT: u64 = 0x6f00_7000_0000;
 /// The page with the native side's registers. Absent in the guest.
-pub const CONTEXT: u64 = 0x6f00_0380_0000;
+pub const CONTEXT: u64 = 0x6f00_e000_0000;
 
 /// A set of linear addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub struct Layout {
     pub stack: u64,
 }
 
-/// Below 4 GiB, and far above.
+/// Below 4 GiB with writable code, and far above with code to read only.
 pub const LAYOUTS: [Layout; 2] = [
     Layout { code: 0x2000_0000, data: 0x2100_0000, stack: 0x2200_0000 },
     Layout { code: 0x6f00_0000_0000, data: 0x6f00_0100_0000, stack: 0x6f00_0200_0000 },

@@ -1,4 +1,5 @@
 //! Random user-level instructions under the translator and on the real CPU: registers, flags, memory and faults must agree.
+//! One case in ten runs under the interpreter alone instead.
 //!
 //! A *case* is a random program of 1 to about 30 instructions (see [`generate`]) and some random start states, all known by one
 //! seed. It runs at the same linear addresses in a guest ([`guest`]) and in this process ([`native`]); [`state`] compares. A case
@@ -58,7 +59,8 @@ fn run(count: u64, seed: u64) {
     let count = variable("BT_RANDOM_COUNT").unwrap_or(count);
     let seed = variable("BT_RANDOM_SEED").unwrap_or(seed);
     let failures = variable("BT_RANDOM_FAILURES").unwrap_or(1).max(1);
-    let guests = vec![translator("bt", false), translator("bt with precise flags", true)];
+    let interpreter = Guest::new("interp", true, |ram| Box::new(interp::InterpEngine::new(ram, 1)));
+    let guests = vec![translator("bt", false), translator("bt with precise flags", true), interpreter];
     let mut bench = Bench::new(guests);
     println!("{} instruction forms, seed {seed}", bench.generator.forms());
     let mut failed = Vec::new();
@@ -67,7 +69,7 @@ fn run(count: u64, seed: u64) {
     } else {
         let begin = Instant::now();
         let mut number = 0;
-        while bench.counts.executed < count && failed.len() < failures as usize {
+        while bench.counts.executed[0] + bench.counts.executed[1] < count && failed.len() < failures as usize {
             if let Err(text) = bench.case(mix(seed.wrapping_add(number << 20))) {
                 eprintln!("{text}");
                 failed.push(text);
@@ -76,13 +78,14 @@ fn run(count: u64, seed: u64) {
         }
         let c = &bench.counts;
         println!(
-            "{} cases, {} runs, at least {} instructions in {:.1} s; {} useless, {} stranded; faults: {}",
+            "{} cases, {} runs, at least {} instructions translated and {} interpreted in {:.1} s; {} useless, {} incomparable; faults: {}",
             c.cases,
             c.runs,
-            c.executed,
+            c.executed[0] + c.executed[1],
+            c.executed[2],
             begin.elapsed().as_secs_f64(),
             c.useless,
-            c.stranded,
+            c.incomparable,
             c.faults
                 .iter()
                 .enumerate()

@@ -223,7 +223,9 @@ impl Native {
         let code = map(0, SLOTS * SLOT, RW, code_fd, 0);
         let memory = map(0, BACKING as u64 * PAGE, RW, memory_fd, 0);
         for layout in LAYOUTS {
-            map(layout.code, SLOTS * SLOT, RX, code_fd, 0);
+            // In the first layout programs can write their code.
+            let protection = if layout == LAYOUTS[0] { RW | RX } else { RX };
+            map(layout.code, SLOTS * SLOT, protection, code_fd, 0);
             for (area, pages) in [(layout.data, &DATA[..]), (layout.stack, &STACK[..])] {
                 for (i, &(backing, right)) in pages.iter().enumerate() {
                     let protection = match right {
@@ -264,6 +266,12 @@ impl Native {
     pub fn memory(&mut self) -> &mut Memory {
         // SAFETY: our mapping; programs run only inside `run`, which borrows `self` exclusively.
         unsafe { &mut *self.memory }
+    }
+
+    /// The slots' contents.
+    pub fn code(&self) -> &[u8] {
+        // SAFETY: our mapping; programs run only inside `run`, which borrows `self` exclusively.
+        unsafe { std::slice::from_raw_parts(self.code, (SLOTS * SLOT) as usize) }
     }
 
     /// Puts code into the slots at this offset.

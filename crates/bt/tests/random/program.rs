@@ -12,6 +12,8 @@ pub struct Item {
     pub prefixes: Vec<u8>,
     /// The item that a branch or an address in the code leads to; the number of items means the end of the program.
     pub target: Option<usize>,
+    /// Added to the target's address.
+    pub addend: u64,
     /// How often it surely runs if nothing faults.
     pub weight: u32,
     pub alive: bool,
@@ -19,7 +21,7 @@ pub struct Item {
 
 impl Item {
     pub fn new(ins: Instruction) -> Self {
-        Self { ins, prefixes: Vec::new(), target: None, weight: 1, alive: true }
+        Self { ins, prefixes: Vec::new(), target: None, addend: 0, weight: 1, alive: true }
     }
 
     pub fn to(ins: Instruction, target: usize) -> Self {
@@ -61,7 +63,7 @@ impl Program {
                 let ip = at + bytes.len() as u64;
                 if let Some(target) = item.target {
                     // In the first passes distances are not known yet.
-                    let address = if pass == 0 { ip } else { at + offsets[target] as u64 };
+                    let address = if pass == 0 { ip } else { at + offsets[target] as u64 + item.addend };
                     if ins.is_ip_rel_memory_operand() {
                         ins.set_memory_displacement64(address);
                     } else {

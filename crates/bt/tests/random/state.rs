@@ -24,7 +24,7 @@ pub enum Stop {
     End,
     /// An exception; CR2 is 0 unless it is a page fault.
     Fault { vector: u8, error: u64, cr2: u64 },
-    /// The engine could not go on, and RIP is where. Only comparable with a native fault at the same place.
+    /// The engine could not go on, and RIP is where: always a difference.
     Stranded(String),
     /// It did not end; or a wild jump led into a system call.
     Useless(&'static str),
@@ -232,32 +232,26 @@ pub fn differences(native: &Final, guest: &Final, strictness: Strictness) -> Opt
         return None;
     }
     let (native, guest) = (&native, &guest);
-    if let Stop::Stranded(_) = guest.stop {
-        if !(matches!(native.stop, Stop::Fault { .. }) && native.rip == guest.rip) {
-            return None;
+    let mut expected = native.stop.clone();
+    let mut got = guest.stop.clone();
+    if let (Stop::Fault { vector: 14, error, cr2 }, Stop::Fault { vector: 14, error: other, .. }) =
+        (&mut expected, &mut got)
+    {
+        if !strictness.user {
+            *error &= !4;
         }
-    } else {
-        let mut expected = native.stop.clone();
-        let mut got = guest.stop.clone();
-        if let (Stop::Fault { vector: 14, error, cr2 }, Stop::Fault { vector: 14, error: other, .. }) =
-            (&mut expected, &mut got)
-        {
-            if !strictness.user {
-                *error &= !4;
-            }
-            if *cr2 >= KERNEL_HALF {
-                *error &= !1;
-                *other &= !1;
-            }
+        if *cr2 >= KERNEL_HALF {
+            *error &= !1;
+            *other &= !1;
         }
-        if expected != got {
-            out.push(format!(
-                "stop: native {:x?} at {:#x}, translated {:x?} at {:#x}",
-                expected, native.rip, got, guest.rip
-            ));
-        } else if native.rip != guest.rip {
-            out.push(format!("rip: native {:#x}, translated {:#x}", native.rip, guest.rip));
-        }
+    }
+    if expected != got {
+        out.push(format!(
+            "stop: native {:x?} at {:#x}, translated {:x?} at {:#x}",
+            expected, native.rip, got, guest.rip
+        ));
+    } else if native.rip != guest.rip {
+        out.push(format!("rip: native {:#x}, translated {:#x}", native.rip, guest.rip));
     }
     for i in 0..16 {
         if native.gpr[i] != guest.gpr[i] {

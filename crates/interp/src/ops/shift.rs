@@ -5,9 +5,9 @@ use std::arch::asm;
 use cpu::{Exception, rflags};
 
 use super::{Cx, mask};
-use crate::decode::Insn;
+use crate::decode::{Insn, Op};
 
-use rflags::{ARITH, FIXED};
+use rflags::{ARITH, FIXED, OF};
 
 /// The masked count, from CL or the immediate.
 fn count(cx: &mut Cx<'_>, insn: &Insn) -> Result<u32, Exception> {
@@ -94,10 +94,19 @@ pub(super) fn sar(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     shift(cx, insn, host_sar)
 }
 
+/// Rotates of a register by an immediate count other than 1 leave OF alone; those by CL and those of memory set it.
+fn rotate(cx: &mut Cx<'_>, insn: &Insn, f: fn(u64, u32, u8, u64) -> (u64, u64)) -> Result<(), Exception> {
+    let kept = if insn.src == Op::Imm && insn.dst != Op::Mem && count(cx, insn)? != 1 { OF } else { 0 };
+    let flags = cx.st.rflags;
+    shift(cx, insn, f)?;
+    cx.st.rflags = (cx.st.rflags & !kept) | (flags & kept);
+    Ok(())
+}
+
 pub(super) fn rol(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
-    shift(cx, insn, host_rol)
+    rotate(cx, insn, host_rol)
 }
 
 pub(super) fn ror(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
-    shift(cx, insn, host_ror)
+    rotate(cx, insn, host_ror)
 }
