@@ -182,7 +182,8 @@ pub(crate) fn decode(bytes: &[u8], rip: u64) -> Result<Decoded, Exception> {
     match decoder.last_error() {
         DecoderError::None if raw.code() != Code::INVALID => Ok(Decoded::Insn(Box::new(Insn::new(raw)))),
         DecoderError::NoMoreBytes if bytes.len() < MAX_LENGTH => Ok(Decoded::NeedMore),
-        DecoderError::NoMoreBytes => Err(Exception::gp(0)),
+        // Prefixes without end look invalid to the decoder.
+        _ if decoder.position() >= MAX_LENGTH => Err(Exception::gp(0)),
         _ => Err(Exception::ud()),
     }
 }
