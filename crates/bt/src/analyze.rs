@@ -395,7 +395,8 @@ impl Analyzer {
             }
             _ => return Class::Step,
         }
-        if mode.no_fpu && features.iter().any(|&f| needs_fpu(f)) {
+        // WAIT counts as an instruction of the 8086.
+        if mode.no_fpu && (ins.mnemonic() == M::Wait || features.iter().any(|&f| needs_fpu(f))) {
             return Class::Step;
         }
         match ins.mnemonic() {
