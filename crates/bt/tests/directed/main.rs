@@ -1,0 +1,12 @@
+//! Small guests of our own, each under every engine by a parameter, with the same expected results: traps, interrupts, self-modifying
+//! code, changes of mappings, sensitive instructions.
+//!
+//! [`guest::Guest`] is the machine around them; start there.
+
+mod guest;
+mod interrupts;
+mod lockstep;
+mod mappings;
+mod modified;
+mod sensitive;
+mod traps;
