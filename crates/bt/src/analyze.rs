@@ -146,6 +146,8 @@ pub struct Analyzer {
     allowed: Vec<bool>,
     /// Treat all flags as live everywhere, so that even flags nobody reads are exact at faults.
     pub precise_flags: bool,
+    /// Guest-virtual addresses that a block may begin at, but not contain: a debugger's breakpoints.
+    pub breakpoints: Vec<u64>,
 }
 
 impl Analyzer {
@@ -202,7 +204,7 @@ impl Analyzer {
         ] {
             allowed[feature as usize] = true;
         }
-        Self { factory: InstructionInfoFactory::new(), allowed, precise_flags }
+        Self { factory: InstructionInfoFactory::new(), allowed, precise_flags, breakpoints: Vec::new() }
     }
 
     /// Decodes the block that starts at `offset` of the page with contents `page`, mapped at guest-virtual `page_address`.
@@ -217,6 +219,9 @@ impl Analyzer {
         let mut branches = 0;
         while insns.len() < MAX_INSNS.min(limit) && decoder.can_decode() {
             let position = decoder.position();
+            if !insns.is_empty() && self.breakpoints.contains(&page_address.wrapping_add(position as u64)) {
+                break;
+            }
             let ins = decoder.decode();
             if ins.is_invalid() && position + 15 > page.len() {
                 break; // crosses into the next page

@@ -238,6 +238,11 @@ impl Cache {
         self.blocks.get(id as usize)
     }
 
+    /// Blocks made from now on end before these guest-virtual addresses. To be followed by a flush.
+    pub fn set_breakpoints(&mut self, addresses: &[u64]) {
+        self.analyzer.breakpoints = addresses.to_vec();
+    }
+
     pub fn find(&self, key: &Key) -> Option<BlockId> {
         self.map.get(key).copied()
     }
@@ -360,7 +365,9 @@ impl Cache {
     pub fn translate(&mut self, key: Key, page: &[u8], new_slots: &mut Vec<u32>) -> Result<BlockId, Full> {
         let page_address = key.address & !0xfff;
         let offset = (key.address & 0xfff) as usize;
-        let known = self.pages.get_mut(&key.page).and_then(|page| {
+        // A copy could contain a breakpoint that its model at another address does not.
+        let copy = self.analyzer.breakpoints.is_empty();
+        let known = self.pages.get_mut(&key.page).filter(|_| copy).and_then(|page| {
             let same = |t: &Template| t.address & 0xfff == key.address & 0xfff && t.mode == key.mode;
             page.templates.iter().position(same).map(|at| page.templates.swap_remove(at))
         });
@@ -385,7 +392,7 @@ impl Cache {
         let end = insns.last().map_or(offset, Insn::end);
         let template = self.emit(key, page, &insns, end);
         let result = self.insert(key, &template, new_slots, "translate");
-        if key.mode.user && result.is_ok() {
+        if key.mode.user && copy && result.is_ok() {
             self.pages.entry(key.page).or_default().templates.push(template);
         }
         result

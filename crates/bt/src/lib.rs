@@ -87,7 +87,7 @@ impl BtEngine {
                 "engine bt needs a host CPU with AVX2 (any since 2015): this one has none, use --engine interp".into(),
             );
         }
-        if !(16 << 20..=1 << 30).contains(&options.code_cache) || options.code_cache % 4096 != 0 {
+        if !(16 << 20..=1 << 30).contains(&options.code_cache) || !options.code_cache.is_multiple_of(4096) {
             return Err(format!("a code cache of {} bytes is not possible: 16 MiB to 1 GiB", options.code_cache));
         }
         let slow_access = vcpu::slow_access as *const () as u64;

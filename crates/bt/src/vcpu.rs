@@ -652,9 +652,6 @@ impl BtVcpu {
         let Some(mode) = Self::current_mode(&self.block().state) else { return self.interpret(true) };
         self.set_mode(mode);
         let address = self.block().state.rip;
-        if !self.breakpoints.is_empty() && self.breakpoints.contains(&address) {
-            return self.interpret(true);
-        }
         let Some((mut id, _)) = self.find(address) else { return self.interpret(true) };
         // What to fill in once the block at the target is known.
         loop {
@@ -685,7 +682,7 @@ impl BtVcpu {
                     self.leave(kind == Some(LinkKind::Call));
                     block.state.rip = target;
                     let generation = self.generation;
-                    let Some((next, _)) = self.find(target) else { return self.interpret(true) };
+                    let Some((next, _)) = self.find(target) else { return self.without_block(target) };
                     if generation == self.generation && next != STEP_ONLY {
                         let mut new_slots = Vec::new();
                         self.shared.cache().link(argument, next, &mut new_slots);
@@ -702,7 +699,7 @@ impl BtVcpu {
                     self.leave(kind == LinkKind::Call);
                     block.state.rip = target;
                     let generation = self.generation;
-                    let Some((next, global)) = self.find(target) else { return self.interpret(true) };
+                    let Some((next, global)) = self.find(target) else { return self.without_block(target) };
                     if generation == self.generation && next != STEP_ONLY {
                         let mut cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
                         if let Some(host) = cache.entry(next, kind) {
@@ -716,7 +713,7 @@ impl BtVcpu {
                     self.leave(true);
                     let target = block.exit_target;
                     block.state.rip = target;
-                    let Some((next, global)) = self.find(target) else { return self.interpret(true) };
+                    let Some((next, global)) = self.find(target) else { return self.without_block(target) };
                     if next != STEP_ONLY {
                         let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
                         if let Some(host) = cache.entry(next, LinkKind::Call) {
@@ -765,6 +762,11 @@ impl BtVcpu {
                 _ => return corrupt("reason"),
             }
         }
+    }
+
+    /// On at `address`, which has no block: a breakpoint, which [`Vcpu::run`] sees, or something for the interpreter.
+    fn without_block(&mut self, address: u64) -> Next {
+        if self.breakpoints.contains(&address) { Next::Run } else { self.interpret(true) }
     }
 
     /// The slow path of a memory check. Returns the delta, or tells to leave.
@@ -932,6 +934,7 @@ impl Vcpu for BtVcpu {
 
     fn set_breakpoints(&mut self, addresses: &[u64]) {
         self.breakpoints = addresses.to_vec();
+        self.shared.cache().set_breakpoints(addresses);
         self.flush_cache();
     }
 
