@@ -155,8 +155,9 @@ fn gdb_from_the_first_instruction_to_the_end() {
         eprintln!("gdb is not installed: skipped");
         return;
     }
-    // 0x100000: nop, nop; mov eax, 0x12345678; then the end.
-    let kernel = Kernel::new(Code::new().raw(&[0x90, 0x90, 0xb8, 0x78, 0x56, 0x34, 0x12]).power_off());
+    // 0x100000: nop, nop; mov eax, 0x12345678; 0x100007: mov ecx, 3; 1: nop; 0x10000d: dec ecx; jnz 1b; then the end.
+    let code = [0x90, 0x90, 0xb8, 0x78, 0x56, 0x34, 0x12, 0xb9, 3, 0, 0, 0, 0x90, 0xff, 0xc9, 0x75, 0xfb];
+    let kernel = Kernel::new(Code::new().raw(&code).power_off());
     let socket = kernel.dir.path().join("gdb");
     let session = Session::start(kernel.run(&["--gdb", &format!("unix:{}", socket.display())]));
     for _ in 0..500 {
@@ -178,6 +179,13 @@ fn gdb_from_the_first_instruction_to_the_end() {
         "continue",
         "print/x $eax",
         "delete",
+        "break *0x10000d",
+        "continue",
+        "continue",
+        "print $ecx + 70",
+        "continue",
+        "print $ecx + 70",
+        "delete",
         "continue",
     ] {
         gdb.args(["-ex", line]);
@@ -186,7 +194,7 @@ fn gdb_from_the_first_instruction_to_the_end() {
     let text = String::from_utf8_lossy(&output.stdout);
     let done = session.finish();
     assert_eq!(done.code(), Some(0), "{text}\n{}", done.err);
-    for part in ["= 0x100000", "nop", "= 0x100002", "Breakpoint 1", "= 0x12345678", "exited normally"] {
+    for part in ["= 0x100000", "nop", "= 0x100002", "Breakpoint 1", "= 0x12345678", "= 72", "= 71", "exited normally"] {
         assert!(text.contains(part), "{part} is missing in\n{text}");
     }
 }
