@@ -93,11 +93,14 @@ impl Bench {
         // SAFETY: names the calling thread.
         let thread = unsafe { libc::pthread_self() } as u64;
         std::thread::spawn(move || {
-            let mut last = 0;
+            let (mut last, mut seen_before) = (0, 0);
             while !seen.stop.load(Ordering::SeqCst) {
-                std::thread::sleep(std::time::Duration::from_millis(400));
+                std::thread::sleep(std::time::Duration::from_millis(500));
                 let run = seen.run.load(Ordering::SeqCst);
-                if run != 0 && run == last {
+                seen_before = if run != 0 && run == last { seen_before + 1 } else { 0 };
+                last = run;
+                // Long enough for a busy host, too.
+                if seen_before >= 12 {
                     if run & 1 == 1 {
                         // SAFETY: the thread lives as long as the bench, which ends us first.
                         unsafe { libc::pthread_kill(thread as libc::pthread_t, libc::SIGALRM) };
@@ -105,7 +108,6 @@ impl Bench {
                         handles.iter().for_each(|h| h.kick());
                     }
                 }
-                last = run;
             }
         });
         Self {
@@ -153,8 +155,10 @@ impl Bench {
         if case.at + placed.bytes.len() > (SLOTS * SLOT) as usize {
             return Ok(());
         }
-        if self.run(&case, &placed, true).is_some() {
-            return Err(self.explain(seed, case));
+        if let Some((_, ran)) = self.run(&case, &placed, true) {
+            let text = self.explain(seed, case);
+            let first: Vec<String> = ran.differences.into_iter().flatten().collect();
+            return Err(if text.ends_with("again") { format!("{text}: {}", first.join("; ")) } else { text });
         }
         Ok(())
     }
