@@ -18,6 +18,8 @@ pub struct Mode {
     pub no_fpu: bool,
     /// XCR0 or CR4.OSXSAVE do not allow AVX.
     pub no_avx: bool,
+    /// Each access has a check of its own: for code whose groups of accesses cross a page.
+    pub plain: bool,
     /// RFLAGS.DF is set.
     pub df: bool,
     /// RDTSC must go through the interpreter (CR4.TSD at level 3, or a TSC offset).
@@ -32,6 +34,7 @@ impl Mode {
             | (self.no_avx as u8) << 2
             | (self.no_tsc as u8) << 3
             | (self.df as u8) << 4
+            | (self.plain as u8) << 5
     }
 }
 
@@ -127,6 +130,10 @@ pub struct Insn {
     pub used: u16,
     /// Operands that the instruction may write, as a bit mask.
     pub writes: u8,
+    /// General registers that the instruction may write, by number, as a bit mask.
+    pub written: u16,
+    /// Its part in a group of accesses.
+    pub group: Option<crate::groups::Group>,
 }
 
 impl Insn {
@@ -148,6 +155,8 @@ pub struct Analyzer {
     pub precise_flags: bool,
     /// Guest-virtual addresses that a block may begin at, but not contain: a debugger's breakpoints.
     pub breakpoints: Vec<u64>,
+    /// 64-byte pieces of the page that the last block's flags depend on besides its own bytes, as a bit mask.
+    pub ahead: u64,
 }
 
 impl Analyzer {
@@ -204,7 +213,7 @@ impl Analyzer {
         ] {
             allowed[feature as usize] = true;
         }
-        Self { factory: InstructionInfoFactory::new(), allowed, precise_flags, breakpoints: Vec::new() }
+        Self { factory: InstructionInfoFactory::new(), allowed, precise_flags, breakpoints: Vec::new(), ahead: 0 }
     }
 
     /// Decodes the block that starts at `offset` of the page with contents `page`, mapped at guest-virtual `page_address`.
@@ -259,7 +268,11 @@ impl Analyzer {
         {
             last.class = Class::Step;
         }
+        self.ahead = 0;
         self.liveness(&mut insns, page, page_address);
+        if !mode.plain {
+            crate::groups::assign(&mut insns);
+        }
         insns
     }
 
@@ -271,6 +284,9 @@ impl Analyzer {
             _ => self.live_at(page, page_address, last.ins.next_ip()),
         };
         for insn in insns.iter_mut().rev() {
+            if matches!(insn.class, Class::Jcc | Class::CountJump) {
+                insn.reads = arithmetic_reads(&insn.ins) | self.live_at(page, page_address, insn.ins.near_branch64());
+            }
             insn.live_after = live;
             live = (live & !insn.kills) | insn.reads;
             if self.precise_flags {
@@ -298,6 +314,7 @@ impl Analyzer {
             if ins.is_invalid() {
                 break;
             }
+            self.ahead |= 1 << (offset / 64).min(63) | 1 << ((offset + ins.len() as u64 - 1) / 64).min(63);
             read |= live & arithmetic_reads(&ins);
             live &= !(certain_kills(&ins) | read);
             if live == 0 {
@@ -336,12 +353,16 @@ impl Analyzer {
         };
         let mut used = 0;
         let mut writes = 0;
+        let mut written = 0;
         if matches!(class, Class::Plain | Class::Memory { .. } | Class::BitTest { .. }) {
             let info = self.factory.info_options(&ins, InstructionInfoOptions::NO_MEMORY_USAGE);
             for register in info.used_registers() {
                 let full = register.register().full_register();
                 if full.is_gpr() {
                     used |= 1 << full.number();
+                    if !matches!(register.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess) {
+                        written |= 1 << full.number();
+                    }
                 }
             }
             for i in 0..ins.op_count().min(5) {
@@ -359,7 +380,19 @@ impl Analyzer {
                 }
             }
         }
-        Insn { ins, offset, class, reads, kills, live_before: ALL_FLAGS, live_after: ALL_FLAGS, used, writes }
+        Insn {
+            ins,
+            offset,
+            class,
+            reads,
+            kills,
+            live_before: ALL_FLAGS,
+            live_after: ALL_FLAGS,
+            used,
+            writes,
+            written,
+            group: None,
+        }
     }
 
     fn class(&mut self, ins: &Instruction, mode: Mode) -> Class {

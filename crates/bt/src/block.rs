@@ -13,6 +13,8 @@ pub const TLB_ENTRIES: usize = 4096;
 pub const IBTC_ENTRIES: usize = 4096;
 /// Cross-page jump slots per vCPU.
 pub const MAX_SLOTS: usize = 1 << 18;
+/// Groups of accesses with a common check, per block.
+pub const MAX_GROUPS: usize = 12;
 /// Bytes of the stack that host CALL and RET use for guest calls.
 pub const CALL_STACK: usize = 256 << 10;
 
@@ -102,6 +104,8 @@ pub struct VcpuBlock {
     pub fast_syscall: u32,
     /// CS and SS after SYSCALL, CS and SS after SYSRET.
     pub fast_segments: [cpu::Segment; 4],
+    /// Deltas of groups of accesses.
+    pub deltas: [u64; MAX_GROUPS],
     /// Host registers lent to an instruction.
     pub borrowed: [u64; 4],
     /// The runtime of this vCPU, for the slow path.
@@ -157,6 +161,9 @@ pub mod off {
     pub const NMI_BLOCKED: i32 = offset_of!(VcpuBlock, state.nmi_blocked) as i32;
     pub const LSTAR: i32 = offset_of!(VcpuBlock, state.lstar) as i32;
     pub const ENTRY: i32 = offset_of!(VcpuBlock, entry) as i32;
+    pub const fn delta(slot: u8) -> i32 {
+        (offset_of!(VcpuBlock, deltas) + 8 * slot as usize) as i32
+    }
     pub const fn borrowed(index: usize) -> i32 {
         (offset_of!(VcpuBlock, borrowed) + 8 * index) as i32
     }

@@ -77,6 +77,8 @@ pub struct Block {
     /// Bytes of the page: first and behind the last.
     start: u16,
     end: u16,
+    /// Pieces of the page that it depends on besides, see [`Analyzer::ahead`].
+    ahead: u64,
     pads: Box<[(usize, u64)]>,
     meta: Box<[Meta]>,
     incoming: Vec<u32>,
@@ -86,10 +88,10 @@ pub struct Block {
 }
 
 impl Block {
-    /// Bit mask of the 64-byte pieces of its first page that it was made from.
+    /// Bit mask of the 64-byte pieces of its first page that it depends on.
     fn chunks(&self) -> u64 {
         let (first, behind) = (usize::from(self.start), usize::from(self.end).min(4096));
-        (first / 64..=(behind.max(first + 1) - 1) / 64).fold(0, |mask, chunk| mask | 1 << chunk)
+        (first / 64..=(behind.max(first + 1) - 1) / 64).fold(self.ahead, |mask, chunk| mask | 1 << chunk)
     }
 }
 
@@ -120,6 +122,8 @@ struct Template {
     end: u16,
     /// Guest instructions.
     insns: u16,
+    /// See [`Analyzer::ahead`].
+    ahead: u64,
     output: Output,
 }
 
@@ -287,7 +291,7 @@ impl Cache {
 
     fn entry_position(block: &Block, kind: LinkKind) -> usize {
         match kind {
-            LinkKind::Forward => block.body,
+            LinkKind::Forward | LinkKind::Plain => block.body,
             LinkKind::Backward => block.hot,
             LinkKind::Call => block.indirect,
         }
@@ -312,9 +316,8 @@ impl Cache {
         }
         let (at, target, kind) = (entry.at, entry.target, entry.kind);
         let (source, destination) = (&self.blocks[entry.source as usize], &self.blocks[block as usize]);
-        if destination.key.address != target
-            || destination.key.page != source.key.page
-            || destination.key.mode != source.key.mode
+        let mode = Mode { plain: kind == LinkKind::Plain, ..source.key.mode };
+        if destination.key.address != target || destination.key.page != source.key.page || destination.key.mode != mode
         {
             return;
         }
@@ -323,7 +326,6 @@ impl Cache {
             if self.cold + 32 > self.memory.size() || self.slots.len() == crate::block::MAX_SLOTS {
                 return;
             }
-            let mode = source.key.mode;
             let slot = self.slot_for(target, mode, kind, new_slots);
             let mut code = [0x65, 0xff, 0x24, 0x25, 0, 0, 0, 0]; // jmp gs:[slot]
             code[4..].copy_from_slice(&crate::block::off::slot(slot).to_le_bytes());
@@ -357,7 +359,14 @@ impl Cache {
         self.encoder = Some(encoder);
         self.counters.blocks += 1;
         self.counters.instructions += insns.len() as u64;
-        Template { address: key.address, mode: key.mode, end: end as u16, insns: insns.len() as u16, output }
+        Template {
+            address: key.address,
+            mode: key.mode,
+            end: end as u16,
+            insns: insns.len() as u16,
+            ahead: self.analyzer.ahead,
+            output,
+        }
     }
 
     /// Translates the block at `key` from the page contents. [`STEP_ONLY`] when its first instruction crosses the page end.
@@ -485,7 +494,8 @@ impl Cache {
         }
         self.cold = cold + output.cold.len();
         for slot in &output.slots {
-            let number = self.slot_for(slot.target.wrapping_add(moved), key.mode, slot.kind, new_slots);
+            let number =
+                self.slot_for(slot.target.wrapping_add(moved), Mode { plain: false, ..key.mode }, slot.kind, new_slots);
             let displacement = crate::block::off::slot(number);
             let bytes = if slot.part == Part::Hot { &mut hot_bytes } else { &mut cold_bytes };
             bytes[slot.at..slot.at + 4].copy_from_slice(&displacement.to_le_bytes());
@@ -514,6 +524,7 @@ impl Cache {
             stale: cold + output.stale,
             start: (key.address & 0xfff) as u16,
             end: template.end,
+            ahead: template.ahead,
             pads: output.pads.iter().map(|&(at, address)| (hot + at, address.wrapping_add(moved))).collect(),
             meta: output.meta.clone().into_boxed_slice(),
             incoming: Vec::new(),
@@ -588,7 +599,8 @@ impl Cache {
             if !block.alive {
                 continue;
             }
-            if everything || (usize::from(block.start) < end && start < usize::from(block.end)) {
+            let overlaps = usize::from(block.start) < end && start < usize::from(block.end);
+            if everything || overlaps || block.ahead & mask != 0 {
                 self.kill(id, forgotten);
             } else {
                 chunks |= block.chunks();

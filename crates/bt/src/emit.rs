@@ -86,6 +86,8 @@ pub enum LinkKind {
     Backward,
     /// Flags in the block; at the poll.
     Call,
+    /// Flags in the host; behind the poll; to the translation without groups.
+    Plain,
 }
 
 /// A cross-page jump through a slot.
@@ -570,6 +572,9 @@ impl<'a> Emitter<'a> {
         write: bool,
         compute: &dyn Fn(&mut Asm),
     ) -> Result<Mem, Unsupported> {
+        if let (Some(group), Address::Simple(base, disp)) = (insn.group, address) {
+            return Ok(self.check_group(insn, group, base, disp, write));
+        }
         self.flags_to_block(insn.live_before);
         let table = off::tlb(self.context.mode.user, write);
         let limit = 4096 - i32::from(size);
@@ -656,6 +661,62 @@ impl<'a> Emitter<'a> {
         let at = self.cold.jmp();
         self.fix(Part::Cold, at, Target::Own(Part::Hot, back));
         Ok(operand)
+    }
+
+    /// An access of a group, see [`crate::groups`].
+    fn check_group(&mut self, insn: &Insn, group: crate::groups::Group, base: Reg, disp: i32, write: bool) -> Mem {
+        let operand = Mem::sum(base, R10, disp);
+        if !group.leader {
+            self.hot.load(R10, Mem::gs(off::delta(group.slot)));
+            return operand;
+        }
+        self.flags_to_block(insn.live_before);
+        let table = off::tlb(self.context.mode.user, write);
+        let limit = 4096 - i32::from(group.span);
+        let first = disp.wrapping_add(group.start);
+        let range = |asm: &mut Asm| {
+            if first == 0 {
+                asm.mov(R11, base);
+            } else {
+                asm.lea(R11, Mem::base(base, first));
+            }
+        };
+        range(&mut self.hot);
+        self.hot.mov32(R10, R11);
+        self.hot.shr32(R10, 8);
+        self.hot.and32_imm(R10, 0xfff0);
+        self.hot.xor_mem(R11, Mem::gs_base(R10, table));
+        self.hot.cmp_imm(R11, limit);
+        let slow = self.hot.jcc(cc::A);
+        self.fix(Part::Hot, slow, Target::Own(Part::Cold, self.cold.len()));
+        self.hot.load(R10, Mem::gs_base(R10, table + 8));
+        let back = self.hot.len();
+        self.hot.store(Mem::gs(off::delta(group.slot)), R10);
+        // A miss, or a range across a page?
+        range(&mut self.cold);
+        self.cold.mov32(R10, R11);
+        self.cold.and32_imm(R10, 0xfff);
+        self.cold.cmp_imm(R10, limit);
+        let crosses = self.cold.jcc(cc::A);
+        self.cold_number(Number::Access(self.out.accesses.len()));
+        self.out.accesses.push(Access {
+            offset: insn.offset,
+            size: group.span,
+            write,
+            flags_saved: self.flags == Flags::Block,
+            fpu: crate::analyze::uses_fpu(&insn.ins),
+        });
+        let at = self.cold.call();
+        self.fix(Part::Cold, at, Target::Fixed(self.context.stubs.slow_access));
+        let at = self.cold.jmp();
+        self.fix(Part::Cold, at, Target::Own(Part::Hot, back));
+        self.cold.patch32(crosses);
+        if self.flags == Flags::Block {
+            self.cold.restore_flags(off::FLAGS, R10);
+        }
+        let at = self.cold.jmp();
+        self.link_kind(Part::Cold, at, insn.ins.ip(), LinkKind::Plain);
+        operand
     }
 
     /// `mov reg, address` in the hot part; the address moves with the page when `relative`.
@@ -764,6 +825,7 @@ impl<'a> Emitter<'a> {
                 self.fix(Part::Hot, at, Target::Fixed(self.context.stubs.indirect_miss));
             }
             Class::Ret => {
+                self.flags_to_block(ALL_FLAGS);
                 let top = self.check_stack(insn, 0, false)?;
                 self.hot.load(R11, top);
                 let extra = if ins.code() == Code::Retnq_imm16 { i32::from(ins.immediate16()) } else { 0 };
@@ -1265,8 +1327,8 @@ impl<'a> Emitter<'a> {
 
     /// Checks and stores the return address; flags are in the block afterwards.
     fn push_return(&mut self, insn: &Insn) -> Result<u64, Unsupported> {
-        let top = self.check_stack(insn, -8, true)?;
         self.flags_to_block(ALL_FLAGS);
+        let top = self.check_stack(insn, -8, true)?;
         let address = insn.ins.next_ip();
         match i32::try_from(address as i64) {
             Ok(small) if !self.context.mode.user => self.hot.store_imm(top, small),

@@ -19,6 +19,7 @@ mod asm;
 mod block;
 mod cache;
 mod emit;
+mod groups;
 mod memory;
 mod signals;
 mod stubs;

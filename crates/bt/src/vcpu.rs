@@ -368,6 +368,7 @@ impl BtVcpu {
             return None;
         }
         Some(Mode {
+            plain: false,
             user: cpl == 3,
             no_fpu: state.cr0 & (cr0::TS | cr0::EM) != 0 || state.cr4 & cr4::OSFXSR == 0,
             no_avx: state.cr4 & cr4::OSXSAVE == 0 || state.xcr0 & 6 != 6,
@@ -446,9 +447,13 @@ impl BtVcpu {
     /// The block at `address`, translated if need be. `None`: no executable RAM there, the interpreter raises the fault.
     /// The flag tells whether its mapping is global.
     fn find(&mut self, address: u64) -> Option<(BlockId, bool)> {
+        self.find_mode(address, self.mode)
+    }
+
+    fn find_mode(&mut self, address: u64, mode: Mode) -> Option<(BlockId, bool)> {
         let page = address & !0xfff;
         let (gpa, global) = self.fetch_page(page)?;
-        let mut key = Key { page: gpa, address, mode: self.mode, tail: 0 };
+        let mut key = Key { page: gpa, address, mode, tail: 0 };
         let found = self.shared.cache().find(&key);
         let id = match found {
             Some(id) => id,
@@ -681,8 +686,9 @@ impl BtVcpu {
                     let Some(target) = target else { return corrupt("link") };
                     self.leave(kind == Some(LinkKind::Call));
                     block.state.rip = target;
+                    let mode = Mode { plain: kind == Some(LinkKind::Plain), ..self.mode };
                     let generation = self.generation;
-                    let Some((next, _)) = self.find(target) else { return self.without_block(target) };
+                    let Some((next, _)) = self.find_mode(target, mode) else { return self.without_block(target) };
                     if generation == self.generation && next != STEP_ONLY {
                         let mut new_slots = Vec::new();
                         self.shared.cache().link(argument, next, &mut new_slots);

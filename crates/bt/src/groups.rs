@@ -1,0 +1,215 @@
+//! Memory accesses of a block that share one check.
+//!
+//! Accesses through the same base register with small displacements nearly always touch the same page: saved registers, locals,
+//! fields of one structure. The first access of such a group (its *leader*) checks the whole range that the group touches and leaves the
+//! delta in the vCPU block; the others (*followers*) only load it. Registers are followed through copies, LEA, PUSH, POP
+//! and additions of constants. When the range crosses a page, the leader goes to a translation of the same
+//! code without groups ([`crate::analyze::Mode::plain`]).
+//!
+//! A delta is good until translated code is left: TLB entries change only there. So groups end at calls.
+
+use iced_x86::{Mnemonic, OpKind, Register};
+
+use crate::analyze::{Class, Insn};
+use crate::block::MAX_GROUPS;
+
+/// The part an access has in its group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// Where the delta is kept.
+    pub slot: u8,
+    pub leader: bool,
+    /// For the leader: start of the group's range, relative to its own access, in bytes (0 or negative).
+    pub start: i32,
+    /// For the leader: length of the range in bytes.
+    pub span: u16,
+}
+
+/// Longest range of a group in bytes. Longer ones save more checks but cross a page more often.
+const MAX_SPAN: i64 = 384;
+
+/// What is known of a register: a value without a name, plus a constant.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Value {
+    id: u32,
+    offset: i64,
+}
+
+struct Active {
+    id: u32,
+    write: bool,
+    min: i64,
+    max: i64,
+    leader: usize,
+    leader_offset: i64,
+    slot: u8,
+    followers: Vec<usize>,
+}
+
+struct Tracker {
+    values: [Value; 16],
+    next: u32,
+}
+
+impl Tracker {
+    fn new() -> Self {
+        let mut tracker = Self { values: [Value { id: 0, offset: 0 }; 16], next: 0 };
+        tracker.forget_all();
+        tracker
+    }
+
+    fn forget(&mut self, register: usize) {
+        self.next += 1;
+        self.values[register] = Value { id: self.next, offset: 0 };
+    }
+
+    fn forget_all(&mut self) {
+        for register in 0..16 {
+            self.forget(register);
+        }
+    }
+
+    fn add(&mut self, register: usize, bytes: i64) {
+        self.values[register].offset = self.values[register].offset.wrapping_add(bytes);
+    }
+}
+
+fn full(register: Register) -> usize {
+    register.full_register().number() & 15
+}
+
+const RSP: usize = 4;
+const RBP: usize = 5;
+
+/// The access that can take part in a group: base register, displacement, size, write.
+fn access(insn: &Insn) -> Option<(usize, i64, i64, bool)> {
+    let ins = &insn.ins;
+    match insn.class {
+        Class::Memory { write, size } => {
+            let base = ins.memory_base();
+            if !base.is_gpr64()
+                || ins.memory_index() != Register::None
+                || matches!(ins.memory_segment(), Register::FS | Register::GS)
+                || (9..=11).contains(&full(base))
+            {
+                return None;
+            }
+            Some((full(base), i64::from(ins.memory_displacement64() as i32), i64::from(size), write))
+        }
+        Class::Push | Class::Call => Some((RSP, -8, 8, true)),
+        Class::CallIndirect if ins.op0_kind() == OpKind::Register => Some((RSP, -8, 8, true)),
+        Class::Pop | Class::Ret => Some((RSP, 0, 8, false)),
+        Class::Leave => Some((RBP, 0, 8, false)),
+        _ => None,
+    }
+}
+
+/// Follows the registers over one instruction.
+fn track(tracker: &mut Tracker, insn: &Insn) {
+    let ins = &insn.ins;
+    match insn.class {
+        Class::Push | Class::PushMemory | Class::Pushf => tracker.add(RSP, -8),
+        Class::Pop => {
+            tracker.add(RSP, 8);
+            tracker.forget(full(ins.op0_register()));
+        }
+        Class::Popf => tracker.add(RSP, 8),
+        Class::Leave => {
+            tracker.values[RSP] = tracker.values[RBP];
+            tracker.add(RSP, 8);
+            tracker.forget(RBP);
+        }
+        Class::Lea => {
+            let to = full(ins.op0_register());
+            let base = ins.memory_base();
+            if ins.op0_register().is_gpr64() && base.is_gpr64() && ins.memory_index() == Register::None {
+                let value = tracker.values[full(base)];
+                tracker.values[to] = value;
+                tracker.add(to, i64::from(ins.memory_displacement64() as i32));
+            } else {
+                tracker.forget(to);
+            }
+        }
+        Class::Plain if ins.op_count() > 0 && ins.op0_kind() == OpKind::Register && ins.op0_register().is_gpr64() => {
+            let to = full(ins.op0_register());
+            let immediate = (ins.op_count() == 2
+                && matches!(ins.op1_kind(), OpKind::Immediate8to64 | OpKind::Immediate32to64))
+            .then(|| ins.immediate(1) as i64);
+            match (ins.mnemonic(), immediate) {
+                (Mnemonic::Add, Some(value)) => tracker.add(to, value),
+                (Mnemonic::Sub, Some(value)) => tracker.add(to, value.wrapping_neg()),
+                (Mnemonic::Inc, _) => tracker.add(to, 1),
+                (Mnemonic::Dec, _) => tracker.add(to, -1),
+                (Mnemonic::Mov, None) if ins.op1_kind() == OpKind::Register && ins.op1_register().is_gpr64() => {
+                    tracker.values[to] = tracker.values[full(ins.op1_register())];
+                }
+                _ => forget_written(tracker, insn),
+            }
+        }
+        Class::Plain | Class::Memory { .. } | Class::BitTest { .. } => forget_written(tracker, insn),
+        Class::Jcc | Class::Jmp | Class::Skip | Class::Cli | Class::Sti | Class::Swapgs => {}
+        _ => tracker.forget_all(),
+    }
+}
+
+fn forget_written(tracker: &mut Tracker, insn: &Insn) {
+    for register in 0..16 {
+        if insn.written & (1 << register) != 0 {
+            tracker.forget(register);
+        }
+    }
+}
+
+/// Finds the groups of a block.
+pub fn assign(insns: &mut [Insn]) {
+    let mut tracker = Tracker::new();
+    let mut active: Vec<Active> = Vec::new();
+    let mut done: Vec<Active> = Vec::new();
+    let mut slots = 0_u8;
+    for (i, insn) in insns.iter().enumerate() {
+        if let Some((base, disp, size, write)) = access(insn) {
+            let value = tracker.values[base];
+            let start = value.offset.wrapping_add(disp);
+            let end = start.wrapping_add(size);
+            let fits = |group: &&mut Active| {
+                group.id == value.id
+                    && (group.write || !write)
+                    && group.max.max(end).wrapping_sub(group.min.min(start)) <= MAX_SPAN
+            };
+            if let Some(group) = active.iter_mut().find(fits) {
+                group.min = group.min.min(start);
+                group.max = group.max.max(end);
+                group.followers.push(i);
+            } else if usize::from(slots) < MAX_GROUPS {
+                active.push(Active {
+                    id: value.id,
+                    write,
+                    min: start,
+                    max: end,
+                    leader: i,
+                    leader_offset: start,
+                    slot: slots,
+                    followers: Vec::new(),
+                });
+                slots += 1;
+            }
+        }
+        track(&mut tracker, insn);
+        if matches!(insn.class, Class::Call | Class::CallIndirect) {
+            done.append(&mut active);
+            tracker.forget_all();
+        }
+    }
+    done.append(&mut active);
+    for group in done.iter().filter(|g| !g.followers.is_empty()) {
+        insns[group.leader].group = Some(Group {
+            slot: group.slot,
+            leader: true,
+            start: (group.min - group.leader_offset) as i32,
+            span: (group.max - group.min) as u16,
+        });
+        for &follower in &group.followers {
+            insns[follower].group = Some(Group { slot: group.slot, leader: false, start: 0, span: 0 });
+        }
+    }
+}
