@@ -219,11 +219,7 @@ impl Bench {
                 self.guests[case.guest].read_memory(&mut memory);
                 list.extend(memory_differences(self.native.memory(), &memory));
             }
-            // A wild jump into what another program left: that may show the level or the flags of other engines.
-            let code = case.layout.code..case.layout.code + SLOTS * SLOT;
-            let own = start.rip..start.rip + placed.bytes.len() as u64;
-            if code.contains(&native.rip) && !own.contains(&native.rip) && found.as_ref().is_some_and(|l| !l.is_empty())
-            {
+            if strayed(case, placed, start, &native) && found.as_ref().is_some_and(|l| !l.is_empty()) {
                 found = None;
             }
             match &found {
@@ -363,6 +359,18 @@ impl Bench {
         }
         out
     }
+}
+
+/// Has the program left the ground on which it can be compared? By a wild jump, perhaps into what other programs left (that may show
+/// the level or other engines' flags), or by a repeated string instruction that overwrites code, perhaps itself (the CPU notices
+/// between elements, the engine between pieces).
+fn strayed(case: &Case, placed: &Placed, start: &Start, native: &Final) -> bool {
+    let code = case.layout.code..case.layout.code + SLOTS * SLOT;
+    let own = start.rip..start.rip + placed.bytes.len() as u64;
+    let outside = native.stop != Stop::End && !own.contains(&native.rip);
+    let stores = (code.start - 2 * PAGE..code.end + 2 * PAGE).contains(&native.gpr[7])
+        && case.program.items.iter().any(|i| i.alive && i.ins.is_string_instruction());
+    (outside && (code.contains(&native.rip) || !case.user)) || stores
 }
 
 /// The instruction at this offset.
