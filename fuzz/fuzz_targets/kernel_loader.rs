@@ -12,6 +12,7 @@ fuzz_target!(|data: &[u8]| {
     let ram = GuestRam::new(64 << 20).unwrap();
     let source = BootSource {
         kernel,
+        unpacked: (split % 3 == 0).then_some(kernel),
         initrd: (!initrd.is_empty()).then_some(initrd),
         command_line: "console=ttyS0",
         own_decompressor: split % 2 == 0,

@@ -42,12 +42,6 @@ impl fmt::Debug for Trace {
     }
 }
 
-/// The exceptions' short names, by vector.
-const NAMES: [&str; 22] = [
-    "#DE", "#DB", "NMI", "#BP", "#OF", "#BR", "#UD", "#NM", "#DF", "", "#TS", "#NP", "#SS", "#GP", "#PF", "", "#MF",
-    "#AC", "#MC", "#XM", "#VE", "#CP",
-];
-
 /// Sees what the interpreter delivers to the guest.
 pub(crate) struct Interrupts {
     pub trace: Trace,
@@ -61,7 +55,7 @@ impl Observer for Interrupts {
         } else if delivery.software {
             "software"
         } else {
-            NAMES.get(usize::from(delivery.vector)).copied().unwrap_or_default()
+            cpu::vector::NAMES.get(usize::from(delivery.vector)).copied().unwrap_or_default()
         };
         let code = delivery.error_code.map_or(String::new(), |code| format!(" code {code:#x}"));
         let cr2 = if delivery.vector == 14 && !delivery.external && !delivery.software {

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use cpu::paging::{self, Access as PageAccess, Kind, PagingContext};
 use cpu::{CpuState, Exit, Kick, Segment, Vcpu, VcpuSetup, cr0, cr4, efer, rflags};
@@ -166,8 +167,13 @@ pub struct Counters {
     pub flush_all: u64,
     pub flush_local: u64,
     pub flush_page: u64,
-    pub interrupts: u64,
     pub halts: u64,
+    /// From entry to exit of [`Vcpu::run`].
+    pub run_time: Duration,
+    /// In the translator.
+    pub translator_time: Duration,
+    /// Halted.
+    pub halted_time: Duration,
 }
 
 /// A vCPU of engine `bt`.
@@ -473,6 +479,13 @@ impl BtVcpu {
     }
 
     fn translate(&mut self, key: Key) -> Option<BlockId> {
+        let start = Instant::now();
+        let id = self.translate_now(key);
+        self.counters.translator_time += start.elapsed();
+        id
+    }
+
+    fn translate_now(&mut self, key: Key) -> Option<BlockId> {
         if self.breakpoints.contains(&key.address) {
             return None;
         }
@@ -615,7 +628,6 @@ impl BtVcpu {
             }
             if status.interrupt && state.rflags & rflags::IF != 0 && !state.interrupt_shadow {
                 if let Some(vector) = self.setup.lapic.acknowledge() {
-                    self.counters.interrupts += 1;
                     state.halted = false;
                     if self.interp.deliver_interrupt(state, vector).is_err() {
                         return Some(Exit::TripleFault);
@@ -631,7 +643,9 @@ impl BtVcpu {
                 return Some(Exit::Stuck);
             }
             self.counters.halts += 1;
+            let start = Instant::now();
             self.handle.wait();
+            self.counters.halted_time += start.elapsed();
         }
     }
 
@@ -820,6 +834,34 @@ impl BtVcpu {
         }
     }
 
+    /// [`Vcpu::run`] without its clock.
+    fn run_guest(&mut self) -> Exit {
+        let enter = self.prepare_thread();
+        if self.breakpoints.contains(&self.block().state.rip) {
+            // Leave the breakpoint we stand on.
+            if let Next::Leave(exit) = self.interpret(true) {
+                self.save_x87();
+                return exit;
+            }
+        }
+        let mut events = true;
+        let exit = loop {
+            if events && let Some(exit) = self.events() {
+                break exit;
+            }
+            if !self.breakpoints.is_empty() && self.breakpoints.contains(&self.block().state.rip) {
+                break Exit::Debug;
+            }
+            match self.dispatch(enter) {
+                Next::Events => events = true,
+                Next::Run => events = false,
+                Next::Leave(exit) => break exit,
+            }
+        };
+        self.save_x87();
+        exit
+    }
+
     /// Prepares the thread: GS base, signal handlers, x87 registers. Returns the entry stub.
     fn prepare_thread(&mut self) -> extern "C" fn(u64) {
         let block = self.handle.memory.block() as u64;
@@ -875,29 +917,9 @@ pub unsafe extern "C" fn slow_access(vcpu: *mut BtVcpu, address: u64, descriptor
 
 impl Vcpu for BtVcpu {
     fn run(&mut self) -> Exit {
-        let enter = self.prepare_thread();
-        if self.breakpoints.contains(&self.block().state.rip) {
-            // Leave the breakpoint we stand on.
-            if let Next::Leave(exit) = self.interpret(true) {
-                self.save_x87();
-                return exit;
-            }
-        }
-        let mut events = true;
-        let exit = loop {
-            if events && let Some(exit) = self.events() {
-                break exit;
-            }
-            if !self.breakpoints.is_empty() && self.breakpoints.contains(&self.block().state.rip) {
-                break Exit::Debug;
-            }
-            match self.dispatch(enter) {
-                Next::Events => events = true,
-                Next::Run => events = false,
-                Next::Leave(exit) => break exit,
-            }
-        };
-        self.save_x87();
+        let start = Instant::now();
+        let exit = self.run_guest();
+        self.counters.run_time += start.elapsed();
         exit
     }
 
@@ -957,34 +979,37 @@ impl Vcpu for BtVcpu {
         let cache = self.shared.cache();
         let k = &cache.counters;
         let mut out: Vec<(String, u64)> = [
-            ("blocks translated", k.blocks),
-            ("blocks copied", k.copied),
-            ("instructions translated", k.instructions),
-            ("code bytes", k.code_bytes),
-            ("blocks invalidated", k.invalidated),
-            ("code cache flushes", k.flushes),
-            ("links made", k.links),
-            ("exits: link", c.exits[1]),
-            ("exits: slot", c.exits[2]),
-            ("exits: indirect", c.exits[3]),
-            ("exits: step", c.exits[4]),
-            ("exits: poll", c.exits[5]),
-            ("exits: access", c.exits[6]),
-            ("exits: fault", c.exits[7]),
-            ("exits: stale", c.exits[8]),
-            ("instructions interpreted", c.steps),
-            ("TLB misses", c.tlb_misses),
-            ("TLB flushes: all", c.flush_all),
-            ("TLB flushes: non-global", c.flush_local),
-            ("TLB flushes: page", c.flush_page),
-            ("interrupts", c.interrupts),
+            ("blocks.translated", k.blocks),
+            ("blocks.copied", k.copied),
+            ("instructions.translated", k.instructions),
+            ("code-cache.bytes", k.code_bytes),
+            ("blocks.invalidated", k.invalidated),
+            ("code-cache.flushes", k.flushes),
+            ("blocks.linked", k.links),
+            ("dispatches.link", c.exits[1]),
+            ("dispatches.slot", c.exits[2]),
+            ("dispatches.indirect", c.exits[3]),
+            ("dispatches.step", c.exits[4]),
+            ("dispatches.poll", c.exits[5]),
+            ("dispatches.access", c.exits[6]),
+            ("dispatches.fault", c.exits[7]),
+            ("dispatches.stale", c.exits[8]),
+            ("instructions.interpreted", c.steps),
+            ("tlb.misses", c.tlb_misses),
+            ("tlb.flushes.all", c.flush_all),
+            ("tlb.flushes.non-global", c.flush_local),
+            ("tlb.flushes.page", c.flush_page),
             ("halts", c.halts),
+            ("time.running-us", c.run_time.as_micros() as u64),
+            ("time.translator-us", c.translator_time.as_micros() as u64),
+            ("time.halted-us", c.halted_time.as_micros() as u64),
         ]
         .iter()
         .map(|&(name, value)| (name.to_string(), value))
         .collect();
+        out.extend(self.interp.deliveries());
         if let Some(histogram) = &self.step_histogram {
-            let mut rows: Vec<_> = histogram.iter().map(|(code, &n)| (format!("interpreted {code:?}"), n)).collect();
+            let mut rows: Vec<_> = histogram.iter().map(|(code, &n)| (format!("interpreted.{code:?}"), n)).collect();
             rows.sort_by_key(|row| std::cmp::Reverse(row.1));
             rows.truncate(60);
             out.extend(rows);

@@ -21,6 +21,12 @@ pub mod vector {
     pub const AC: u8 = 17;
     pub const MC: u8 = 18;
     pub const XM: u8 = 19;
+
+    /// The short names of the exceptions, by vector; empty where there is none.
+    pub const NAMES: [&str; 22] = [
+        "#DE", "#DB", "NMI", "#BP", "#OF", "#BR", "#UD", "#NM", "#DF", "", "#TS", "#NP", "#SS", "#GP", "#PF", "", "#MF",
+        "#AC", "#MC", "#XM", "#VE", "#CP",
+    ];
 }
 
 /// What a page fault reports: CR2 and the error code.

@@ -6,7 +6,7 @@
 //!   indexes/<mirror>/<suite>/  the last verified Packages.xz of a suite, and what is known about it
 //!   packages/<hash>-<name>     verified .deb files
 //!   partial/<hash>             downloads not finished yet
-//!   images/<hash>/             built guests: vmlinuz, initrd.cpio
+//!   images/<hash>/             built guests: vmlinuz, initrd.cpio; vmlinux, if somebody keeps the unpacked kernel here
 //!   images/<name>.json         the last built guest of that name
 //! ```
 //!
@@ -94,7 +94,7 @@ impl Cache {
 ///
 /// # Errors
 /// [`Error::CacheUnwritable`], [`Error::CacheFull`], [`Error::Io`].
-pub(crate) fn write_atomically(path: &Path, data: &[u8]) -> Result<()> {
+pub fn write_atomically(path: &Path, data: &[u8]) -> Result<()> {
     let temporary = path.with_extension(format!("new{}", std::process::id()));
     let write = || {
         let mut file = File::create(&temporary)?;

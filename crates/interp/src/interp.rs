@@ -82,7 +82,8 @@ pub(crate) struct Counters {
     pub(crate) instructions: u64,
     pub(crate) native: u64,
     pub(crate) decoded: u64,
-    pub(crate) interrupts: u64,
+    /// By vector, in rows of 32.
+    pub(crate) interrupts: [[u64; 32]; 8],
     pub(crate) halts: u64,
     pub(crate) exceptions: [u64; 32],
 }
@@ -130,18 +131,27 @@ impl Interp {
     pub fn counters(&self) -> Vec<(String, u64)> {
         let c = &self.counters;
         let mut all: Vec<(String, u64)> = [
-            ("instructions", c.instructions),
-            ("instructions by native assist", c.native),
-            ("instructions decoded", c.decoded),
-            ("TLB misses", self.mmu.misses),
-            ("interrupts", c.interrupts),
+            ("instructions.interpreted", c.instructions),
+            ("instructions.native", c.native),
+            ("instructions.decoded", c.decoded),
+            ("tlb.misses", self.mmu.misses),
             ("halts", c.halts),
         ]
         .map(|(kind, number)| (kind.to_string(), number))
         .into();
-        let raised = c.exceptions.iter().enumerate().filter(|(_, number)| **number > 0);
-        all.extend(raised.map(|(vector, number)| (format!("exception {vector}"), *number)));
+        all.extend(self.deliveries());
         all
+    }
+
+    /// What was delivered so far, as `(kind, number)`: exceptions by name, NMIs and interrupts by vector.
+    pub fn deliveries(&self) -> Vec<(String, u64)> {
+        let raised = self.counters.exceptions.iter().enumerate().filter(|(_, number)| **number > 0);
+        let exceptions = raised.map(|(vector, number)| match cpu::vector::NAMES.get(vector) {
+            Some(name) if !name.is_empty() => (format!("exceptions.{name}"), *number),
+            _ => (format!("exceptions.{vector}"), *number),
+        });
+        let taken = self.counters.interrupts.iter().flatten().enumerate().filter(|(_, number)| **number > 0);
+        exceptions.chain(taken.map(|(vector, number)| (format!("interrupts.{vector:#04x}"), *number))).collect()
     }
 
     /// What [`crate::msr`] needs.

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use crate::state::lock;
 
@@ -124,6 +125,8 @@ pub struct IoBus {
     counters: Mutex<BTreeMap<String, Arc<Counter>>>,
     nobody: [Counter; 2],
     trace: OnceLock<Trace>,
+    /// Nanoseconds that vCPUs spent in devices.
+    time: AtomicU64,
 }
 
 impl fmt::Debug for IoBus {
@@ -198,6 +201,17 @@ impl IoBus {
         all
     }
 
+    /// How long vCPUs have been in devices, over all of them.
+    pub fn time(&self) -> Duration {
+        Duration::from_nanos(self.time.load(Ordering::Relaxed))
+    }
+
+    fn timed(&self, work: impl FnOnce()) {
+        let start = Instant::now();
+        work();
+        self.time.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+    }
+
     #[inline]
     fn note(&self, counter: &Counter, device: Option<&str>, space: Space, write: bool, address: u64, data: &[u8]) {
         let count = if write { &counter.writes } else { &counter.reads };
@@ -212,7 +226,7 @@ impl cpu::Bus for IoBus {
     fn pio_read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
         if let Some(entry) = find(&self.pio, port.into(), data.len()) {
-            entry.device.pio_read((u64::from(port) - entry.start) as u16, data);
+            self.timed(|| entry.device.pio_read((u64::from(port) - entry.start) as u16, data));
             self.note(&entry.counter, Some(&entry.name), Space::Pio, false, port.into(), data);
         } else if data.len() > 1 {
             // No device takes the access whole: the bus splits it into bytes, as a PC's chipset does.
@@ -227,7 +241,7 @@ impl cpu::Bus for IoBus {
     fn pio_write(&self, port: u16, data: &[u8]) {
         if let Some(entry) = find(&self.pio, port.into(), data.len()) {
             self.note(&entry.counter, Some(&entry.name), Space::Pio, true, port.into(), data);
-            entry.device.pio_write((u64::from(port) - entry.start) as u16, data);
+            self.timed(|| entry.device.pio_write((u64::from(port) - entry.start) as u16, data));
         } else if data.len() > 1 {
             for (index, byte) in data.iter().enumerate() {
                 self.pio_write(port.wrapping_add(index as u16), std::slice::from_ref(byte));
@@ -240,7 +254,7 @@ impl cpu::Bus for IoBus {
     fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let Some(entry) = find(&self.mmio, gpa, data.len()) {
-            entry.device.mmio_read(gpa - entry.start, data);
+            self.timed(|| entry.device.mmio_read(gpa - entry.start, data));
             self.note(&entry.counter, Some(&entry.name), Space::Mmio, false, gpa, data);
         } else {
             self.note(&self.nobody[1], None, Space::Mmio, false, gpa, data);
@@ -250,7 +264,7 @@ impl cpu::Bus for IoBus {
     fn mmio_write(&self, gpa: u64, data: &[u8]) {
         if let Some(entry) = find(&self.mmio, gpa, data.len()) {
             self.note(&entry.counter, Some(&entry.name), Space::Mmio, true, gpa, data);
-            entry.device.mmio_write(gpa - entry.start, data);
+            self.timed(|| entry.device.mmio_write(gpa - entry.start, data));
         } else {
             self.note(&self.nobody[1], None, Space::Mmio, true, gpa, data);
         }

@@ -27,13 +27,14 @@ A file $XDG_CONFIG_HOME/tightrope/config.toml may hold: memory = \"1G\", engine 
 
 /// A virtual machine monitor for any x86-64 Linux host, with KVM or without
 ///
-/// Without a command, tightrope runs Debian: the same as `tightrope run`.
+/// Without a command it is `tightrope run`, which runs Debian unless told otherwise; its options may follow at once.
 #[derive(Debug, Parser)]
 #[command(name = "tightrope", version, after_help = EXAMPLES, disable_help_subcommand = true)]
+#[command(override_usage = "tightrope [COMMAND] [OPTIONS]")]
 pub struct Cli {
     /// What to do
     #[command(subcommand)]
-    pub command: Option<Command>,
+    pub command: Command,
 }
 
 /// What to do.
@@ -131,7 +132,7 @@ mod tests {
 
     fn run(args: &[&str]) -> Result<RunArgs, clap::Error> {
         match Cli::try_parse_from([&["tightrope", "run"], args].concat())?.command {
-            Some(Command::Run(args)) => Ok(*args),
+            Command::Run(args) => Ok(*args),
             other => panic!("{other:?}"),
         }
     }

@@ -1,5 +1,7 @@
 //! Which guest runs: the default image or the user's own kernel, and its command line.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::{Result, bail};
 use vmm::{SandboxMode, VmConfig};
 
@@ -51,6 +53,7 @@ fn default_image(args: &RunArgs, settings: &Settings, config: &mut VmConfig) -> 
     let options =
         image::Options { mirror: args.mirror.clone().or_else(|| settings.mirror.clone()), ..image::Options::default() };
     let image = image::default_image(image::DEFAULT_SUITE, image::Flavour::default(), &options)?;
+    config.unpacked_kernel = unpacked(&image.kernel);
     config.kernel = image.kernel;
     config.initrd = Some(image.initrd);
     config.trusted_image = true;
@@ -60,6 +63,17 @@ fn default_image(args: &RunArgs, settings: &Settings, config: &mut VmConfig) -> 
     let mut words = vec![CONSOLE.to_string(), image.cmdline, DEFAULT_IMAGE.to_string()];
     words.extend(terminal_words());
     Ok(words.join(" "))
+}
+
+/// The kernel's unpacked payload, in the cache beside the kernel; put there if it is not. Unpacking takes a large part of a second.
+fn unpacked(kernel: &Path) -> Option<PathBuf> {
+    let path = kernel.with_file_name("vmlinux");
+    if !path.exists() {
+        let elf = vmm::unpack_kernel(&std::fs::read(kernel).ok()?)?;
+        // A cache that is full or belongs to somebody else costs time, nothing more.
+        image::cache::write_atomically(&path, &elf).ok()?;
+    }
+    Some(path)
 }
 
 /// What the guest's shell should know of the user's terminal.

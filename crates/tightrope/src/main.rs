@@ -8,12 +8,13 @@ mod cli;
 mod guest;
 mod settings;
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::process::exit;
 use std::time::Instant;
 
 use anyhow::Result;
-use clap::{CommandFactory, FromArgMatches, Parser};
+use clap::{CommandFactory, Parser};
 
 use cli::{Cli, Command, RunArgs};
 use settings::Settings;
@@ -44,7 +45,7 @@ fn main() {
 
 /// Parses the command line; wrong usage is told in one line.
 fn parse() -> Result<Cli, i32> {
-    Cli::try_parse().map_err(|error| {
+    Cli::try_parse_from(arguments(std::env::args_os())).map_err(|error| {
         if !error.use_stderr() {
             let _ = error.print();
             return 0;
@@ -58,27 +59,31 @@ fn parse() -> Result<Cli, i32> {
     })
 }
 
+/// The command line with `run` put in where no command is named: in front of an option that is not the command's own.
+fn arguments(given: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut all: Vec<_> = given.collect();
+    let own = |word: &OsString| ["-h", "--help", "-V", "--version"].iter().any(|own| word == own);
+    let none = all.get(1).is_none_or(|word| word.as_encoded_bytes().starts_with(b"-") && !own(word));
+    if none && !all.is_empty() {
+        all.insert(1, "run".into());
+    }
+    all
+}
+
 fn execute(cli: Cli, started: Instant) -> Result<i32> {
     match cli.command {
-        Some(Command::Run(args)) => run(&args, started),
-        None => run(&defaults()?, started),
-        Some(Command::Completions { shell }) => {
+        Command::Run(args) => run(&args, started),
+        Command::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tightrope", &mut text);
             std::io::stdout().write_all(&text)?;
             Ok(0)
         }
-        Some(Command::Man) => {
+        Command::Man => {
             std::io::stdout().write_all(&man_page()?)?;
             Ok(0)
         }
     }
-}
-
-/// `tightrope` alone: `tightrope run` without arguments, with what the environment says.
-fn defaults() -> Result<RunArgs> {
-    let command = <RunArgs as clap::Args>::augment_args(clap::Command::new("run"));
-    Ok(RunArgs::from_arg_matches(&command.try_get_matches_from(["run"])?)?)
 }
 
 /// One page with the options of `run` in it.
@@ -101,4 +106,26 @@ fn run(args: &RunArgs, started: Instant) -> Result<i32> {
     let config = guest::configure(args, &settings)?;
     let vm = vmm::Vm::new(&config, started)?;
     Ok(vm.run())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn run_is_the_command_when_none_is_named() {
+        for (given, becomes) in [
+            ("t", "t run"),
+            ("t --memory 1G", "t run --memory 1G"),
+            ("t -x", "t run -x"),
+            ("t run --memory 1G", "t run --memory 1G"),
+            ("t man", "t man"),
+            ("t rnu", "t rnu"),
+            ("t --help", "t --help"),
+            ("t -V", "t -V"),
+        ] {
+            let all = arguments(given.split(' ').map(OsString::from));
+            assert_eq!(all, becomes.split(' ').map(OsString::from).collect::<Vec<_>>());
+        }
+    }
 }

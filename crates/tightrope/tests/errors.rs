@@ -2,6 +2,9 @@
 
 mod common;
 
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
 use common::{Code, Finished, Kernel, finish, run, tightrope};
 
 /// Checks that the command fails with `code` and one line that has all of `parts`.
@@ -200,6 +203,76 @@ fn no_network_at_the_first_run() {
         command.env_remove(proxy);
     }
     check(&finish(command, b""), 1, &["127.0.0.1:9", "--mirror"]);
+}
+
+/// A cache with the default image of the user's own, which is fetched if need be; packages are shared.
+fn copy_of_the_cache() -> tempfile::TempDir {
+    let done = finish(run(&[]), b"poweroff -f\n");
+    assert_eq!(done.code(), Some(0), "{}", done.err);
+    let home = || PathBuf::from(std::env::var_os("HOME").expect("a home directory")).join(".cache");
+    let from = std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from).join("tightrope");
+    let copy = tempfile::tempdir().unwrap();
+    let to = copy.path().join("tightrope");
+    let record = std::fs::read(from.join("images/trixie-cloud.json")).unwrap();
+    let key: serde_json::Value = serde_json::from_slice(&record).unwrap();
+    let image = PathBuf::from("images").join(key["key"].as_str().unwrap());
+    std::fs::create_dir_all(to.join(&image)).unwrap();
+    std::fs::write(to.join("images/trixie-cloud.json"), record).unwrap();
+    for entry in std::fs::read_dir(from.join(&image)).unwrap() {
+        let name = entry.unwrap().file_name();
+        std::fs::copy(from.join(&image).join(&name), to.join(&image).join(&name)).unwrap();
+    }
+    std::os::unix::fs::symlink(from.join("packages"), to.join("packages")).unwrap();
+    copy
+}
+
+/// The file of that name in the cache's image.
+fn in_image(cache: &Path, name: &str) -> PathBuf {
+    let mut entries = std::fs::read_dir(cache.join("tightrope/images")).unwrap();
+    let found = entries.find_map(|entry| Some(entry.unwrap().path().join(name)).filter(|path| path.is_file()));
+    found.unwrap_or_else(|| panic!("no {name} in the cache"))
+}
+
+/// Runs the default image from this cache, where no mirror can be reached.
+fn run_from(cache: &Path) -> Finished {
+    let mut command = run(&["--mirror", "http://127.0.0.1:9/debian"]);
+    command.env("XDG_CACHE_HOME", cache);
+    for proxy in ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"] {
+        command.env_remove(proxy);
+    }
+    finish(command, b"echo $((6*7))-up; poweroff -f\n")
+}
+
+#[test]
+fn a_damaged_image_in_the_cache_is_made_anew_without_network() {
+    let cache = copy_of_the_cache();
+    for name in ["vmlinuz", "initrd.cpio", "vmlinux"] {
+        let file = std::fs::File::options().write(true).open(in_image(cache.path(), name)).unwrap();
+        file.set_len(file.metadata().unwrap().len() / 2).unwrap();
+        let done = run_from(cache.path());
+        assert!(done.code() == Some(0) && done.out.contains("42-up"), "{name}: {done:?}");
+    }
+    // With the packages gone too, it cannot be made.
+    std::fs::write(in_image(cache.path(), "vmlinuz"), "short").unwrap();
+    std::fs::remove_file(cache.path().join("tightrope/packages")).unwrap();
+    check(&run_from(cache.path()), 1, &["127.0.0.1:9", "--mirror"]);
+}
+
+#[test]
+fn a_full_disk_under_the_cache() {
+    let cache = copy_of_the_cache();
+    let image = in_image(cache.path(), "vmlinuz").parent().unwrap().to_path_buf();
+    // The packages are there, the image is not, and there is no room for it.
+    std::fs::remove_dir_all(&image).unwrap();
+    std::fs::create_dir(&image).unwrap();
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "tightrope-test"]).arg(&image).output();
+    if !mounted.is_ok_and(|output| output.status.success()) {
+        eprintln!("a small file system cannot be mounted here (root only): skipped");
+        return;
+    }
+    let done = run_from(cache.path());
+    assert!(Command::new("umount").arg(&image).status().unwrap().success());
+    check(&done, 1, &["no space left", "XDG_CACHE_HOME"]);
 }
 
 #[test]

@@ -14,6 +14,9 @@ pub const MAX_CPUS: u32 = 64;
 pub struct VmConfig {
     /// The kernel: a bzImage or an ELF `vmlinux`.
     pub kernel: PathBuf,
+    /// What the payload of `kernel` unpacks to, kept from earlier to save the time: see [`crate::unpack_kernel`]. A file that is
+    /// missing or damaged is not used.
+    pub unpacked_kernel: Option<PathBuf>,
     /// The initial RAM file system, if any.
     pub initrd: Option<PathBuf>,
     /// Were kernel and initrd made by Tightrope itself (and so need no look at their insides)?
@@ -49,6 +52,7 @@ impl VmConfig {
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
             kernel: kernel.into(),
+            unpacked_kernel: None,
             initrd: None,
             trusted_image: false,
             cmdline: String::new(),

@@ -98,14 +98,15 @@ impl Write for ToTerminal {
 pub(crate) fn choose(
     config: &VmConfig,
     ram: GuestRam,
+    tsc_khz: u64,
     kvm: &str,
     trace: Option<TraceSink>,
 ) -> Result<(Box<dyn Engine>, String), Error> {
     Ok(match config.engine {
         EngineChoice::Auto => {
-            (bt(config, ram, trace)?, format!("engine bt: engine kvm is not part of this version ({kvm})"))
+            (bt(config, ram, tsc_khz, trace)?, format!("engine bt: engine kvm is not part of this version ({kvm})"))
         }
-        EngineChoice::Bt => (bt(config, ram, trace)?, "engine bt: asked for".to_string()),
+        EngineChoice::Bt => (bt(config, ram, tsc_khz, trace)?, "engine bt: asked for".to_string()),
         EngineChoice::Interp => (
             Box::new(interp::InterpEngine::new(ram, config.cpus)),
             "engine interp: asked for; precise, but slow".to_string(),
@@ -114,8 +115,8 @@ pub(crate) fn choose(
     })
 }
 
-fn bt(config: &VmConfig, ram: GuestRam, trace: Option<TraceSink>) -> Result<Box<dyn Engine>, Error> {
-    let khz = u32::try_from(machine::clock::measure_tsc_khz()).unwrap_or(u32::MAX);
+fn bt(config: &VmConfig, ram: GuestRam, tsc_khz: u64, trace: Option<TraceSink>) -> Result<Box<dyn Engine>, Error> {
+    let khz = u32::try_from(tsc_khz).unwrap_or(u32::MAX);
     let model = Arc::new(CpuidModel::new(config.cpus, khz));
     let mut options = bt::Options::new(model);
     if let (Some(kinds), Some(sink)) = (&config.trace, trace) {

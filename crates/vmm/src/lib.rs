@@ -36,4 +36,5 @@ pub use config::{
     VmConfig, parse_memory,
 };
 pub use error::Error;
+pub use machine::boot::unpack_kernel;
 pub use vm::{EXIT_CRASH, Vm};

@@ -23,20 +23,30 @@ use crate::error::Error;
 use crate::events::{Event, Events};
 use crate::terminal;
 
+/// The opened files.
+pub(crate) struct Files {
+    pub kernel: File,
+    /// What the kernel's payload unpacks to, from the cache.
+    pub unpacked: Option<File>,
+    pub initrd: Option<File>,
+    pub disks: Vec<Disk>,
+}
+
 /// What builds the PC from the opened files.
 pub(crate) fn maker(
     config: &VmConfig,
-    kernel: File,
-    initrd: Option<File>,
-    disks: Vec<Disk>,
+    files: Files,
+    tsc_khz: u64,
     exits: Option<TraceSink>,
 ) -> Box<dyn BoardMaker> {
     Box::new(PcMaker {
         cmdline: config.cmdline.clone(),
         cpus: config.cpus,
-        kernel,
-        initrd,
-        disks,
+        tsc_khz,
+        kernel: files.kernel,
+        unpacked: files.unpacked,
+        initrd: files.initrd,
+        disks: files.disks,
         exits,
         pc: None,
         input: None,
@@ -46,7 +56,10 @@ pub(crate) fn maker(
 struct PcMaker {
     cmdline: String,
     cpus: u32,
+    /// The host's, in kHz.
+    tsc_khz: u64,
     kernel: File,
+    unpacked: Option<File>,
     initrd: Option<File>,
     /// Until the first build.
     disks: Vec<Disk>,
@@ -112,7 +125,7 @@ impl PcMaker {
         let pc = Pc::new(PcConfig {
             ram: ram.clone(),
             vcpus: self.cpus,
-            tsc_khz: machine::clock::measure_tsc_khz(),
+            tsc_khz: self.tsc_khz,
             serial_output: Box::new(output.clone()),
             pci_devices: self.devices(ram)?,
             power: Arc::new(power),
@@ -154,9 +167,12 @@ impl BoardMaker for PcMaker {
             }
         };
         let kernel = read_whole("the kernel", &self.kernel)?;
+        // Without it the kernel is unpacked again.
+        let unpacked = self.unpacked.as_ref().and_then(|file| read_whole("the unpacked kernel", file).ok());
         let initrd = self.initrd.as_ref().map(|file| read_whole("the initrd", file)).transpose()?;
         let source = BootSource {
             kernel: &kernel,
+            unpacked: unpacked.as_deref(),
             initrd: initrd.as_deref(),
             command_line: &self.cmdline,
             own_decompressor: false,
@@ -199,7 +215,10 @@ impl Board for PcBoard {
     fn counters(&self) -> Vec<(String, u64)> {
         let both =
             |(name, reads, writes)| [(format!("exits.{name}.reads"), reads), (format!("exits.{name}.writes"), writes)];
-        self.pc.bus().counters().into_iter().flat_map(both).filter(|(_, count)| *count > 0).collect()
+        let mut all: Vec<_> =
+            self.pc.bus().counters().into_iter().flat_map(both).filter(|(_, count)| *count > 0).collect();
+        all.push(("time.devices-us".into(), self.pc.bus().time().as_micros() as u64));
+        all
     }
 }
 

@@ -27,6 +27,16 @@ impl Stats {
         }
     }
 
+    /// From the times measured, that of the guest itself: when no vCPU was halted and neither translator nor devices worked for it.
+    pub(crate) fn add_guest_time(&mut self) {
+        let time = |kind: &str| self.counters.get(&format!("time.{kind}-us")).copied().unwrap_or(0);
+        if let Some(running) = self.counters.get("time.running-us") {
+            let others = ["translator", "halted", "devices"].map(time).iter().sum();
+            let guest = running.saturating_sub(others);
+            self.counters.insert("time.guest-us".into(), guest);
+        }
+    }
+
     /// The text to show.
     pub(crate) fn render(&self, format: StatsFormat) -> String {
         match format {
@@ -90,5 +100,17 @@ mod tests {
         assert_eq!(json["counters"]["exits.serial"], 5);
         assert_eq!(json["counters"]["blocks"], 1000);
         assert_eq!(json["engine"], "bt");
+    }
+
+    #[test]
+    fn the_rest_of_the_time_is_the_guests() {
+        let mut stats = Stats::new("bt", Duration::from_millis(1500));
+        let times = [("running", 1000), ("translator", 200), ("halted", 100), ("devices", 50)];
+        stats.add(times.map(|(kind, value)| (format!("time.{kind}-us"), value)));
+        stats.add_guest_time();
+        assert_eq!(stats.counters["time.guest-us"], 650);
+        let mut stats = Stats::new("interp", Duration::ZERO);
+        stats.add_guest_time();
+        assert!(stats.counters.is_empty());
     }
 }

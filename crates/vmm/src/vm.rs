@@ -18,6 +18,7 @@ use crate::error::Error;
 use crate::events::{DebuggerEvent, Event, Events};
 use crate::gdb::target::{Cpus, tid};
 use crate::gdb::{Listener, Stream};
+use crate::pc::Files;
 use crate::sandbox::{self, Needs};
 use crate::serial::{Gate, InputSlot, Serial};
 use crate::stats::Stats;
@@ -75,6 +76,8 @@ impl Vm {
         sandbox::at_start();
         signals::block();
         engine::check(config)?;
+        // It waits for 20 ms of which the rest makes use.
+        let tsc = std::thread::spawn(machine::clock::measure_tsc_khz);
         let kernel = inputs::open_kernel(&config.kernel)?;
         let initrd =
             config.initrd.as_deref().map(|path| inputs::open_initrd(path, !config.trusted_image)).transpose()?;
@@ -91,6 +94,7 @@ impl Vm {
             Some((listener, line)) => (Some(listener), Some(line)),
             None => (None, None),
         };
+        let unpacked = config.unpacked_kernel.as_ref().and_then(|path| std::fs::File::open(path).ok());
         let trace = engine::open_trace(config)?;
         let kvm = engine::kvm_state();
         let needs = Needs {
@@ -98,14 +102,15 @@ impl Vm {
         };
         signals::restore_terminal_when_fatal();
         let ram = GuestRam::new(config.memory).map_err(|error| Error::Host(error.to_string()))?;
+        let tsc_khz = tsc.join().unwrap_or_else(|_| machine::clock::measure_tsc_khz());
         sandbox::before_threads(config.sandbox)?;
-        let (engine, engine_line) = engine::choose(config, ram.clone(), &kvm, trace.clone())?;
+        let (engine, engine_line) = engine::choose(config, ram.clone(), tsc_khz, &kvm, trace.clone())?;
         terminal::message(&format!("tightrope: {engine_line}"));
         for line in [serial_line, gdb_line].into_iter().flatten() {
             terminal::message(&format!("tightrope: {line}"));
         }
         let exits = trace.filter(|_| config.trace.as_ref().is_some_and(|trace| trace.exits));
-        let maker = crate::pc::maker(config, kernel, initrd, disks, exits);
+        let maker = crate::pc::maker(config, Files { kernel, unpacked, initrd, disks }, tsc_khz, exits);
         let vm = Self::assemble(config, engine, Parts { ram, serial, listener, maker }, started)?;
         sandbox::close(config.sandbox, needs)?;
         Ok(vm)
@@ -350,6 +355,7 @@ impl Vm {
         }
         stats.add(self.board.counters());
         stats.add([("vm.resets".to_string(), self.resets)]);
+        stats.add_guest_time();
         stats
     }
 

@@ -12,6 +12,7 @@ mod unpack;
 pub use image::{BzImage, Elf, Kernel, SETUP_HEADER, Segment, parse, parse_elf};
 pub use unpack::{UnpackError, unpack};
 
+use std::borrow::Cow;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -115,6 +116,9 @@ pub fn read_file(what: &'static str, path: &Path) -> Result<Vec<u8>, BootError> 
 pub struct BootSource<'a> {
     /// The kernel file.
     pub kernel: &'a [u8],
+    /// What the payload of `kernel`, a bzImage, unpacks to, if known from earlier (see [`unpack_kernel`]). Not used if it is no
+    /// kernel.
+    pub unpacked: Option<&'a [u8]>,
     /// The initial RAM disk.
     pub initrd: Option<&'a [u8]>,
     /// The kernel command line.
@@ -148,11 +152,15 @@ pub fn load(ram: &GuestRam, source: &BootSource<'_>) -> Result<Loaded, BootError
             (header, limits) = (None, (u32::MAX.into(), 2047));
         }
         Kernel::BzImage(image) => {
-            let unpacked = if source.own_decompressor {
-                None
-            } else {
+            let known = source.unpacked.filter(|elf| parse_elf(elf).is_ok());
+            let unpacked = match known {
+                _ if source.own_decompressor => None,
+                Some(elf) => Some(Cow::Borrowed(elf)),
                 // A kernel is linked for an address near its load address: what it unpacks to fits what it says it needs.
-                unpack(image.payload, image.init_size.min(low_end)).map_err(|error| not_unpacked = Some(error)).ok()
+                None => unpack(image.payload, image.init_size.min(low_end))
+                    .map_err(|error| not_unpacked = Some(error))
+                    .map(Cow::Owned)
+                    .ok(),
             };
             let loaded = match &unpacked {
                 Some(elf) => {
@@ -175,6 +183,15 @@ pub fn load(ram: &GuestRam, source: &BootSource<'_>) -> Result<Loaded, BootError
     let params = boot_params(ram.size(), header, initrd);
     write(ram, "boot_params", layout::BOOT_PARAMS, &params)?;
     Ok(Loaded { entry, not_unpacked })
+}
+
+/// What the payload of a bzImage unpacks to, if `kernel` is one and its payload can be unpacked here. To be kept by those who boot
+/// the same kernel often: see [`BootSource::unpacked`].
+pub fn unpack_kernel(kernel: &[u8]) -> Option<Vec<u8>> {
+    match parse(kernel).ok()? {
+        Kernel::BzImage(image) => unpack(image.payload, image.init_size).ok(),
+        Kernel::Elf(_) => None,
+    }
 }
 
 fn write(ram: &GuestRam, what: &'static str, address: u64, data: &[u8]) -> Result<(), BootError> {

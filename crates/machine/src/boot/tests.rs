@@ -90,6 +90,14 @@ fn bzimage_is_unpacked_or_run() {
     assert_eq!(load(&ram, &source).unwrap(), Loaded { entry: 0x100_0000, not_unpacked: None });
     assert_eq!(read(&ram, 0x100_0000, 1), [0xf4]);
     assert_eq!(read(&ram, layout::BOOT_PARAMS + 0x202, 4), b"HdrS");
+    let unpacked = unpack_kernel(&kernel).unwrap();
+    assert_eq!(unpacked, elf());
+    for unpacked in [&unpacked[..], &unpacked[..100], b""] {
+        assert!(ram.write(0x100_0000, &[0]));
+        source.unpacked = Some(unpacked);
+        assert_eq!(load(&ram, &source).unwrap(), Loaded { entry: 0x100_0000, not_unpacked: None });
+        assert_eq!(read(&ram, 0x100_0000, 1), [0xf4]);
+    }
     source.own_decompressor = true;
     assert_eq!(load(&ram, &source).unwrap(), Loaded { entry: 0x100_0200, not_unpacked: None });
     assert_eq!(read(&ram, 0x100_0200, 1), [0x90]);
@@ -169,7 +177,7 @@ proptest! {
         }
         let len = kernel.len() - cut.index(64);
         let ram = ram(32);
-        let _ = load(&ram, &BootSource { kernel: &kernel[..len], initrd: Some(&[1; 5000]), command_line: "quiet", own_decompressor: false });
+        let _ = load(&ram, &BootSource { kernel: &kernel[..len], initrd: Some(&[1; 5000]), command_line: "quiet", ..Default::default() });
     }
 }
 
