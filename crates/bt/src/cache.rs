@@ -5,7 +5,8 @@
 //! as the page itself is where it was. Jumps to other pages go through per-vCPU slots, which a TLB flush resets.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::{BuildHasherDefault, Hash, Hasher};
+use std::sync::Arc;
 
 use iced_x86::Encoder;
 
@@ -21,7 +22,7 @@ pub type BlockId = u32;
 pub const STEP_ONLY: BlockId = u32::MAX;
 
 /// What a block is found by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Key {
     /// Guest-physical address of the page.
     pub page: u64,
@@ -30,6 +31,13 @@ pub struct Key {
     pub mode: Mode,
     /// For a block of one instruction that crosses into the next page: that page's guest-physical address | 1. Else 0.
     pub tail: u64,
+}
+
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.page ^ self.tail.rotate_left(32) ^ u64::from(self.mode.bits()));
+        state.write_u64(self.address);
+    }
 }
 
 /// A multiplicative hasher for keys made of integers.
@@ -60,6 +68,9 @@ impl Hasher for KeyHasher {
     }
 }
 
+/// A hash set with [`KeyHasher`].
+pub type FastSet<K> = std::collections::HashSet<K, BuildHasherDefault<KeyHasher>>;
+
 /// A hash map with [`KeyHasher`].
 pub type FastMap<K, V> = HashMap<K, V, BuildHasherDefault<KeyHasher>>;
 
@@ -80,7 +91,7 @@ pub struct Block {
     /// Pieces of the page that it depends on besides, see [`Analyzer::ahead`].
     ahead: u64,
     pads: Box<[(usize, u64)]>,
-    meta: Box<[Meta]>,
+    meta: Arc<[Meta]>,
     incoming: Vec<u32>,
     /// Slots that may lead here.
     slots: Vec<u32>,
@@ -124,7 +135,23 @@ struct Template {
     insns: u16,
     /// See [`Analyzer::ahead`].
     ahead: u64,
+    meta: Arc<[Meta]>,
     output: Output,
+}
+
+impl Template {
+    /// Bytes of host memory, roughly.
+    fn size(&self) -> usize {
+        let o = &self.output;
+        size_of::<Self>()
+            + o.hot.len()
+            + o.cold.len()
+            + o.fixups.len() * size_of::<crate::emit::Fixup>()
+            + o.numbers.len() * size_of::<(usize, Number)>()
+            + o.links.len() * size_of::<crate::emit::Link>()
+            + o.accesses.len() * size_of::<Access>()
+            + self.meta.len() * size_of::<Meta>()
+    }
 }
 
 #[derive(Default)]
@@ -184,12 +211,16 @@ pub struct Cache {
     slot_map: FastMap<(u64, u8, u8), u32>,
     hot: usize,
     cold: usize,
+    template_bytes: usize,
     pub counters: CacheCounters,
     /// For the events of blocks.
     pub trace: Option<crate::trace::Trace>,
     /// Bumped by every flush of everything.
     pub generation: u64,
 }
+
+/// Templates kept over a flush, in bytes.
+const MAX_TEMPLATE_BYTES: usize = 48 << 20;
 
 /// Slow writes to a page with code that miss the code, before all of its code is dropped.
 const NEAR_MISSES: u32 = 64;
@@ -215,6 +246,7 @@ impl Cache {
             slot_map: FastMap::default(),
             hot: 0,
             cold: 0,
+            template_bytes: 0,
             counters: CacheCounters::default(),
             trace: None,
             generation: 0,
@@ -355,8 +387,9 @@ impl Cache {
     fn emit(&mut self, key: Key, bytes: &[u8], insns: &[Insn], end: usize) -> Template {
         let encoder = self.encoder.take().unwrap_or_else(|| Encoder::new(64));
         let context = Context { stubs: &self.stubs, mode: key.mode, page: key.address & !0xfff, bytes };
-        let (output, encoder) = Emitter::block(context, insns, encoder);
+        let (mut output, encoder) = Emitter::block(context, insns, encoder);
         self.encoder = Some(encoder);
+        let meta = std::mem::take(&mut output.meta).into();
         self.counters.blocks += 1;
         self.counters.instructions += insns.len() as u64;
         Template {
@@ -365,6 +398,7 @@ impl Cache {
             end: end as u16,
             insns: insns.len() as u16,
             ahead: self.analyzer.ahead,
+            meta,
             output,
         }
     }
@@ -402,6 +436,7 @@ impl Cache {
         let template = self.emit(key, page, &insns, end);
         let result = self.insert(key, &template, new_slots, "translate");
         if key.mode.user && copy && result.is_ok() {
+            self.template_bytes += template.size();
             self.pages.entry(key.page).or_default().templates.push(template);
         }
         result
@@ -450,8 +485,9 @@ impl Cache {
     fn place(&mut self, id: BlockId, key: Key, template: &Template, new_slots: &mut Vec<u32>) -> Block {
         let output = &template.output;
         let moved = key.address.wrapping_sub(template.address);
-        let (mut hot_bytes, mut cold_bytes) = (output.hot.clone(), output.cold.clone());
         let (hot, cold) = (self.hot, self.cold);
+        self.memory.write(hot, &output.hot);
+        self.memory.write(cold, &output.cold);
         let own = |part, at| match part {
             Part::Hot => hot + at,
             Part::Cold => cold + at,
@@ -465,21 +501,21 @@ impl Cache {
                 Number::Exit(i) => first_exit + i as u32,
                 Number::Access(i) => first_access + i as u32,
             };
-            cold_bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+            self.memory.write(cold + at, &value.to_le_bytes());
         }
         for &(at, exit) in &output.hot_numbers {
-            hot_bytes[at..at + 4].copy_from_slice(&(first_exit + exit as u32).to_le_bytes());
+            self.memory.write(hot + at, &(first_exit + exit as u32).to_le_bytes());
         }
         for relocation in &output.relocations {
             let value = relocation.value.wrapping_add(moved);
-            let bytes = if relocation.part == Part::Hot { &mut hot_bytes } else { &mut cold_bytes };
+            let at = own(relocation.part, relocation.at);
             match relocation.kind {
                 RelocationKind::Address => {
-                    bytes[relocation.at..relocation.at + 8].copy_from_slice(&value.to_le_bytes());
+                    self.memory.write(at, &value.to_le_bytes());
                 }
                 RelocationKind::TlbEntry(table) => {
                     let offset = table + 16 * crate::block::tlb_index(value) as i32;
-                    bytes[relocation.at..relocation.at + 4].copy_from_slice(&offset.to_le_bytes());
+                    self.memory.write(at, &offset.to_le_bytes());
                 }
             }
         }
@@ -488,20 +524,15 @@ impl Cache {
                 Target::Own(part, at) => own(part, at),
                 Target::Fixed(position) => position,
             };
-            let displacement = (target as i64 - own(fixup.part, fixup.at) as i64 - 4) as i32;
-            let bytes = if fixup.part == Part::Hot { &mut hot_bytes } else { &mut cold_bytes };
-            bytes[fixup.at..fixup.at + 4].copy_from_slice(&displacement.to_le_bytes());
+            self.memory.link(own(fixup.part, fixup.at), target);
         }
         self.cold = cold + output.cold.len();
         for slot in &output.slots {
             let number =
                 self.slot_for(slot.target.wrapping_add(moved), Mode { plain: false, ..key.mode }, slot.kind, new_slots);
             let displacement = crate::block::off::slot(number);
-            let bytes = if slot.part == Part::Hot { &mut hot_bytes } else { &mut cold_bytes };
-            bytes[slot.at..slot.at + 4].copy_from_slice(&displacement.to_le_bytes());
+            self.memory.write(own(slot.part, slot.at), &displacement.to_le_bytes());
         }
-        self.memory.write(hot, &hot_bytes);
-        self.memory.write(cold, &cold_bytes);
         for link in &output.links {
             self.links.push(LinkEntry {
                 at: own(link.part, link.at),
@@ -526,7 +557,7 @@ impl Cache {
             end: template.end,
             ahead: template.ahead,
             pads: output.pads.iter().map(|&(at, address)| (hot + at, address.wrapping_add(moved))).collect(),
-            meta: output.meta.clone().into_boxed_slice(),
+            meta: template.meta.clone(),
             incoming: Vec::new(),
             slots: Vec::new(),
             alive: true,
@@ -590,7 +621,7 @@ impl Cache {
         let blocks = std::mem::take(&mut page.blocks);
         let steps = std::mem::take(&mut page.steps);
         let tails = std::mem::take(&mut page.tails);
-        page.templates.clear();
+        self.template_bytes = self.template_bytes.saturating_sub(page.templates.drain(..).map(|t| t.size()).sum());
         page.chunks = 0;
         let (mut kept, mut kept_steps) = (Vec::new(), Vec::new());
         let mut chunks = 0_u64;
@@ -678,12 +709,25 @@ impl Cache {
     }
 
     /// Forgets everything. Only when no vCPU is inside translated code, and all call stacks are reset afterwards.
-    /// Returns the pages that held code.
+    /// The templates stay, up to a limit. Returns the pages that hold nothing any more.
     pub fn flush(&mut self) -> Vec<u64> {
-        let pages = self.pages.keys().copied().collect();
+        let keep = self.template_bytes < MAX_TEMPLATE_BYTES;
+        let mut empty = Vec::new();
+        self.pages.retain(|&page, entry| {
+            entry.blocks.clear();
+            entry.steps.clear();
+            entry.tails.clear();
+            let kept = keep && !entry.templates.is_empty();
+            if !kept {
+                empty.push(page);
+            }
+            kept
+        });
+        if !keep {
+            self.template_bytes = 0;
+        }
         self.blocks.clear();
         self.map.clear();
-        self.pages.clear();
         self.links.clear();
         self.exits.clear();
         self.accesses.clear();
@@ -695,6 +739,6 @@ impl Cache {
             trace.line(format_args!("block flush all"));
         }
         self.generation += 1;
-        pages
+        empty
     }
 }

@@ -1,6 +1,6 @@
 //! The vCPU's own caches of translations: software TLB, jump slots, indirect targets, fetch TLB.
 
-use std::collections::HashSet;
+use crate::cache::FastSet;
 
 use crate::block::{IBTC_ENTRIES, TLB_ENTRIES, TlbEntry, VcpuBlock, ibtc_index, tlb_index};
 
@@ -37,10 +37,10 @@ pub struct Tlbs {
     /// Indirect targets filled from non-global pages: user * IBTC_ENTRIES + index.
     local_ibtc: Vec<u32>,
     /// Pages that jumps may lead to.
-    jump_pages: HashSet<u64>,
+    jump_pages: FastSet<u64>,
     /// 2 MiB regions touched through large pages (address >> 21), and 1 GiB ones (address >> 30).
-    large: HashSet<u64>,
-    huge: HashSet<u64>,
+    large: FastSet<u64>,
+    huge: FastSet<u64>,
     local_overflow: bool,
 }
 
@@ -52,9 +52,9 @@ impl Tlbs {
             local_slots: Vec::new(),
             global_slots: Vec::new(),
             local_ibtc: Vec::with_capacity(JOURNAL),
-            jump_pages: HashSet::new(),
-            large: HashSet::new(),
-            huge: HashSet::new(),
+            jump_pages: FastSet::default(),
+            large: FastSet::default(),
+            huge: FastSet::default(),
             local_overflow: false,
         }
     }
@@ -199,20 +199,14 @@ impl Tlbs {
 
     /// Resolves a slot.
     pub fn fill_slot(&mut self, block: &mut VcpuBlock, slot: u32, host: u64, target: u64, global: bool) {
-        // The target may cross into the next page.
-        self.jump_pages.insert(target.wrapping_add(15) & !0xfff);
+        self.note_jump(target);
         block.slots[slot as usize] = host;
-        if global {
-            self.global_slots.push(slot)
-        } else {
-            self.local_slots.push(slot)
-        }
-        self.jump_pages.insert(target & !0xfff);
+        if global { self.global_slots.push(slot) } else { self.local_slots.push(slot) }
     }
 
     /// Enters an indirect target.
     pub fn fill_indirect(&mut self, block: &mut VcpuBlock, target: u64, user: bool, host: u64, global: bool) {
-        self.jump_pages.insert(target.wrapping_add(15) & !0xfff);
+        self.note_jump(target);
         let index = ibtc_index(target);
         let entry = &mut block.ibtc[usize::from(user)][index];
         entry.target = target;
@@ -224,7 +218,14 @@ impl Tlbs {
                 self.local_overflow = true;
             }
         }
+    }
+
+    fn note_jump(&mut self, target: u64) {
         self.jump_pages.insert(target & !0xfff);
+        if target & 0xfff > 4096 - 15 {
+            // It may cross into the next page.
+            self.jump_pages.insert((target & !0xfff).wrapping_add(4096));
+        }
     }
 
     /// Forgets an indirect target.

@@ -194,6 +194,8 @@ pub struct BtVcpu {
     /// For fills and flushes of the TLB.
     pub trace: Option<crate::trace::Trace>,
     page: Box<[u8; 4096 + 15]>,
+    /// The guest-physical page that `page` holds.
+    page_copied: Option<u64>,
 }
 
 /// What flushes the interpreter asked for during a step.
@@ -246,6 +248,7 @@ impl BtVcpu {
             step_histogram: None,
             trace: None,
             page: Box::new([0; 4096 + 15]),
+            page_copied: None,
         });
         let pointer = &raw mut *vcpu;
         let block = vcpu.block();
@@ -327,6 +330,7 @@ impl BtVcpu {
 
     /// Throws the whole code cache away.
     fn flush_cache(&mut self) {
+        self.page_copied = None;
         let pages = self.shared.cache().flush();
         for page in pages {
             self.shared.ram.code_pages().clear(page >> 12);
@@ -339,6 +343,7 @@ impl BtVcpu {
         if !self.shared.has_written.swap(false, Ordering::SeqCst) {
             return;
         }
+        self.page_copied = None;
         let written = std::mem::take(&mut *self.shared.written.lock().unwrap_or_else(PoisonError::into_inner));
         let mut forgotten = Forgotten::default();
         {
@@ -492,8 +497,13 @@ impl BtVcpu {
         for attempt in 0..2 {
             // First the mark, then the translation of what is there.
             self.watch_page(key.page)?;
-            if !self.shared.ram.read(key.page, &mut self.page[..4096]) {
-                return None;
+            // The copy stays good as long as no write to watched pages has been reported.
+            if self.page_copied != Some(key.page) || self.shared.has_written.load(Ordering::SeqCst) {
+                self.page_copied = None;
+                if !self.shared.ram.read(key.page, &mut self.page[..4096]) {
+                    return None;
+                }
+                self.page_copied = Some(key.page);
             }
             let mut new_slots = Vec::new();
             let result = if key.tail == 0 {
