@@ -181,7 +181,8 @@ fn run(case: &Case, place: &Place, variant: u32, guest: &mut Guest) -> (Trap, Ve
     let before = guest.vcpu.state();
     let trap = guest.trap();
 
-    let context = format!("{} as {}, variant {variant}, {kind:?}", case.name, if place.user { "user" } else { "kernel" });
+    let context =
+        format!("{} as {}, variant {variant}, {kind:?}", case.name, if place.user { "user" } else { "kernel" });
     let user_bit = if case.vector == vector::PF && place.user { 4 } else { 0 };
     assert_eq!(trap.vector, case.vector, "vector: {context}: {trap:x?}");
     assert_eq!(trap.error, case.error.map(|error| error | user_bit), "error code: {context}");
@@ -280,11 +281,10 @@ fn page_faults_of_each_form() {
         page_fault("add to memory", 3, READ_ONLY, |a, _| a.add(qword_ptr(rbx + READ_ONLY), rax)),
         page_fault("add from memory", 0, HOLE, |a, _| a.add(rax, qword_ptr(rbx + HOLE))),
         page_fault("adc to spilled", 0, HOLE, |a, _| a.adc(r10, qword_ptr(rbx + HOLE))),
-        page_fault("three spilled", 0, HOLE + 0x19, |a, _| a.imul_2(r9, qword_ptr(r10 + r11 * 1)))
-            .setup(|s, p| {
-                s.gpr[10] = p.data + HOLE as u64;
-                s.gpr[11] = 0x19;
-            }),
+        page_fault("three spilled", 0, HOLE + 0x19, |a, _| a.imul_2(r9, qword_ptr(r10 + r11 * 1))).setup(|s, p| {
+            s.gpr[10] = p.data + HOLE as u64;
+            s.gpr[11] = 0x19;
+        }),
         page_fault("shift in memory", 3, READ_ONLY, |a, _| a.shl(dword_ptr(rbx + READ_ONLY), cl)),
         page_fault("inc in memory", 3, READ_ONLY, |a, _| a.inc(dword_ptr(rbx + READ_ONLY))),
         page_fault("high byte", 2, HOLE, |a, _| a.mov(byte_ptr(rbx + HOLE), ch)),
@@ -299,8 +299,7 @@ fn page_faults_of_each_form() {
             .setup(|s, _| s.gpr[12] = (READ_ONLY as u64 + 8) * 8 + 5),
         page_fault("bt backwards", 0, HOLE + 0xff8, |a, _| a.bt(qword_ptr(rbx + HOLE + 0x1000), r12))
             .setup(|s, _| s.gpr[12] = -5_i64 as u64),
-        page_fault("push", 2, HOLE + 0xff8, |a, _| a.push(rax))
-            .setup(|s, p| s.gpr[4] = p.data + HOLE as u64 + 0x1000),
+        page_fault("push", 2, HOLE + 0xff8, |a, _| a.push(rax)).setup(|s, p| s.gpr[4] = p.data + HOLE as u64 + 0x1000),
         page_fault("push immediate", 3, READ_ONLY + 0xff8, |a, _| a.push(0x1234))
             .setup(|s, p| s.gpr[4] = p.data + READ_ONLY as u64 + 0x1000),
         page_fault("push of memory to a hole", 2, HOLE, |a, _| a.push(qword_ptr(rbx)))
@@ -318,9 +317,7 @@ fn page_faults_of_each_form() {
         page_fault("ret", 0, HOLE, |a, _| a.ret()).setup(|s, p| s.gpr[4] = p.data + HOLE as u64),
         page_fault("ret with immediate", 0, HOLE, |a, _| a.ret_1(0x20)).setup(|s, p| s.gpr[4] = p.data + HOLE as u64),
         page_fault("leave", 0, HOLE, |a, _| a.leave()).setup(|s, p| s.gpr[5] = p.data + HOLE as u64),
-        page_fault("iretq", 0, HOLE, |a, _| a.iretq())
-            .setup(|s, p| s.gpr[4] = p.data + HOLE as u64)
-            .only_kernel(),
+        page_fault("iretq", 0, HOLE, |a, _| a.iretq()).setup(|s, p| s.gpr[4] = p.data + HOLE as u64).only_kernel(),
         page_fault("movbe", 0, HOLE, |a, _| a.movbe(rax, qword_ptr(rbx + HOLE))),
         page_fault("cmov not taken", 0, HOLE, |a, _| a.cmovo(rax, qword_ptr(rbx + HOLE)))
             .setup(|s, _| s.rflags &= !rflags::OF),
@@ -332,11 +329,10 @@ fn page_faults_of_each_form() {
         page_fault("fld", 0, HOLE, |a, _| a.fld(qword_ptr(rbx + HOLE))),
         page_fault("fstp", 3, READ_ONLY, |a, _| a.fstp(tbyte_ptr(rbx + READ_ONLY))).before(|a, _| a.fldpi()),
         page_fault("fxsave", 3, READ_ONLY, |a, _| a.fxsave(ptr(rbx + READ_ONLY))),
-        page_fault("maskmovdqu", 2, HOLE, |a, _| a.maskmovdqu(xmm0, xmm1))
-            .setup(|s, p| {
-                s.gpr[7] = p.data + HOLE as u64;
-                s.fp.bytes[cpu::FpState::XMM + 16..cpu::FpState::XMM + 32].fill(0xff);
-            }),
+        page_fault("maskmovdqu", 2, HOLE, |a, _| a.maskmovdqu(xmm0, xmm1)).setup(|s, p| {
+            s.gpr[7] = p.data + HOLE as u64;
+            s.fp.bytes[cpu::FpState::XMM + 16..cpu::FpState::XMM + 32].fill(0xff);
+        }),
     ]);
 }
 
@@ -402,10 +398,8 @@ fn page_faults_of_strings() {
                 behind(s, 0x900, 0x900);
                 s.gpr[cpu::gpr::RSI] = 7;
             }),
-        page_fault("movsq", 3, RO, |a, _| a.movsq())
-            .setup(|s, p| to(s, p.data, p.data + RO as u64 - 1, 9)),
-        page_fault("stosd", 3, READ_ONLY, |a, _| a.stosd())
-            .setup(|s, p| to(s, 0, p.data + READ_ONLY as u64, 9)),
+        page_fault("movsq", 3, RO, |a, _| a.movsq()).setup(|s, p| to(s, p.data, p.data + RO as u64 - 1, 9)),
+        page_fault("stosd", 3, READ_ONLY, |a, _| a.stosd()).setup(|s, p| to(s, 0, p.data + READ_ONLY as u64, 9)),
         page_fault("rep lodsq", 0, AT, |a, _| a.rep().lodsq())
             .setup(|s, p| to(s, p.data + AT as u64 - 16, 0, 3))
             .registers(|s, _| {
@@ -462,9 +456,15 @@ fn general_protection_and_stack() {
         case("data segment beyond the table", vector::GP, |a, _| a.mov(ds, r15d))
             .setup(|s, _| s.gpr[15] = 0xff8)
             .code(0xff8),
-        case("data segment not present", vector::NP, |a, _| a.mov(es, r15d)).setup(|s, _| s.gpr[15] = 0x48).code(0x48).only_kernel(),
+        case("data segment not present", vector::NP, |a, _| a.mov(es, r15d))
+            .setup(|s, _| s.gpr[15] = 0x48)
+            .code(0x48)
+            .only_kernel(),
         case("null stack segment", vector::GP, |a, _| a.mov(ss, r15d)).setup(|s, _| s.gpr[15] = 0).only_user(),
-        case("stack segment not present", vector::SS, |a, _| a.mov(ss, r15d)).setup(|s, _| s.gpr[15] = 0x48).code(0x48).only_kernel(),
+        case("stack segment not present", vector::SS, |a, _| a.mov(ss, r15d))
+            .setup(|s, _| s.gpr[15] = 0x48)
+            .code(0x48)
+            .only_kernel(),
         case("gate beyond the table", vector::GP, |a, _| a.int(0x90))
             .setup(|s, _| s.idtr.limit = 0x90 * 16 - 1)
             .code(0x90 * 8 + 2),
@@ -509,7 +509,8 @@ fn arithmetic_and_opcodes() {
         case("a pending x87 exception, by a load", vector::MF, |a, _| a.fld(qword_ptr(rbx))).before(zero_divide),
         case("a pending x87 exception, by mmx", vector::MF, |a, _| a.paddb(mm0, mm1)).before(zero_divide),
         case("sse zero divide", vector::XM, |a, _| a.divss(xmm0, xmm1)).before(unmask),
-        case("avx zero divide from memory", vector::XM, |a, _| a.vdivps(ymm0, ymm0, ymmword_ptr(rbx + 0x40))).before(unmask),
+        case("avx zero divide from memory", vector::XM, |a, _| a.vdivps(ymm0, ymm0, ymmword_ptr(rbx + 0x40)))
+            .before(unmask),
         case("sse exceptions without OSXMMEXCPT", vector::UD, |a, _| a.divss(xmm0, xmm1))
             .setup(|s, _| s.cr4 &= !cr4::OSXMMEXCPT)
             .before(unmask),
@@ -551,13 +552,8 @@ fn single_step() {
             a.push(0x102)?;
             a.popfq()
         });
-        let steps: [fn(&mut CodeAssembler) -> Built; 5] = [
-            |a| a.mov(eax, 5),
-            |a| a.add(qword_ptr(DATA), rax),
-            |a| a.push(rax),
-            |a| a.pop(rcx),
-            |a| a.cpuid(),
-        ];
+        let steps: [fn(&mut CodeAssembler) -> Built; 5] =
+            [|a| a.mov(eax, 5), |a| a.add(qword_ptr(DATA), rax), |a| a.push(rax), |a| a.pop(rcx), |a| a.cpuid()];
         for step in steps {
             at = guest.code(at, step);
             places.push(at);
