@@ -28,6 +28,9 @@ pub struct Group {
 /// Longest range of a group in bytes. Longer ones save more checks but cross a page more often.
 const MAX_SPAN: i64 = 384;
 
+/// Displacements beyond this take no part.
+const FAR: i32 = 1 << 30;
+
 /// What is known of a register: a value without a name, plus a constant.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Value {
@@ -94,7 +97,9 @@ fn access(insn: &Insn) -> Option<(usize, i64, i64, bool)> {
             {
                 return None;
             }
-            Some((full(base), i64::from(ins.memory_displacement64() as i32), i64::from(size), write))
+            // Far displacements could wrap when the range is extended.
+            let disp = ins.memory_displacement64() as i32;
+            (-FAR..=FAR).contains(&disp).then_some((full(base), i64::from(disp), i64::from(size), write))
         }
         Class::Push | Class::Call => Some((RSP, -8, 8, true)),
         Class::CallIndirect if ins.op0_kind() == OpKind::Register => Some((RSP, -8, 8, true)),
@@ -211,5 +216,65 @@ pub fn assign(insns: &mut [Insn]) {
         for &follower in &group.followers {
             insns[follower].group = Some(Group { slot: group.slot, leader: false, start: 0, span: 0 });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::code_asm::*;
+
+    use super::*;
+    use crate::analyze::{Analyzer, Mode};
+
+    fn groups(build: impl FnOnce(&mut CodeAssembler)) -> Vec<Option<Group>> {
+        let mut asm = CodeAssembler::new(64).unwrap();
+        build(&mut asm);
+        let mut page = asm.assemble(0x1000).unwrap();
+        page.resize(4096, 0xf4);
+        let insns = Analyzer::new(false).block(&page, 0x1000, 0, Mode::default(), usize::MAX);
+        insns.iter().map(|i| i.group).collect()
+    }
+
+    #[test]
+    fn a_prologue_is_one_group() {
+        let found = groups(|a| {
+            a.push(rbp).unwrap();
+            a.mov(rbp, rsp).unwrap();
+            a.push(rbx).unwrap();
+            a.sub(rsp, 0x18).unwrap();
+            a.mov(qword_ptr(rbp - 0x20), rdi).unwrap();
+            a.mov(rax, qword_ptr(rsp)).unwrap();
+        });
+        let leader = found[0].unwrap();
+        assert!(leader.leader);
+        assert_eq!((leader.start, leader.span), (-0x20 + 8 - 8, 0x28));
+        for follower in [2, 4, 5] {
+            assert_eq!(found[follower].map(|g| (g.slot, g.leader)), Some((leader.slot, false)));
+        }
+    }
+
+    #[test]
+    fn a_changed_register_ends_it() {
+        let found = groups(|a| {
+            a.mov(rax, qword_ptr(rbx)).unwrap();
+            a.xadd(rbx, rcx).unwrap();
+            a.mov(rax, qword_ptr(rbx + 8)).unwrap();
+            a.mul(rdi).unwrap();
+            a.mov(rcx, qword_ptr(rdx)).unwrap();
+            a.cmove(rdx, rsi).unwrap();
+            a.mov(rcx, qword_ptr(rdx)).unwrap();
+        });
+        assert!(found.iter().all(Option::is_none));
+    }
+
+    #[test]
+    fn far_displacements_and_writes_after_reads_stay_out() {
+        let found = groups(|a| {
+            a.mov(rax, qword_ptr(rbx - 0x7fff_fff0)).unwrap();
+            a.mov(rax, qword_ptr(rbx - 0x7fff_ffe8)).unwrap();
+            a.mov(rax, qword_ptr(rcx)).unwrap();
+            a.mov(qword_ptr(rcx + 8), rax).unwrap();
+        });
+        assert!(found.iter().all(Option::is_none));
     }
 }
