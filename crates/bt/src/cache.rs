@@ -220,7 +220,7 @@ pub struct Cache {
 }
 
 /// Templates kept over a flush, in bytes.
-const MAX_TEMPLATE_BYTES: usize = 48 << 20;
+const MAX_TEMPLATE_BYTES: usize = 96 << 20;
 
 /// Slow writes to a page with code that miss the code, before all of its code is dropped.
 const NEAR_MISSES: u32 = 64;

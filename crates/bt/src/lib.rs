@@ -60,7 +60,7 @@ impl Options {
     /// The usual settings for a guest with this CPUID model.
     pub fn new(model: Arc<CpuidModel>) -> Self {
         Self {
-            code_cache: 160 << 20,
+            code_cache: 256 << 20,
             precise_flags: false,
             fast_transitions: true,
             step_histogram: false,
