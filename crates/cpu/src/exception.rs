@@ -24,8 +24,8 @@ pub mod vector {
 
     /// The short names of the exceptions, by vector; empty where there is none.
     pub const NAMES: [&str; 22] = [
-        "#DE", "#DB", "NMI", "#BP", "#OF", "#BR", "#UD", "#NM", "#DF", "", "#TS", "#NP", "#SS", "#GP", "#PF", "", "#MF",
-        "#AC", "#MC", "#XM", "#VE", "#CP",
+        "#DE", "#DB", "NMI", "#BP", "#OF", "#BR", "#UD", "#NM", "#DF", "", "#TS", "#NP", "#SS", "#GP", "#PF", "",
+        "#MF", "#AC", "#MC", "#XM", "#VE", "#CP",
     ];
 }
 

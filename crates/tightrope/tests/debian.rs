@@ -3,6 +3,7 @@
 mod common;
 
 use common::{Session, finish, run};
+use image::Flavour;
 
 const PROMPT: &str = "tightrope:";
 
@@ -78,4 +79,36 @@ fn a_kernel_panic_is_seen() {
     session.expect(PROMPT); // panic=-1 reboots at once
     session.send(b"poweroff -f\n");
     assert_eq!(session.finish().code(), Some(0));
+}
+
+/// Boots another of Debian's stock kernels, with an initramfs made for it, to the shell and off again.
+fn stock_kernel(suite: &str, flavour: Flavour, version: &str) {
+    let options = image::Options { progress: image::Progress::Quiet, ..image::Options::default() };
+    let image = image::default_image(suite, flavour, &options).unwrap_or_else(|error| panic!("{error}"));
+    let started = std::time::Instant::now();
+    let (kernel, initrd) = (image.kernel.display().to_string(), image.initrd.display().to_string());
+    let append = format!("{} quiet", image.cmdline);
+    let mut session = Session::start(run(&["--kernel", &kernel, "--initrd", &initrd, "--append", &append]));
+    session.expect(PROMPT);
+    println!("{suite} {flavour}: shell after {:.1} s", started.elapsed().as_secs_f64());
+    session.send(b"uname -r; poweroff\n");
+    session.expect(&format!("\n{version}."));
+    let done = session.finish();
+    assert_eq!(done.code(), Some(0), "{}", done.err);
+}
+
+#[test]
+fn generic_kernel_of_debian_13() {
+    stock_kernel("trixie", Flavour::Generic, "6.12");
+}
+
+#[test]
+fn cloud_kernel_of_debian_12() {
+    stock_kernel("bookworm", Flavour::Cloud, "6.1");
+}
+
+#[test]
+#[ignore = "fetches some 70 MB for this test alone"]
+fn generic_kernel_of_debian_12() {
+    stock_kernel("bookworm", Flavour::Generic, "6.1");
 }

@@ -33,12 +33,7 @@ pub(crate) struct Files {
 }
 
 /// What builds the PC from the opened files.
-pub(crate) fn maker(
-    config: &VmConfig,
-    files: Files,
-    tsc_khz: u64,
-    exits: Option<TraceSink>,
-) -> Box<dyn BoardMaker> {
+pub(crate) fn maker(config: &VmConfig, files: Files, tsc_khz: u64, exits: Option<TraceSink>) -> Box<dyn BoardMaker> {
     Box::new(PcMaker {
         cmdline: config.cmdline.clone(),
         cpus: config.cpus,
