@@ -1,6 +1,6 @@
 //! Model-specific registers (SDM volume 4; KVM's as documented with the Linux kernel).
 //!
-//! [`read`] and [`write`] need no interpreter: an engine that catches RDMSR and WRMSR itself calls them. Registers of the local APIC go to
+//! [`read()`] and [`write()`] need no interpreter: an engine that catches RDMSR and WRMSR itself calls them. Registers of the local APIC go to
 //! [`LocalApic`]; unknown ones are an error, which is `#GP(0)` for the guest.
 
 use std::time::{SystemTime, UNIX_EPOCH};

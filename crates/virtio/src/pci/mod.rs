@@ -10,7 +10,7 @@
 //! BAR 1  0x0000  MSI-X table   0x1000  pending bits
 //! ```
 //!
-//! A notification takes the shortest way: from the address of the write to the queue's [`Doorbell`], without the transport's lock.
+//! A notification takes the shortest way: from the address of the write to the queue's [`Doorbell`](crate::runner::Doorbell), without the transport's lock.
 //! All other registers are behind one lock, under which queues are also stopped; a device's threads never take it.
 //!
 //! Saving: [`VirtioPci::pause`] all devices first, then save the machine, then [`VirtioPci::resume`]. After a restore a device is paused
