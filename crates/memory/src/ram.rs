@@ -4,9 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::{CodePages, WriteTracker};
 
@@ -78,12 +76,11 @@ impl GuestRam {
             if len == 0 {
                 continue;
             }
-            let mapping =
-                MmapRegionBuilder::new_with_bitmap(len as usize, WriteTracker::new(base, code_pages.clone()))
-                    .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                    .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
-                    .build()
-                    .map_err(|e| RamError::Host(e.to_string()))?;
+            let mapping = MmapRegionBuilder::new_with_bitmap(len as usize, WriteTracker::new(base, code_pages.clone()))
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+                .build()
+                .map_err(|e| RamError::Host(e.to_string()))?;
             // SAFETY: the range was just mapped by us and stays mapped as long as `mapping` lives; advice cannot
             // change its contents.
             unsafe { libc::madvise(mapping.as_ptr().cast(), len as usize, libc::MADV_HUGEPAGE) };

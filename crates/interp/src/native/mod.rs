@@ -190,9 +190,7 @@ fn pending_x87(cx: &Cx<'_>, state: State, raw: &Instruction) -> Result<(), Excep
     use Mnemonic as M;
     let waits = match state {
         State::Mmx => true,
-        State::X87 => {
-            !matches!(raw.mnemonic(), M::Fninit | M::Fnclex | M::Fnstcw | M::Fnstsw | M::Fnstenv | M::Fnsave)
-        }
+        State::X87 => !matches!(raw.mnemonic(), M::Fninit | M::Fnclex | M::Fnstcw | M::Fnstsw | M::Fnstenv | M::Fnsave),
         _ => false,
     };
     let pending = cx.st.fp.bytes[2] & 0x80 != 0;
@@ -264,8 +262,17 @@ impl Assist {
 
         let mut new = *raw;
         new.set_ip(0);
-        let mut plan =
-            Plan { generation: 0, thunk: 0, state, pointer: None, stack: None, size: 0, align: 1, read: false, write: false };
+        let mut plan = Plan {
+            generation: 0,
+            thunk: 0,
+            state,
+            pointer: None,
+            stack: None,
+            size: 0,
+            align: 1,
+            read: false,
+            write: false,
+        };
         let memory = (0..raw.op_count()).find(|i| raw.op_kind(*i) == OpKind::Memory);
         if let Some(index) = memory {
             let access = info.op_access(index);

@@ -128,7 +128,10 @@ pub(super) fn masked_move(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception>
             cx.it.mmu.check(cx.st, at(i), size, Kind::Write, cx.user).map_err(|e| at_stack(e, insn.mem.stack))?;
         }
         for i in all.filter(selected) {
-            cx.it.mmu.write(cx.st, at(i), size, element(&data, i, size), cx.user).map_err(|e| at_stack(e, insn.mem.stack))?;
+            cx.it
+                .mmu
+                .write(cx.st, at(i), size, element(&data, i, size), cx.user)
+                .map_err(|e| at_stack(e, insn.mem.stack))?;
         }
     } else {
         let target: Register = raw.op0_register();
