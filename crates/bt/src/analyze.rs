@@ -209,7 +209,6 @@ impl Analyzer {
             F::VAES,
             F::VPCLMULQDQ,
             F::CET_IBT,
-            F::CET_SS,
         ] {
             allowed[feature as usize] = true;
         }
@@ -405,6 +404,8 @@ impl Analyzer {
                 return Class::MovFromSegment;
             }
             Code::Popfq if !mode.user && !mode.df => return Class::Popf,
+            // Without shadow stacks these are no-operations.
+            Code::Rdsspd_r32 | Code::Rdsspq_r64 => return Class::Skip,
             Code::Cld => return if mode.df { Class::Step } else { Class::Skip },
             Code::Std => return if mode.df { Class::Skip } else { Class::Step },
             Code::Movsb_m8_m8 => return string(ins, mode, true, 1),

@@ -538,7 +538,10 @@ impl BtVcpu {
         // SAFETY: the area is 64-byte aligned and large enough for component 0; the instruction writes its legacy
         // region and header only.
         unsafe { std::arch::asm!("xsave64 [{}]", in(reg) area, in("eax") 1, in("edx") 0, options(nostack)) };
-        self.block().state.fp.bytes[cpu::FpState::XSTATE_BV] = 7;
+        let bytes = &mut self.block().state.fp.bytes;
+        bytes[cpu::FpState::XSTATE_BV] = 7;
+        // The instruction and data pointers are the host's: the guest must not learn them.
+        bytes[8..24].fill(0);
     }
 
     /// The reverse of [`Self::save_x87`].
