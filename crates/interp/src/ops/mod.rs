@@ -265,6 +265,8 @@ pub(crate) fn select(raw: &Instruction) -> Handler {
         | M::Cldemote
         | M::Pause
         | M::Endbr64
+        | M::Rdsspd
+        | M::Rdsspq
         | M::Endbr32
         | M::Prefetchw
         | M::Prefetchwt1
