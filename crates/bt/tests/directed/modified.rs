@@ -278,7 +278,7 @@ fn on_the_stack() {
             a.xor(r12d, r12d)?;
             a.set_label(&mut again)?;
             // b8 imm32 c3: mov eax, r12; ret
-            a.mov(rax, 0xc3_0000_0000_b8_u64)?;
+            a.mov(rax, 0xc300_0000_00b8_u64)?;
             a.mov(rcx, r12)?;
             a.shl(rcx, 8)?;
             a.or(rax, rcx)?;
