@@ -368,7 +368,8 @@ fn strayed(case: &Case, placed: &Placed, start: &Start, native: &Final) -> bool 
     let code = case.layout.code..case.layout.code + SLOTS * SLOT;
     let own = start.rip..start.rip + placed.bytes.len() as u64;
     let outside = native.stop != Stop::End && !own.contains(&native.rip);
-    let stores = (code.start - 2 * PAGE..code.end + 2 * PAGE).contains(&native.gpr[7])
+    // The code of every layout is the same memory.
+    let stores = LAYOUTS.iter().any(|l| (l.code - 2 * PAGE..l.code + SLOTS * SLOT + 2 * PAGE).contains(&native.gpr[7]))
         && case.program.items.iter().any(|i| i.alive && i.ins.is_string_instruction());
     (outside && (code.contains(&native.rip) || !case.user)) || stores
 }
