@@ -394,7 +394,8 @@ impl Analyzer {
         }
     }
 
-    fn class(&mut self, ins: &Instruction, mode: Mode) -> Class {
+    /// How `ins` is translated.
+    pub fn class(&mut self, ins: &Instruction, mode: Mode) -> Class {
         use Mnemonic as M;
         match ins.code() {
             Code::Syscall if mode.user => return Class::Syscall,

@@ -50,6 +50,8 @@ pub struct Options {
     pub fast_transitions: bool,
     /// Count interpreted instructions by kind.
     pub step_histogram: bool,
+    /// Run every block in the interpreter, too, and stop at the first difference. Slow; flags are precise then.
+    pub lockstep: bool,
     /// What to write down, and where.
     pub trace: Option<Trace>,
     /// What CPUID answers.
@@ -64,6 +66,7 @@ impl Options {
             precise_flags: false,
             fast_transitions: true,
             step_histogram: false,
+            lockstep: false,
             trace: None,
             model,
         }
@@ -92,7 +95,7 @@ impl BtEngine {
             return Err(format!("a code cache of {} bytes is not possible: 16 MiB to 1 GiB", options.code_cache));
         }
         let slow_access = vcpu::slow_access as *const () as u64;
-        let mut cache = Cache::new(options.code_cache, slow_access, options.precise_flags)
+        let mut cache = Cache::new(options.code_cache, slow_access, options.precise_flags || options.lockstep)
             .map_err(|e| format!("no memory for the code cache: {e}"))?;
         cache.trace = options.trace.clone().filter(|trace| trace.blocks);
         let shared = Shared::new(cache, ram.clone());
@@ -115,6 +118,9 @@ impl Engine for BtEngine {
             interp.observe(Box::new(trace::Interrupts { trace, cpu: setup.index }));
         }
         let mut vcpu = BtVcpu::new(setup, self.shared.clone(), interp)?;
+        if self.options.lockstep {
+            vcpu.lockstep = Some(Default::default());
+        }
         vcpu.trace = self.options.trace.clone().filter(|trace| trace.tlb);
         vcpu.fast_transitions = self.options.fast_transitions;
         if self.options.step_histogram {

@@ -1,5 +1,8 @@
 //! One vCPU under binary translation: the dispatcher.
 
+#[path = "lockstep.rs"]
+mod lockstep;
+
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -193,6 +196,8 @@ pub struct BtVcpu {
     pub step_histogram: Option<std::collections::HashMap<iced_x86::Code, u64>>,
     /// For fills and flushes of the TLB.
     pub trace: Option<crate::trace::Trace>,
+    /// Every block in the interpreter, too.
+    pub lockstep: Option<Box<lockstep::Lockstep>>,
     page: Box<[u8; 4096 + 15]>,
     /// The guest-physical page that `page` holds.
     page_copied: Option<u64>,
@@ -247,6 +252,7 @@ impl BtVcpu {
             counters: Counters::default(),
             step_histogram: None,
             trace: None,
+            lockstep: None,
             page: Box::new([0; 4096 + 15]),
             page_copied: None,
         });
@@ -865,7 +871,8 @@ impl BtVcpu {
             if !self.breakpoints.is_empty() && self.breakpoints.contains(&self.block().state.rip) {
                 break Exit::Debug;
             }
-            match self.dispatch(enter) {
+            let next = if self.lockstep.is_some() { self.dispatch_lockstep(enter) } else { self.dispatch(enter) };
+            match next {
                 Next::Events => events = true,
                 Next::Run => events = false,
                 Next::Leave(exit) => break exit,
@@ -1021,6 +1028,10 @@ impl Vcpu for BtVcpu {
         .map(|&(name, value)| (name.to_string(), value))
         .collect();
         out.extend(self.interp.deliveries());
+        if let Some(lockstep) = &self.lockstep {
+            let names = ["lockstep: blocks compared", "lockstep: blocks not compared", "lockstep: blocks that cannot be"];
+            out.extend(names.iter().zip(lockstep.counters).map(|(name, value)| (name.to_string(), value)));
+        }
         if let Some(histogram) = &self.step_histogram {
             let mut rows: Vec<_> = histogram.iter().map(|(code, &n)| (format!("interpreted.{code:?}"), n)).collect();
             rows.sort_by_key(|row| std::cmp::Reverse(row.1));

@@ -127,6 +127,11 @@ impl Interp {
         self.observer = Some(observer);
     }
 
+    /// Exceptions delivered so far.
+    pub fn exceptions(&self) -> u64 {
+        self.counters.exceptions.iter().sum()
+    }
+
     /// Events so far, as `(kind, number)`: instructions, decodings, TLB misses, exceptions by vector.
     pub fn counters(&self) -> Vec<(String, u64)> {
         let c = &self.counters;
