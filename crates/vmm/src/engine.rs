@@ -43,8 +43,8 @@ pub(crate) fn check(config: &VmConfig) -> Result<(), Error> {
             config.cpus
         )));
     }
-    if config.lockstep {
-        return Err(Error::Engine("--lockstep is not part of this version: leave it away".into()));
+    if config.lockstep && config.engine == EngineChoice::Interp {
+        return Err(Error::Engine("--lockstep is of engine bt: leave --engine interp away".into()));
     }
     if config.engine == EngineChoice::Interp
         && let Some(trace) = &config.trace
@@ -119,6 +119,7 @@ fn bt(config: &VmConfig, ram: GuestRam, tsc_khz: u64, trace: Option<TraceSink>) 
     let khz = u32::try_from(tsc_khz).unwrap_or(u32::MAX);
     let model = Arc::new(CpuidModel::new(config.cpus, khz));
     let mut options = bt::Options::new(model);
+    options.lockstep = config.lockstep;
     if let (Some(kinds), Some(sink)) = (&config.trace, trace) {
         let mut trace = bt::Trace::new(sink);
         trace.interrupts = kinds.interrupts;
