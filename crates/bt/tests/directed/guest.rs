@@ -69,9 +69,11 @@ pub enum Kind {
     Precise,
     /// The same, and SYSCALL, SYSRET and IRET go to the interpreter.
     Slow,
+    /// The translator with each block compared with the interpreter.
+    Lockstep,
 }
 
-pub const KINDS: [Kind; 4] = [Kind::Interp, Kind::Bt, Kind::Precise, Kind::Slow];
+pub const KINDS: [Kind; 5] = [Kind::Interp, Kind::Bt, Kind::Precise, Kind::Slow, Kind::Lockstep];
 
 /// Runs a test under every engine; what is printed shows which one failed.
 pub fn each(test: impl Fn(Kind)) {
@@ -224,6 +226,7 @@ impl Guest {
             options.code_cache = 16 << 20;
             options.precise_flags = kind != Kind::Bt;
             options.fast_transitions = kind != Kind::Slow;
+            options.lockstep = kind == Kind::Lockstep;
             options
         };
         let engine: Box<dyn Engine> = match kind {

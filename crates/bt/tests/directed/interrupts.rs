@@ -370,7 +370,7 @@ fn flood(kind: Kind, user: bool, number: u64) {
 fn flood_of_interrupts() {
     each(|kind| {
         for user in [false, true] {
-            flood(kind, user, 2_000);
+            flood(kind, user, 1_000);
         }
     });
 }

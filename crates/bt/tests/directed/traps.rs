@@ -223,7 +223,7 @@ fn run(case: &Case, place: &Place, variant: u32, guest: &mut Guest) -> (Trap, Ve
 fn check(cases: &[Case]) {
     // One guest for all: that code changes under the translator is part of the test.
     let mut interp = Guest::new(Kind::Interp);
-    let mut others = [Kind::Bt, Kind::Precise].map(Guest::new);
+    let mut others = [Kind::Bt, Kind::Precise, Kind::Lockstep].map(Guest::new);
     for case in cases {
         for place in [KERNEL, PROGRAM] {
             if !(if place.user { case.user } else { case.kernel }) {
