@@ -91,6 +91,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub serial: SerialMode,
 
+    /// Add a virtio console, which the guest sees as /dev/hvc0, and where it goes: none, pty, file:PATH or unix:PATH (stdio, if
+    /// --serial is elsewhere)
+    #[arg(long, value_name = "WHERE")]
+    pub virtio_console: Option<SerialMode>,
+
     /// Print counters at the end (and at any time on SIGUSR1 or Ctrl-A C); --stats=json for programs
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
     pub stats: Option<StatsFormat>,

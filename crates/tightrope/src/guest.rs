@@ -27,6 +27,7 @@ pub fn configure(args: &RunArgs, settings: &Settings) -> Result<VmConfig> {
     config.cpus = args.cpus;
     config.engine = args.engine.or(settings.engine).unwrap_or_default();
     config.serial = args.serial.clone();
+    config.virtio_console = args.virtio_console.clone();
     config.stats = args.stats;
     config.trace = args.trace.clone();
     config.gdb = args.gdb.clone();

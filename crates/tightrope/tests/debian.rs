@@ -81,6 +81,26 @@ fn a_kernel_panic_is_seen() {
     assert_eq!(session.finish().code(), Some(0));
 }
 
+#[test]
+fn a_virtio_console() {
+    use std::io::{Read, Write};
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("hvc0");
+    let mut session = Session::start(run(&["--virtio-console", &format!("unix:{}", path.display())]));
+    session.expect(PROMPT);
+    let mut other = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    other.set_read_timeout(Some(common::LIMIT)).unwrap();
+    // What comes while nobody has the terminal open is thrown away by the guest.
+    session.send(b"exec 3<>/dev/hvc0; echo to-the-host >&3; read line <&3; echo got-$line-$?\n");
+    let mut seen = [0; 11];
+    other.read_exact(&mut seen).unwrap();
+    assert_eq!(&seen, b"to-the-host");
+    other.write_all(b"from-the-host\n").unwrap();
+    session.expect("got-from-the-host-0");
+    session.send(b"poweroff\n");
+    assert_eq!(session.finish().code(), Some(0));
+}
+
 /// Boots another of Debian's stock kernels, with an initramfs made for it, to the shell and off again.
 fn stock_kernel(suite: &str, flavour: Flavour, version: &str) {
     let options = image::Options { progress: image::Progress::Quiet, ..image::Options::default() };

@@ -287,5 +287,6 @@ fn sockets_and_files_that_cannot_be_had() {
     check(&finish(kernel.run(&["--trace", "exits:/nonexistent/x"]), b""), 1, &["trace file", "/nonexistent/x"]);
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = port.local_addr().unwrap().to_string();
+    check(&finish(kernel.run(&["--virtio-console", "stdio"]), b""), 1, &["two consoles", "--serial none"]);
     check(&finish(kernel.run(&["--gdb", &address]), b""), 1, &[&address, "another port"]);
 }

@@ -33,6 +33,8 @@ pub struct VmConfig {
     pub engine: EngineChoice,
     /// Where the serial console goes.
     pub serial: SerialMode,
+    /// Where a virtio console, the guest's `hvc0`, goes; `None` for no such device.
+    pub virtio_console: Option<SerialMode>,
     /// Print counters at exit (and on SIGUSR1 in any case).
     pub stats: Option<StatsFormat>,
     /// What the engine writes down as it runs.
@@ -61,6 +63,7 @@ impl VmConfig {
             cpus: 1,
             engine: EngineChoice::Auto,
             serial: SerialMode::Stdio,
+            virtio_console: None,
             stats: None,
             trace: None,
             gdb: None,

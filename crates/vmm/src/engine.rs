@@ -8,7 +8,7 @@ use cpu::Engine;
 use cpu::cpuid::CpuidModel;
 use memory::GuestRam;
 
-use crate::config::{EngineChoice, MAX_CPUS, VmConfig};
+use crate::config::{EngineChoice, MAX_CPUS, SerialMode, VmConfig};
 use crate::error::Error;
 
 /// What is known about `/dev/kvm` without asking it to run anything.
@@ -33,6 +33,9 @@ fn no_kvm(state: &str) -> Error {
 pub(crate) fn check(config: &VmConfig) -> Result<(), Error> {
     if config.cpus == 0 || config.cpus > MAX_CPUS {
         return Err(Error::Input(format!("a VM with {} vCPUs is not possible: choose 1 to {MAX_CPUS}", config.cpus)));
+    }
+    if config.serial == SerialMode::Stdio && config.virtio_console == Some(SerialMode::Stdio) {
+        return Err(Error::Input("two consoles cannot share stdio: add --serial none, or name another place".into()));
     }
     if config.engine == EngineChoice::Kvm {
         return Err(no_kvm(&kvm_state()));

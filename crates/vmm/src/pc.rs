@@ -13,7 +13,7 @@ use machine::power::PowerEvent;
 use machine::serial::Serial;
 use machine::{Pc, PcConfig};
 use memory::GuestRam;
-use virtio::{Block, Disk, Entropy, Reporter, VirtioDevice, VirtioPci};
+use virtio::{Block, Console, ConsoleHandle, Disk, Entropy, Reporter, VirtioDevice, VirtioPci};
 
 use crate::board::{Board, BoardMaker};
 use crate::config::VmConfig;
@@ -21,6 +21,7 @@ use crate::console::{Input, Output};
 use crate::engine::TraceSink;
 use crate::error::Error;
 use crate::events::{Event, Events};
+use crate::serial::{Gate, InputSlot};
 use crate::terminal;
 
 /// The opened files.
@@ -30,6 +31,8 @@ pub(crate) struct Files {
     pub unpacked: Option<File>,
     pub initrd: Option<File>,
     pub disks: Vec<Disk>,
+    /// The host's end of a virtio console.
+    pub console: Option<crate::serial::Serial>,
 }
 
 /// What builds the PC from the opened files.
@@ -42,6 +45,7 @@ pub(crate) fn maker(config: &VmConfig, files: Files, tsc_khz: u64, exits: Option
         unpacked: files.unpacked,
         initrd: files.initrd,
         disks: files.disks,
+        console: files.console,
         exits,
         pc: None,
         input: None,
@@ -58,6 +62,8 @@ struct PcMaker {
     initrd: Option<File>,
     /// Until the first build.
     disks: Vec<Disk>,
+    /// Until the first build.
+    console: Option<crate::serial::Serial>,
     /// Where accesses to devices are written down.
     exits: Option<TraceSink>,
     /// After the first build.
@@ -88,7 +94,7 @@ fn read_whole(what: &str, file: &File) -> Result<Vec<u8>, Error> {
 }
 
 impl PcMaker {
-    fn devices(&mut self, ram: &GuestRam) -> Result<Vec<Arc<dyn PciDevice>>, Error> {
+    fn devices(&mut self, ram: &GuestRam, events: &Events) -> Result<Vec<Arc<dyn PciDevice>>, Error> {
         let reporter: Reporter = Arc::new(|line: &str| terminal::message(&format!("tightrope: {line}")));
         let mut devices: Vec<(String, Box<dyn VirtioDevice>)> = Vec::new();
         for (number, disk) in std::mem::take(&mut self.disks).into_iter().enumerate() {
@@ -99,6 +105,14 @@ impl PcMaker {
             devices.push((format!("disk{number}"), Box::new(block)));
         }
         devices.push(("entropy".into(), Box::new(Entropy::default())));
+        if let Some(host_end) = self.console.take() {
+            let threads = |error| Error::Host(format!("the host gives no thread for a console: {error}"));
+            let slot = Arc::new(InputSlot::default());
+            let output = host_end.start(events, slot.clone(), Arc::new(Gate::new(true))).map_err(threads)?;
+            let (console, handle) = Console::new(Box::new(output)).map_err(threads)?;
+            slot.set(Arc::new(VirtioInput(handle)));
+            devices.push(("console".into(), Box::new(console)));
+        }
         devices
             .into_iter()
             .map(|(name, device)| {
@@ -109,6 +123,7 @@ impl PcMaker {
     }
 
     fn first_build(&mut self, ram: &GuestRam, events: &Events, output: &Output) -> Result<Arc<Pc>, Error> {
+        let pci_devices = self.devices(ram, events)?;
         let events = Mutex::new(events.clone());
         let power = move |event| {
             let event = match event {
@@ -122,7 +137,7 @@ impl PcMaker {
             vcpus: self.cpus,
             tsc_khz: self.tsc_khz,
             serial_output: Box::new(output.clone()),
-            pci_devices: self.devices(ram)?,
+            pci_devices,
             power: Arc::new(power),
         })
         .map_err(engine_error)?;
@@ -214,6 +229,20 @@ impl Board for PcBoard {
             self.pc.bus().counters().into_iter().flat_map(both).filter(|(_, count)| *count > 0).collect();
         all.push(("time.devices-us".into(), self.pc.bus().time().as_micros() as u64));
         all
+    }
+}
+
+/// A virtio console's input.
+struct VirtioInput(ConsoleHandle);
+
+impl Input for VirtioInput {
+    fn offer(&self, bytes: &[u8]) -> usize {
+        self.0.send(bytes)
+    }
+
+    fn wait_for_room(&self, at_most: Duration) {
+        // Tens of kilobytes wait for the guest: looking again now and then is enough.
+        std::thread::sleep(at_most);
     }
 }
 

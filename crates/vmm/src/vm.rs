@@ -90,6 +90,10 @@ impl Vm {
             }
         }
         let (serial, serial_line) = Serial::open(&config.serial)?;
+        let (console, console_line) = match config.virtio_console.as_ref().map(Serial::open).transpose()? {
+            Some((console, line)) => (Some(console), line),
+            None => (None, None),
+        };
         let (listener, gdb_line) = match config.gdb.as_ref().map(Listener::open).transpose()? {
             Some((listener, line)) => (Some(listener), Some(line)),
             None => (None, None),
@@ -98,7 +102,9 @@ impl Vm {
         let trace = engine::open_trace(config)?;
         let kvm = engine::kvm_state();
         let needs = Needs {
-            sockets: serial.needs_sockets() || matches!(config.gdb, Some(GdbAddress::Tcp(_) | GdbAddress::Unix(_))),
+            sockets: serial.needs_sockets()
+                || console.as_ref().is_some_and(Serial::needs_sockets)
+                || matches!(config.gdb, Some(GdbAddress::Tcp(_) | GdbAddress::Unix(_))),
         };
         signals::restore_terminal_when_fatal();
         let ram = GuestRam::new(config.memory).map_err(|error| Error::Host(error.to_string()))?;
@@ -106,11 +112,11 @@ impl Vm {
         sandbox::before_threads(config.sandbox)?;
         let (engine, engine_line) = engine::choose(config, ram.clone(), tsc_khz, &kvm, trace.clone())?;
         terminal::message(&format!("tightrope: {engine_line}"));
-        for line in [serial_line, gdb_line].into_iter().flatten() {
+        for line in [serial_line, console_line, gdb_line].into_iter().flatten() {
             terminal::message(&format!("tightrope: {line}"));
         }
         let exits = trace.filter(|_| config.trace.as_ref().is_some_and(|trace| trace.exits));
-        let maker = crate::pc::maker(config, Files { kernel, unpacked, initrd, disks }, tsc_khz, exits);
+        let maker = crate::pc::maker(config, Files { kernel, unpacked, initrd, disks, console }, tsc_khz, exits);
         let vm = Self::assemble(config, engine, Parts { ram, serial, listener, maker }, started)?;
         sandbox::close(config.sandbox, needs)?;
         Ok(vm)
