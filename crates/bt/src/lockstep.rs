@@ -77,7 +77,7 @@ impl Lockstep {
     fn wanted(&mut self, address: u64) -> bool {
         let count = self.seen.entry(address).or_default();
         *count = count.wrapping_add(1);
-        *count <= ALWAYS || *count % SAMPLE == 0
+        *count <= ALWAYS || count.is_multiple_of(SAMPLE)
     }
 }
 

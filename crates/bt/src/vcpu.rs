@@ -1029,7 +1029,7 @@ impl Vcpu for BtVcpu {
         .collect();
         out.extend(self.interp.deliveries());
         if let Some(lockstep) = &self.lockstep {
-            let names = ["lockstep: blocks compared", "lockstep: blocks not compared", "lockstep: blocks that cannot be"];
+            let names = ["lockstep.compared", "lockstep.not-compared", "lockstep.impossible"];
             out.extend(names.iter().zip(lockstep.counters).map(|(name, value)| (name.to_string(), value)));
         }
         if let Some(histogram) = &self.step_histogram {

@@ -217,6 +217,8 @@ pub struct Guest {
 
 /// The result of code building.
 pub type Built = Result<(), IcedError>;
+/// Assembles a program.
+pub type Build = fn(&mut CodeAssembler) -> Built;
 
 impl Guest {
     pub fn new(kind: Kind) -> Self {
@@ -434,16 +436,8 @@ impl Guest {
         Trap { vector, error, rip: frame[0], cs: frame[1], rflags: frame[2], rsp: frame[3], ss: frame[4], state }
     }
 
-    /// Lets the last trap's handler return to `rip`.
-    pub fn resume_at(&mut self, rip: u64) {
-        let state = self.vcpu.state();
-        let vector = ((state.rip - STUBS) / 16) as u8;
-        let at = state.gpr[cpu::gpr::RSP] + if has_error(vector) { 8 } else { 0 };
-        self.put(at, &[rip]);
-    }
-
     /// Goes to level 3 at `rip` by a state change.
-    pub fn to_user(&mut self, rip: u64) {
+    pub fn enter_user(&mut self, rip: u64) {
         self.set(|state| {
             user_segments(state);
             state.rip = rip;

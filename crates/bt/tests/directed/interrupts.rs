@@ -65,7 +65,7 @@ fn not_with_interrupts_off() {
 /// The instruction behind STI still runs without interrupts.
 #[test]
 fn shadow_of_sti() {
-    let cases: [(&str, fn(&mut CodeAssembler) -> Built); 9] = [
+    let cases: [(&str, crate::guest::Build); 9] = [
         ("mov", |a| a.mov(bl, 2)),
         ("store", |a| a.mov(qword_ptr(DATA), rax)),
         ("flags", |a| a.add(eax, eax)),
@@ -221,7 +221,7 @@ fn nmi_blocks_nmi() {
 /// Every kind of endless loop can be interrupted.
 #[test]
 fn endless_loops() {
-    let loops: [(&str, fn(&mut CodeAssembler) -> Built); 7] = [
+    let loops: [(&str, crate::guest::Build); 7] = [
         ("jump to itself", |a| a.jmp(CODE + 0x400)),
         ("jump to another page", |a| a.jmp(CODE + 0x1000)),
         ("indirect jump", |a| a.jmp(rbp)),
@@ -343,7 +343,7 @@ fn flood(kind: Kind, user: bool, number: u64) {
     });
     guest.set(|state| state.rflags |= rflags::IF);
     if user {
-        guest.to_user(at);
+        guest.enter_user(at);
     }
     let end = Arc::new(AtomicBool::new(false));
     let (fixture, stop) = (guest.fixture.clone(), end.clone());

@@ -195,7 +195,7 @@ fn returns_to_the_kernel() {
             let rip = trap.rip;
             guest.reset();
             guest.code(USER_CODE, jump);
-            guest.to_user(USER_CODE);
+            guest.enter_user(USER_CODE);
             guest.set(|state| state.gpr[2] = rip);
             let trap = guest.trap();
             assert_eq!((trap.vector, trap.error, trap.rip), (vector::PF, Some(0x15), rip), "{kind:?}");
@@ -434,7 +434,7 @@ fn calls_deeper_than_the_mirror() {
                 a.ret()
             });
             if user {
-                guest.to_user(code);
+                guest.enter_user(code);
             }
             guest.set(|state| {
                 state.gpr[4] = 0x38_0000;

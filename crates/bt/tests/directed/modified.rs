@@ -5,9 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use iced_x86::code_asm::*;
 
-use crate::guest::{
-    Built, CODE, DATA, Guest, PRESENT, RAISE, STOP, USER, USER_CODE, USER_DATA, USER_STACK, WRITE, each,
-};
+use crate::guest::{CODE, DATA, Guest, PRESENT, RAISE, STOP, USER, USER_CODE, USER_DATA, USER_STACK, WRITE, each};
 
 /// A page of code apart from the main one.
 const FUNCTION: u64 = CODE + 0x4000;
@@ -68,7 +66,7 @@ fn the_same_block() {
 /// Every kind of store reaches code: RBX points to the function, R8 holds what its immediate shall be.
 #[test]
 fn all_kinds_of_stores() {
-    let stores: [(&str, fn(&mut CodeAssembler) -> Built); 16] = [
+    let stores: [(&str, crate::guest::Build); 16] = [
         ("mov", |a| a.mov(dword_ptr(rbx + 4), r8d)),
         ("mov of a byte", |a| a.mov(byte_ptr(rbx + 4), r8b)),
         ("add", |a| a.add(dword_ptr(rbx + 4), 1)),
@@ -294,7 +292,7 @@ fn on_the_stack() {
             a.set_label(&mut wrong)?;
             a.ud2()
         });
-        guest.to_user(USER_CODE);
+        guest.enter_user(USER_CODE);
         let trap = guest.trap();
         assert_eq!((trap.vector, trap.state.gpr[12], trap.rsp), (6, 300, USER_STACK), "{kind:?}");
     });
@@ -341,7 +339,7 @@ fn a_shared_page() {
             a.set_label(&mut wrong)?;
             a.ud2()
         });
-        guest.to_user(USER_CODE);
+        guest.enter_user(USER_CODE);
         let trap = guest.trap();
         assert_eq!((trap.vector, trap.state.gpr[12]), (6, 200), "{kind:?}");
     });

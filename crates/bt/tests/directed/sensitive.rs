@@ -82,7 +82,7 @@ fn refused_to_programs() {
         for (name, build) in refused {
             guest.reset();
             guest.code(USER_CODE, build);
-            guest.to_user(USER_CODE);
+            guest.enter_user(USER_CODE);
             guest.set(|state| {
                 state.cr4 |= cr4::TSD;
                 state.gpr[3] = USER_DATA;
@@ -167,7 +167,7 @@ fn allowed_to_programs() {
             a.mov(r12d, ds)?;
             a.int3()
         });
-        guest.to_user(USER_CODE);
+        guest.enter_user(USER_CODE);
         guest.set(|state| state.tsc_aux = 0x55);
         let trap = guest.trap();
         assert_eq!(trap.vector, vector::BP, "{kind:?}: {trap:x?}");
@@ -379,7 +379,7 @@ fn system_calls() {
             a.mov(rdi, rsp)?;
             a.ud2()
         });
-        guest.to_user(USER_CODE);
+        guest.enter_user(USER_CODE);
         // The stack of the kernel's PUSHFQ is the program's.
         for _ in 0..3 {
             guest.set(|state| {

@@ -648,7 +648,7 @@ fn double_faults() {
         guest.put(TSS + 4, &[DATA]);
         guest.map(DATA - 0x1000, 0);
         guest.code(USER_CODE, |a| a.ud2());
-        guest.to_user(USER_CODE);
+        guest.enter_user(USER_CODE);
         let trap = guest.trap();
         assert_eq!((trap.vector, trap.error), (vector::DF, Some(0)), "{trap:x?}");
     });
