@@ -5,7 +5,6 @@
 
 mod guest;
 mod interrupts;
-mod lockstep;
 mod mappings;
 mod modified;
 mod sensitive;
