@@ -371,7 +371,12 @@ fn strayed(case: &Case, placed: &Placed, start: &Start, native: &Final) -> bool 
     // The code of every layout is the same memory.
     let stores = LAYOUTS.iter().any(|l| (l.code - 2 * PAGE..l.code + SLOTS * SLOT + 2 * PAGE).contains(&native.gpr[7]))
         && case.program.items.iter().any(|i| i.alive && i.ins.is_string_instruction());
-    (outside && (code.contains(&native.rip) || !case.user)) || stores
+    // Code that it changed may hold a privileged instruction, which only the CPU refuses at level 0.
+    let privileged = !case.user
+        && own.contains(&native.rip)
+        && matches!(native.stop, Stop::Fault { vector: 13, .. })
+        && instruction(placed, native.rip - start.rip).is_privileged();
+    (outside && (code.contains(&native.rip) || !case.user)) || stores || privileged
 }
 
 /// The instruction at this offset.
