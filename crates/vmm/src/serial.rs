@@ -65,7 +65,12 @@ impl Gate {
 
     fn wait(&self) {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if *open {
+            return;
+        }
         drop(self.opened.wait_while(open, |open| !*open));
+        // The marker is the start of the prompt: let the shell finish setting its terminal up, or it may throw input away.
+        std::thread::sleep(Duration::from_millis(150));
     }
 }
 

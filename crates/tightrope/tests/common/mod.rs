@@ -85,6 +85,8 @@ impl Session {
     }
 
     pub fn send(&mut self, text: &[u8]) {
+        // Like a person: a shell that has just printed its prompt still sets its terminal up and may throw away what comes at once.
+        std::thread::sleep(Duration::from_millis(400));
         self.child.stdin.as_mut().expect("open").write_all(text).expect("write");
     }
 
