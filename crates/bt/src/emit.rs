@@ -984,12 +984,17 @@ impl<'a> Emitter<'a> {
 
     /// Brings the flags where the copied instruction `insn` wants them. `scratch` may be clobbered.
     fn flags_for(&mut self, insn: &Insn, scratch: Reg) {
-        let writes = insn.ins.rflags_modified() & ALL_FLAGS != 0;
-        let needed = insn.reads | if writes { insn.live_after & !insn.kills } else { 0 };
-        if self.flags == Flags::Block && needed != 0 {
+        if self.wants_flags(insn) {
             self.hot.restore_flags(off::FLAGS, scratch);
             self.flags = Flags::Host;
         }
+    }
+
+    /// Are the flags in the block while the copied instruction reads them, or leaves some of them as they are?
+    fn wants_flags(&self, insn: &Insn) -> bool {
+        let writes = insn.ins.rflags_modified() & ALL_FLAGS != 0;
+        let needed = insn.reads | if writes { insn.live_after & !insn.kills } else { 0 };
+        self.flags == Flags::Block && needed != 0
     }
 
     fn flags_after(&mut self, insn: &Insn) {
@@ -1007,9 +1012,7 @@ impl<'a> Emitter<'a> {
 
     fn memory(&mut self, insn: &Insn, size: u16, write: bool) -> Done {
         let mut operand = self.check_operand(insn, size, write)?;
-        let writes = insn.ins.rflags_modified() & ALL_FLAGS != 0;
-        let needed = insn.reads | if writes { insn.live_after & !insn.kills } else { 0 };
-        if self.flags == Flags::Block && needed != 0 && uses_r11(operand) {
+        if self.wants_flags(insn) && uses_r11(operand) {
             self.hot.lea(R11, operand);
             operand = Mem::base(R11, 0);
         }
