@@ -90,7 +90,7 @@ pub fn cache_dir() -> Result<PathBuf> {
 /// # Errors
 /// APT is missing or has no source with Debian's `main`.
 pub fn host_mirror() -> Result<String> {
-    let remedy = "name one by --mirror, for example --mirror http://deb.debian.org/debian";
+    let remedy = "name one by --mirror, for example --mirror http://mirror.example/debian";
     let listing = Command::new("apt-get")
         .args(["indextargets", "--format", "$(REPO_URI) $(COMPONENT) $(CREATED_BY) $(ORIGIN)"])
         .output()

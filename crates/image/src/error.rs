@@ -14,7 +14,7 @@ pub enum Error {
     /// The host names no Debian mirror and neither does the user.
     #[error(
         "no Debian package mirror: {looked}; name one with --mirror URL or TIGHTROPE_MIRROR=URL, \
-         for example http://deb.debian.org/debian"
+         for example http://mirror.example/debian"
     )]
     NoMirror {
         /// What was looked at and found wanting.
