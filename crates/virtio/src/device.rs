@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::block::BlockState;
 use crate::console::ConsoleState;
 use crate::entropy::EntropyState;
+use crate::net::NetState;
 use crate::queue::Virtqueue;
 use crate::runner::Doorbell;
 
@@ -37,7 +38,7 @@ pub trait Interrupt: Send + Sync {
 
 /// A virtio device without its transport. The transport serialises all calls.
 pub trait VirtioDevice: Send {
-    /// The device type (virtio 1.3, chapter 5): 2 block, 3 console, 4 entropy.
+    /// The device type (virtio 1.3, chapter 5): 1 network, 2 block, 3 console, 4 entropy.
     fn device_type(&self) -> u16;
     /// The device's own feature bits; bits of transport and ring are the transport's.
     fn features(&self) -> u64;
@@ -80,6 +81,8 @@ pub enum DeviceState {
     Console(ConsoleState),
     /// A source of randomness.
     Entropy(EntropyState),
+    /// A network interface.
+    Net(NetState),
 }
 
 /// Copies the part of `config` that starts at `offset` to `data`; zeroes where there is none.

@@ -148,6 +148,7 @@ impl VirtioPci {
         }
         let kind = device.device_type();
         let (class, subclass) = match kind {
+            1 => (0x02, 0x00), // network, Ethernet
             2 => (0x01, 0x80), // mass storage, other
             3 => (0x07, 0x80), // communication, other
             _ => (0xff, 0x00),

@@ -190,6 +190,11 @@ impl Virtqueue {
         walk(memory, self.queue.desc_table(), self.queue.size(), head).map(Some)
     }
 
+    /// Leaves the last `count` chains, taken and not given back, to be taken again.
+    pub fn unpop(&mut self, count: u16) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count));
+    }
+
     /// Gives a chain back, with `written` bytes written to its writable part. All writes to guest memory that belong to it must
     /// be done (and their pages reported) before.
     ///
