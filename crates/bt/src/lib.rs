@@ -56,6 +56,9 @@ pub struct Options {
     pub trace: Option<Trace>,
     /// What CPUID answers.
     pub model: Arc<CpuidModel>,
+    /// For tests of the instruments: changes the bytes of a page, at this guest-virtual address, that the translator is about to see.
+    #[doc(hidden)]
+    pub tamper: Option<fn(u64, &mut [u8])>,
 }
 
 impl Options {
@@ -69,6 +72,7 @@ impl Options {
             lockstep: false,
             trace: None,
             model,
+            tamper: None,
         }
     }
 }
@@ -123,6 +127,7 @@ impl Engine for BtEngine {
         }
         vcpu.trace = self.options.trace.clone().filter(|trace| trace.tlb);
         vcpu.fast_transitions = self.options.fast_transitions;
+        vcpu.tamper = self.options.tamper;
         if self.options.step_histogram {
             vcpu.step_histogram = Some(Default::default());
         }

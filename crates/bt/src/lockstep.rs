@@ -13,7 +13,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::sync::atomic::Ordering;
 
+use cpu::gpr::{RCX, RDI, RSI};
 use cpu::paging::{self, Access as PageAccess, Kind, PagingContext};
 use cpu::{CpuState, Exit, FpState, Segment, cr4, rflags};
 use iced_x86::{
@@ -48,6 +50,8 @@ struct Ahead {
     /// The state before the first step, and after each.
     states: Vec<CpuState>,
     writes: Vec<Write>,
+    /// Page-table entries whose dirty bit the interpreter set.
+    dirtied: Vec<u64>,
     /// The translator may go further than this.
     open: bool,
 }
@@ -232,7 +236,8 @@ impl BtVcpu {
     /// Runs the interpreter ahead and takes back what it wrote. The vCPU's state stays as it is.
     fn run_ahead(&mut self) -> Ahead {
         self.save_x87();
-        let mut ahead = Ahead { states: vec![self.block().state.clone()], writes: Vec::new(), open: true };
+        let mut ahead =
+            Ahead { states: vec![self.block().state.clone()], writes: Vec::new(), dirtied: Vec::new(), open: true };
         let mode = self.mode;
         while ahead.states.len() <= AHEAD {
             let Some(state) = ahead.states.last() else { break };
@@ -243,7 +248,7 @@ impl BtVcpu {
             };
             let at = ahead.writes.len();
             let step = ahead.states.len() - 1;
-            if let Err(stop) = self.note_operands(&state, &ins, mode, step, &mut ahead.writes) {
+            if let Err(stop) = self.note_operands(&state, &ins, mode, step, &mut ahead) {
                 ahead.writes.truncate(at);
                 ahead.open = matches!(stop, Stop::Open);
                 break;
@@ -284,6 +289,15 @@ impl BtVcpu {
         for write in ahead.writes.iter().rev() {
             restore(write);
         }
+        if !ahead.dirtied.is_empty() {
+            // The guest must not see a dirty page before it is written; accessed bits may be early.
+            for &leaf in &ahead.dirtied {
+                if let Some(entry) = self.shared.ram.atomic_u64(leaf) {
+                    entry.fetch_and(!paging::pte::D, Ordering::AcqRel);
+                }
+            }
+            self.interp.flush();
+        }
         // The native assist may have used the x87 registers.
         self.load_x87();
         ahead
@@ -307,7 +321,7 @@ impl BtVcpu {
         ins: &Instruction,
         mode: Mode,
         step: usize,
-        writes: &mut Vec<Write>,
+        ahead: &mut Ahead,
     ) -> Result<(), Stop> {
         let lockstep = self.lockstep.get_or_insert_default();
         let class = lockstep.analyzer.class(ins, mode);
@@ -318,13 +332,6 @@ impl BtVcpu {
             Class::Skip | Class::Lea => return Ok(()),
             _ => {}
         }
-        let mut count = 1;
-        if let Class::String { rep: true, .. } = class {
-            count = state.gpr[1];
-            if count > 4096 {
-                return Err(Stop::Both);
-            }
-        }
         let operands: Vec<(u64, u64, bool)> = if let Class::BitTest { write } = class {
             let size = ins.memory_size().size() as u64;
             let offset = register(state, ins.op1_register(), 0).ok_or(Stop::Open)?;
@@ -332,6 +339,18 @@ impl BtVcpu {
             let base = ins.virtual_address(0, 0, |r, _, _| register(state, r, ins.next_ip())).ok_or(Stop::Open)?;
             let unit = offset >> if size == 8 { 6 } else { 5 };
             vec![(base.wrapping_add_signed(unit.wrapping_mul(size as i64)), size, write)]
+        } else if let Class::String { movs, rep, size } = class {
+            let count = if rep { state.gpr[RCX] } else { 1 };
+            if count > 4096 {
+                return Err(Stop::Both);
+            }
+            // DF is clear, and there is no segment base.
+            let bytes = count * u64::from(size);
+            let mut operands = vec![(state.gpr[RDI], bytes, true)];
+            if movs {
+                operands.push((state.gpr[RSI], bytes, false));
+            }
+            operands
         } else {
             let mut operands = Vec::new();
             for memory in lockstep.factory.info(ins).used_memory() {
@@ -343,7 +362,7 @@ impl BtVcpu {
                 let size = memory.memory_size().size() as u64;
                 let address = memory.virtual_address(0, |r, _, _| register(state, r, ins.next_ip()));
                 match address {
-                    Some(address) if size > 0 => operands.push((address, size * count, write)),
+                    Some(address) if size > 0 => operands.push((address, size, write)),
                     _ => return Err(Stop::Open),
                 }
             }
@@ -362,10 +381,6 @@ impl BtVcpu {
                     .ok_or(Stop::Both)?;
                 let page = self.shared.ram.host_page(mapping.gpa).ok_or(Stop::Both)?;
                 if write {
-                    // The dirty bit would be set too early.
-                    if !mapping.dirty {
-                        return Err(Stop::Open);
-                    }
                     if self.shared.ram.code_pages().test(mapping.gpa >> 12) {
                         return Err(Stop::Both);
                     }
@@ -373,7 +388,10 @@ impl BtVcpu {
                     let mut old = vec![0; here as usize];
                     // SAFETY: `here` bytes are left in the mapped page of RAM, which lives as long as `self.shared`.
                     unsafe { std::ptr::copy_nonoverlapping(host, old.as_mut_ptr(), old.len()) };
-                    writes.push(Write { host, address, step, new: old.clone(), old });
+                    if let (false, Some(leaf)) = (mapping.dirty, mapping.leaf) {
+                        ahead.dirtied.push(leaf);
+                    }
+                    ahead.writes.push(Write { host, address, step, new: old.clone(), old });
                 }
                 address = address.wrapping_add(here);
                 left -= here;
@@ -388,7 +406,7 @@ impl BtVcpu {
         // Nothing done yet, or at least one instruction.
         let still = matches!(why, reason::STEP | reason::ACCESS | reason::FAULT | reason::POLL | reason::STALE)
             || why == reason::LINK;
-        let mut best: Option<(usize, Vec<String>)> = None;
+        let mut best: Option<(usize, Vec<Difference>)> = None;
         for (number, expected) in ahead.states.iter().enumerate() {
             if expected.rip != state.rip || (number == 0 && !still) {
                 continue;
@@ -410,12 +428,13 @@ impl BtVcpu {
                 return Ok(());
             }
             let to = state.rip;
-            return Err(self.report(ahead, ahead.states.len() - 1, &[format!("the block went to {to:#x}")]));
+            let went = Difference { what: "rip".into(), values: format!("the block went to {to:#x}"), step: None };
+            return Err(self.report(ahead, ahead.states.len() - 1, &[went]));
         };
         Err(self.report(ahead, number, &found))
     }
 
-    fn report(&mut self, ahead: &Ahead, number: usize, found: &[String]) -> String {
+    fn report(&mut self, ahead: &Ahead, number: usize, found: &[Difference]) -> String {
         let mut text = "lockstep: the translator and the interpreter differ".to_string();
         let mut formatter = IntelFormatter::new();
         for state in ahead.states.iter().take(number.max(1)) {
@@ -425,8 +444,15 @@ impl BtVcpu {
             let _ = write!(text, "\n  {:#018x}  {line}", state.rip);
         }
         text.push_str("\n  (interpreter, then translator)");
-        for line in found {
-            let _ = write!(text, "\n  {line}");
+        for Difference { what, values, step } in found {
+            let _ = write!(text, "\n  {what}: {values}");
+            match step.or_else(|| last_change(ahead, number, what)).and_then(|step| ahead.states.get(step)) {
+                Some(state) => {
+                    let _ = write!(text, "; set at {:#x}", state.rip);
+                }
+                None if what != "rip" => text.push_str("; not to change here"),
+                None => {}
+            }
         }
         for (name, state) in [("before", ahead.states.first()), ("interpreter", ahead.states.get(number))] {
             if let Some(state) = state {
@@ -454,12 +480,30 @@ fn registers(state: &CpuState) -> String {
     text
 }
 
-/// One line for each field that differs.
-fn differences(expected: &CpuState, got: &CpuState) -> Vec<String> {
+/// One thing that differs.
+struct Difference {
+    what: String,
+    /// The interpreter's value, the translator's.
+    values: String,
+    /// The step that sets it; `None` if that must be looked for.
+    step: Option<usize>,
+}
+
+/// The last of the first `steps` steps that changed `what`, by the interpreter.
+fn last_change(ahead: &Ahead, steps: usize, what: &str) -> Option<usize> {
+    (0..steps).rev().find(|&step| match (ahead.states.get(step), ahead.states.get(step + 1)) {
+        (Some(before), Some(after)) => differences(before, after).iter().any(|change| change.what == what),
+        _ => false,
+    })
+}
+
+/// The fields that differ.
+fn differences(expected: &CpuState, got: &CpuState) -> Vec<Difference> {
     let mut found = Vec::new();
+    let mut add = |what: String, values: String| found.push(Difference { what, values, step: None });
     let mut field = |name: &str, a: u64, b: u64| {
         if a != b {
-            found.push(format!("{name}: {a:#x}, {b:#x}"));
+            add(name.to_string(), format!("{a:#x}, {b:#x}"));
         }
     };
     for ((name, a), b) in NAMES.iter().zip(expected.gpr).zip(got.gpr) {
@@ -490,7 +534,7 @@ fn differences(expected: &CpuState, got: &CpuState) -> Vec<String> {
     let mut wide = |name: String, at: usize, mask: u128| {
         let (a, b) = (word(&expected.fp, at) & mask, word(&got.fp, at) & mask);
         if a != b {
-            found.push(format!("{name}: {a:#x}, {b:#x}"));
+            add(name, format!("{a:#x}, {b:#x}"));
         }
     };
     for i in 0..8 {
@@ -504,23 +548,24 @@ fn differences(expected: &CpuState, got: &CpuState) -> Vec<String> {
 }
 
 /// Compares what is in memory with what the first `steps` steps left there.
-fn memory_differences(ahead: &Ahead, steps: usize, found: &mut Vec<String>) {
-    let mut bytes: BTreeMap<usize, (u64, u8)> = BTreeMap::new();
+fn memory_differences(ahead: &Ahead, steps: usize, found: &mut Vec<Difference>) {
+    let mut bytes: BTreeMap<usize, (u64, u8, Option<usize>)> = BTreeMap::new();
     for write in &ahead.writes {
         for (i, (&old, &new)) in write.old.iter().zip(&write.new).enumerate() {
             let (at, address) = (write.host as usize + i, write.address.wrapping_add(i as u64));
             if write.step < steps {
-                bytes.insert(at, (address, new));
+                bytes.insert(at, (address, new, Some(write.step)));
             } else {
-                bytes.entry(at).or_insert((address, old));
+                bytes.entry(at).or_insert((address, old, None));
             }
         }
     }
-    for (at, (address, expected)) in bytes {
+    for (at, (address, expected, step)) in bytes {
         // SAFETY: within a noted write, see `note_operands`.
         let got = unsafe { std::ptr::read_volatile(at as *const u8) };
         if got != expected {
-            found.push(format!("byte at {address:#x}: {expected:#04x}, {got:#04x}"));
+            let values = format!("{expected:#04x}, {got:#04x}");
+            found.push(Difference { what: format!("byte at {address:#x}"), values, step });
         }
     }
 }

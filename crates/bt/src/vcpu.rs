@@ -198,6 +198,8 @@ pub struct BtVcpu {
     pub trace: Option<crate::trace::Trace>,
     /// Every block in the interpreter, too.
     pub lockstep: Option<Box<lockstep::Lockstep>>,
+    /// See [`crate::Options::tamper`].
+    pub tamper: Option<fn(u64, &mut [u8])>,
     page: Box<[u8; 4096 + 15]>,
     /// The guest-physical page that `page` holds.
     page_copied: Option<u64>,
@@ -253,6 +255,7 @@ impl BtVcpu {
             step_histogram: None,
             trace: None,
             lockstep: None,
+            tamper: None,
             page: Box::new([0; 4096 + 15]),
             page_copied: None,
         });
@@ -510,6 +513,9 @@ impl BtVcpu {
                     return None;
                 }
                 self.page_copied = Some(key.page);
+                if let Some(tamper) = self.tamper {
+                    tamper(key.address & !0xfff, &mut self.page[..4096]);
+                }
             }
             let mut new_slots = Vec::new();
             let result = if key.tail == 0 {

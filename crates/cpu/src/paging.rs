@@ -118,6 +118,8 @@ pub struct Mapping {
     pub global: bool,
     /// The leaf's dirty bit as it is now.
     pub dirty: bool,
+    /// The guest-physical address of the leaf, if paging is on.
+    pub leaf: Option<u64>,
 }
 
 impl Mapping {
@@ -181,6 +183,7 @@ fn walk_once(
             no_execute: false,
             global: false,
             dirty: true,
+            leaf: None,
         }));
     }
     let nxe = context.efer & efer::NXE != 0;
@@ -246,6 +249,7 @@ fn walk_once(
             no_execute,
             global: entry & pte::G != 0 && context.cr4 & cr4::PGE != 0,
             dirty: entry & pte::D != 0,
+            leaf: Some(entry_gpa),
         };
         if !mapping.allows(context, access) {
             return fault(fault_code::P);

@@ -18,6 +18,21 @@ fn boots_to_a_shell_and_switches_off() {
     assert!(done.err.contains("shell after "), "{}", done.err);
 }
 
+/// The whole boot, each block also by the interpreter: some ten times as long.
+#[test]
+fn boots_in_lockstep() {
+    if common::engine() != "bt" {
+        return;
+    }
+    let done = finish(run(&["--lockstep", "--stats=json"]), b"uname -a; poweroff\n");
+    assert_eq!(done.code(), Some(0), "{}", done.err);
+    assert!(done.out.contains("GNU/Linux"), "{}", done.out);
+    let json: serde_json::Value = serde_json::from_str(done.err.lines().last().unwrap_or_default()).unwrap();
+    let [compared, impossible] =
+        ["lockstep.compared", "lockstep.impossible"].map(|name| json["counters"][name].as_u64());
+    assert!(compared > Some(100_000) && impossible < Some(1_000), "{compared:?} compared, {impossible:?} impossible");
+}
+
 #[test]
 fn a_script_by_pipe() {
     let input = b"echo $((6*7))0; for i in 1 2 3; do echo line-$i; done; poweroff\n";

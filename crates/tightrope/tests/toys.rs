@@ -98,8 +98,70 @@ fn counters_as_table_and_json() {
     let line = done.err.lines().last().unwrap_or_default();
     let json: serde_json::Value = serde_json::from_str(line).expect(line);
     assert_eq!(json["engine"], common::engine());
-    let writes = &json["counters"]["exits.serial.writes"];
-    assert_eq!(writes.as_u64(), Some(1), "{line}");
+    assert_eq!(counter(&done, "exits.serial.writes"), 1, "{line}");
+}
+
+/// A counter of `--stats=json`, which ends what the process wrote.
+fn counter(done: &common::Finished, name: &str) -> u64 {
+    let line = done.err.lines().last().unwrap_or_default();
+    let json: serde_json::Value = serde_json::from_str(line).expect(line);
+    json["counters"][name].as_u64().unwrap_or_else(|| panic!("no counter {name} in {line}"))
+}
+
+#[test]
+fn lockstep_compares_and_finds_nothing() {
+    if common::engine() != "bt" {
+        return;
+    }
+    let kernel = Kernel::new(Code::new().print("in step").echo());
+    let done = finish(kernel.run(&["--lockstep", "--stats=json"]), b"marching q");
+    assert_eq!((done.code(), done.out.as_str()), (Some(0), "in stepmarching q"), "{}", done.err);
+    assert!(counter(&done, "lockstep.compared") > 10, "{}", done.err);
+}
+
+/// A line for each access of the guest to a device.
+#[test]
+fn trace_of_exits() {
+    // mov ebx, 0xfec00000; mov eax, [rbx]; mov dword [rbx], 0x12; mov dx, 0x3fd; in al, dx; in al, 0x79
+    let code =
+        [0xbb, 0, 0, 0xc0, 0xfe, 0x8b, 0x03, 0xc7, 0x03, 0x12, 0, 0, 0, 0x66, 0xba, 0xfd, 0x03, 0xec, 0xe4, 0x79];
+    let kernel = Kernel::new(Code::new().print("A").raw(&code).power_off());
+    let file = kernel.dir.path().join("trace");
+    let done = finish(kernel.run(&["--trace", &format!("exits:{}", file.display())]), b"");
+    assert_eq!((done.code(), done.out.as_str()), (Some(0), "A"), "{}", done.err);
+    let text = std::fs::read_to_string(file).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let expected = [
+        "exit write port 0x3f8 41 serial",
+        "exit read memory 0xfec00000 00000000 ioapic",
+        "exit write memory 0xfec00000 00000012 ioapic",
+        "exit read port 0x3fd 60 serial",
+        "exit read port 0x79 ff (no device)",
+        "exit write port 0x604 3400 acpi",
+    ];
+    assert_eq!(lines, expected);
+}
+
+/// Several kinds at once, in one file, or to standard error without one.
+#[test]
+fn trace_of_the_engine() {
+    let kernel = Kernel::new(Code::new().print("A").power_off());
+    let kinds = if common::engine() == "bt" { "int,exits,blocks,tlb" } else { "exits" };
+    let has = |text: &str| {
+        assert!(text.contains("exit write port 0x3f8 41 serial\n"), "{text}");
+        if kinds != "exits" {
+            assert!(text.contains("block translate 0x100000 gpa 0x100000 kernel,no-fpu,no-avx insns "), "{text}");
+            assert!(text.contains("tlb cpu0 fill fetch kernel 0x100000 gpa 0x100000 size 0x"), "{text}");
+        }
+    };
+    let file = kernel.dir.path().join("trace");
+    let done = finish(kernel.run(&["--trace", &format!("{kinds}:{}", file.display())]), b"");
+    assert_eq!(done.code(), Some(0), "{}", done.err);
+    has(&std::fs::read_to_string(file).unwrap());
+    assert!(!done.err.contains("exit write"), "{}", done.err);
+    let done = finish(kernel.run(&["--trace", kinds]), b"");
+    assert_eq!(done.code(), Some(0), "{}", done.err);
+    has(&done.err);
 }
 
 #[test]

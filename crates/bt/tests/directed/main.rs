@@ -5,7 +5,9 @@
 
 mod guest;
 mod interrupts;
+mod lockstep;
 mod mappings;
 mod modified;
 mod sensitive;
+mod trace;
 mod traps;
