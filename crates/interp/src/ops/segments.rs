@@ -296,15 +296,16 @@ pub(super) fn call_far(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     };
     let (offset, selector) = far_pointer(cx, insn)?;
     let (segment, descriptor) = far_target(cx, selector)?;
-    if !is_canonical(offset) {
-        return Err(Exception::gp(0));
-    }
     let step = usize::from(size);
     let rsp = cx.st.gpr[RSP].wrapping_sub(2 * u64::from(size));
     let words = [cx.next, u64::from(cx.st.segments[CS].selector)];
     let frame: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes().into_iter().take(step)).collect();
     cx.it.mark_accessed(cx.st, &descriptor)?;
     cx.it.mmu.write_bytes(cx.st, rsp, &frame, cx.user).map_err(|e| at_stack(e, true))?;
+    // As for the near call: what is written below the stack pointer stays.
+    if !is_canonical(offset) {
+        return Err(Exception::gp(0));
+    }
     cx.st.gpr[RSP] = rsp;
     cx.st.segments[CS] = segment;
     cx.next = offset;
