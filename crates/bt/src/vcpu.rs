@@ -384,6 +384,7 @@ impl BtVcpu {
             || state.rflags & rflags::TF != 0
             || state.interrupt_shadow
             || state.dr[7] & 0xff != 0
+            || (cpl == 3 && state.rflags & rflags::AC != 0 && state.cr0 & cr0::AM != 0)
         {
             return None;
         }

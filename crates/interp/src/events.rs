@@ -123,6 +123,22 @@ impl Interp {
         return_rip: u64,
         saved_flags: u64,
     ) -> Result<(), Exception> {
+        // Breakpoints look at what instructions access.
+        let armed = std::mem::replace(&mut self.mmu.checks.armed, false);
+        let result = self.inject_now(state, vector, error_code, source, return_rip, saved_flags);
+        self.mmu.checks.armed = armed;
+        result
+    }
+
+    fn inject_now(
+        &mut self,
+        state: &mut CpuState,
+        vector: u8,
+        error_code: Option<u32>,
+        source: Source,
+        return_rip: u64,
+        saved_flags: u64,
+    ) -> Result<(), Exception> {
         if let Some(observer) = &mut self.observer {
             let (external, software) = (source == Source::External, source == Source::Software);
             observer.delivery(state, &Delivery { vector, error_code, external, software });

@@ -7,7 +7,8 @@ use cpu::paging::Kind;
 use cpu::{CpuState, Exception, VcpuSetup, rflags, vector};
 use memory::{GuestRam, PAGE_SIZE};
 
-use crate::decode::{DecodeCache, Decoded, Insn, MAX_LENGTH, decode};
+use crate::checks::{Checks, instruction_breakpoints};
+use crate::decode::{DecodeCache, Decoded, Insn, MAX_LENGTH, Rep, decode};
 use crate::events::{TripleFault, is_fault};
 use crate::host_memory;
 use crate::mmu::{Mmu, Target};
@@ -119,6 +120,7 @@ impl Interp {
     /// Forgets cached translations: to be called when somebody else changed CR0, CR3, CR4, EFER, or page tables without the guest
     /// executing an invalidation (a debugger, a restored snapshot).
     pub fn flush(&mut self) {
+        self.mmu.checks = Checks::default();
         self.mmu.flush();
     }
 
@@ -184,8 +186,15 @@ impl Interp {
     #[inline(always)]
     fn step_with(&mut self, cache: &mut DecodeCache, state: &mut CpuState, hooks: &mut dyn Hooks) -> Outcome {
         let single_step = state.rflags & rflags::TF != 0;
-        if state.dr[7] & 0xff != 0 && self.instruction_breakpoint(state) {
-            return self.fault(state, Exception::plain(vector::DB), true);
+        if Checks::wanted(state) {
+            self.mmu.checks.arm(state);
+            if state.rflags & rflags::RF == 0 && !self.mmu.checks.behind_stack_switch() {
+                let hits = instruction_breakpoints(state);
+                if hits != 0 {
+                    state.dr[6] |= hits;
+                    return self.fault(state, Exception::plain(vector::DB), true);
+                }
+            }
         }
         let user = state.cpl() == 3;
         let insn = match self.fetch(cache, state, user) {
@@ -208,6 +217,7 @@ impl Interp {
         let result = (insn.run)(&mut cx, insn);
         let Cx { next, shadow, no_trap, debug_trap, keep_rf, outcome, .. } = cx;
         if let Some(unsupported @ Outcome::Unsupported(_)) = outcome {
+            self.mmu.checks.disarm();
             return unsupported;
         }
         if let Err(exception) = result {
@@ -215,45 +225,33 @@ impl Interp {
             let fault = exception.vector != vector::DB || state.dr[6] & (1 << 13) != 0;
             return self.fault(state, exception, fault);
         }
+        // Between two turns of a repeated instruction, debug exceptions are saved with RF set (SDM volume 3, 18.3.1.1).
+        let again = next == state.rip && insn.rep != Rep::No;
         state.rip = next;
         state.interrupt_shadow = shadow;
         if !keep_rf {
             state.rflags &= !rflags::RF;
         }
-        if (single_step && !no_trap) || debug_trap {
+        let checks = &mut self.mmu.checks;
+        let hits = if checks.armed || checks.behind_stack_switch() { checks.finish(shadow && no_trap) } else { 0 };
+        if (single_step && !no_trap) || debug_trap || hits != 0 {
+            state.dr[6] |= hits;
             if single_step {
                 state.dr[6] |= DR6_BS;
             }
-            return self.fault(state, Exception::plain(vector::DB), false);
+            return self.fault(state, Exception::plain(vector::DB), again);
         }
         outcome.unwrap_or(Outcome::Done)
     }
 
     /// Delivers an exception as part of a step.
     fn fault(&mut self, state: &mut CpuState, exception: Exception, fault: bool) -> Outcome {
+        self.mmu.checks.disarm();
         let restart = fault && exception.vector == vector::DB || is_fault(exception.vector);
         match self.deliver_first(state, exception, restart) {
             Ok(()) => Outcome::Done,
             Err(TripleFault) => Outcome::TripleFault,
         }
-    }
-
-    /// Is an instruction breakpoint of DR0 to DR3 set here? Sets DR6 if so.
-    fn instruction_breakpoint(&mut self, state: &mut CpuState) -> bool {
-        if state.rflags & rflags::RF != 0 {
-            return false;
-        }
-        let dr7 = state.dr[7];
-        let hits = (0..4u64)
-            .filter(|i| {
-                let enabled = dr7 >> (i * 2) & 3 != 0;
-                // R/W = 00: execution.
-                let execute = dr7 >> (16 + i * 4) & 3 == 0;
-                enabled && execute && state.dr.get(*i as usize) == Some(&state.rip)
-            })
-            .fold(0, |bits, i| bits | 1 << i);
-        state.dr[6] |= hits;
-        hits != 0
     }
 
     /// The instruction at RIP, from the cache or decoded.

@@ -16,6 +16,7 @@
 
 #![deny(missing_docs)]
 
+mod checks;
 mod decode;
 #[cfg(test)]
 mod differential;

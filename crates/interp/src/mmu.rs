@@ -9,6 +9,7 @@ use cpu::paging::{self, Access, Kind, PagingContext, is_canonical};
 use cpu::{Bus, CpuState, Exception, cr4, rflags};
 use memory::{GuestRam, PAGE_SIZE};
 
+use crate::checks::Checks;
 use crate::host_memory;
 
 /// Entries of each TLB array; a power of two.
@@ -48,6 +49,8 @@ pub(crate) struct Mmu {
     large: u64,
     /// TLB misses, for the counters.
     pub(crate) misses: u64,
+    /// Breakpoints and alignment checks.
+    pub(crate) checks: Checks,
 }
 
 // SAFETY: the raw pointers in the TLB point into `ram`, which is shared memory made for access from any thread, and are only
@@ -72,7 +75,7 @@ impl Mmu {
     pub(crate) fn new(ram: GuestRam, bus: Arc<dyn Bus>) -> Self {
         let tlb =
             vec![[EMPTY; ENTRIES]; 3].into_boxed_slice().try_into().unwrap_or_else(|_| unreachable!("three arrays"));
-        Self { ram, bus, tlb, generation: 1, large: 0, misses: 0 }
+        Self { ram, bus, tlb, generation: 1, large: 0, misses: 0, checks: Checks::default() }
     }
 
     /// Forgets all translations.
@@ -146,9 +149,22 @@ impl Mmu {
         Ok(Target::Ram(page.wrapping_add((mapping.gpa & OFFSET) as usize), mapping.gpa))
     }
 
+    /// What debug breakpoints and alignment checks have to say of an access.
+    #[cold]
+    fn checked(&mut self, address: u64, size: usize, write: bool, user: bool) -> Result<(), Exception> {
+        if user {
+            self.checks.aligned(address, size)?;
+        }
+        self.checks.access(address, size, write);
+        Ok(())
+    }
+
     /// Reads 1, 2, 4 or 8 bytes.
     #[inline(always)]
     pub(crate) fn read(&mut self, state: &CpuState, address: u64, size: usize, user: bool) -> Result<u64, Exception> {
+        if self.checks.armed {
+            self.checked(address, size, false, user)?;
+        }
         if (address & OFFSET) as usize <= PAGE_SIZE as usize - size
             && let Target::Ram(host, _) = self.translate(state, address, Kind::Read, user)?
         {
@@ -172,6 +188,9 @@ impl Mmu {
         value: u64,
         user: bool,
     ) -> Result<(), Exception> {
+        if self.checks.armed {
+            self.checked(address, size, true, user)?;
+        }
         if (address & OFFSET) as usize <= PAGE_SIZE as usize - size
             && let Target::Ram(host, gpa) = self.translate(state, address, Kind::Write, user)?
         {
@@ -198,6 +217,9 @@ impl Mmu {
         lock: bool,
         mut f: impl FnMut(u64) -> u64,
     ) -> Result<u64, Exception> {
+        if self.checks.armed {
+            self.checked(address, size, true, user)?;
+        }
         if (address & OFFSET) as usize <= PAGE_SIZE as usize - size
             && let Target::Ram(host, gpa) = self.translate(state, address, Kind::Write, user)?
         {
@@ -250,7 +272,7 @@ impl Mmu {
         Ok(())
     }
 
-    /// Reads any number of bytes.
+    /// Reads any number of bytes, however aligned.
     pub(crate) fn read_bytes(
         &mut self,
         state: &CpuState,
@@ -258,6 +280,9 @@ impl Mmu {
         data: &mut [u8],
         user: bool,
     ) -> Result<(), Exception> {
+        if self.checks.armed {
+            self.checks.access(address, data.len(), false);
+        }
         if data.len() as u64 > PAGE_SIZE - (address & OFFSET) {
             self.check(state, address, data.len(), Kind::Read, user)?;
         }
@@ -274,7 +299,7 @@ impl Mmu {
         Ok(())
     }
 
-    /// Writes any number of bytes, after checking them all.
+    /// Writes any number of bytes, however aligned, after checking them all.
     pub(crate) fn write_bytes(
         &mut self,
         state: &CpuState,
@@ -282,6 +307,9 @@ impl Mmu {
         data: &[u8],
         user: bool,
     ) -> Result<(), Exception> {
+        if self.checks.armed {
+            self.checks.access(address, data.len(), true);
+        }
         if data.len() as u64 > PAGE_SIZE - (address & OFFSET) {
             self.check(state, address, data.len(), Kind::Write, user)?;
         }
@@ -304,13 +332,21 @@ impl Mmu {
     /// Reads a system structure (descriptor, TSS, IDT gate): an implicit supervisor access, whatever the CPL.
     pub(crate) fn read_system(&mut self, state: &CpuState, address: u64, data: &mut [u8]) -> Result<(), Exception> {
         self.check_implicit(state, address, data.len(), Kind::Read)?;
-        self.read_bytes(state, address, data, false)
+        self.by_itself(|mmu| mmu.read_bytes(state, address, data, false))
     }
 
     /// Sets bits in one byte of a system structure, atomically.
     pub(crate) fn set_system_bits(&mut self, state: &CpuState, address: u64, bits: u8) -> Result<(), Exception> {
         self.check_implicit(state, address, 1, Kind::Write)?;
-        self.modify(state, address, 1, false, true, |old| old | u64::from(bits)).map(|_| ())
+        self.by_itself(|mmu| mmu.modify(state, address, 1, false, true, |old| old | u64::from(bits))).map(|_| ())
+    }
+
+    /// Accesses that the CPU makes by itself: no breakpoint looks at them.
+    pub(crate) fn by_itself<T>(&mut self, access: impl FnOnce(&mut Self) -> T) -> T {
+        let armed = std::mem::replace(&mut self.checks.armed, false);
+        let result = access(self);
+        self.checks.armed = armed;
+        result
     }
 
     /// With SMAP on, AC does not help implicit accesses.

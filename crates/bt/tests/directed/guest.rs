@@ -424,6 +424,14 @@ impl Guest {
         self.frame(state)
     }
 
+    /// Runs to the next exception, or to an OUT to the port [`STOP`] that is not a handler's.
+    pub fn trap_or_stop(&mut self) -> Option<Trap> {
+        let exit = self.run();
+        let state = self.vcpu.state();
+        assert_eq!(exit, Exit::Stopped, "{state:x?}");
+        (STUBS..STUBS + 0x1000).contains(&state.rip).then(|| self.frame(state))
+    }
+
     fn frame(&self, mut state: CpuState) -> Trap {
         assert!((STUBS..STUBS + 0x1000).contains(&state.rip), "no handler: {state:x?}");
         let vector = ((state.rip - STUBS) / 16) as u8;

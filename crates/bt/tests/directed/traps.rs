@@ -585,7 +585,7 @@ fn at_the_top(kind: Kind, user: bool, offset: u64, build: fn(&mut CodeAssembler)
 /// Direct branches over the end of the lower half.
 fn branches_over_the_top(kinds: &[Kind]) {
     const BEYOND: u64 = 0x0000_8000_0000_0010;
-    let branches: [(&str, u64, fn(&mut CodeAssembler) -> Built); 6] = [
+    let branches: [(&str, u64, crate::guest::Build); 6] = [
         ("jmp", 0, |a| a.jmp(BEYOND)),
         ("call", 0, |a| a.call(BEYOND)),
         ("jcc", 2, |a| {

@@ -227,6 +227,20 @@ fn alignment(raw: &Instruction, state: State, size: usize) -> usize {
     if aligned { size } else { 1 }
 }
 
+/// What the address must be a multiple of where alignment is checked, else `#AC(0)`: as CPUs do it, and mostly as SDM volume 3,
+/// table 7-7 has it. Vectors of 16 bytes and more are free.
+fn natural_alignment(raw: &Instruction, size: usize) -> usize {
+    match size {
+        2 | 4 | 8 if matches!(raw.mnemonic(), Mnemonic::Vcvtph2ps | Mnemonic::Vcvtps2ph) => 1,
+        2 | 4 | 8 => size,
+        // x87: extended and decimal numbers, environments and states of 16- and 32-bit form.
+        10 => 8,
+        14 | 94 => 2,
+        28 | 108 => 4,
+        _ => 1,
+    }
+}
+
 impl Assist {
     /// With its executable memory made now: a sandboxed process gets none later. What fails here fails again, and is told, at the first
     /// use.
@@ -382,6 +396,10 @@ pub(crate) fn run(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     if address & (plan.align as u64 - 1) != 0 {
         return Err(Exception::gp(0));
     }
+    if cx.user && plan.pointer.is_some() {
+        cx.it.mmu.checks.aligned(address, natural_alignment(&insn.raw, plan.size))?;
+    }
+    cx.it.mmu.checks.alignment = false;
     let mut data = [0u8; LARGEST];
     let Some(data) = data.get_mut(..plan.size) else { return Err(Exception::ud()) };
     // Of this one the conversion comes first, with its own exceptions.

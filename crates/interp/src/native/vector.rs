@@ -47,6 +47,7 @@ fn prepare(cx: &Cx<'_>, insn: &Insn, state: State) -> Result<(), Exception> {
 pub(super) fn gather(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     use Mnemonic as M;
     prepare(cx, insn, State::Avx)?;
+    cx.it.mmu.checks.alignment = false;
     let raw = &insn.raw;
     let (index_size, size) = match raw.mnemonic() {
         M::Vpgatherdd | M::Vgatherdps => (4usize, 4usize),
@@ -114,6 +115,7 @@ pub(super) fn gather(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
 pub(super) fn masked_move(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     use Mnemonic as M;
     prepare(cx, insn, State::Avx)?;
+    cx.it.mmu.checks.alignment = false;
     let raw = &insn.raw;
     let size: usize = if matches!(raw.mnemonic(), M::Vmaskmovps | M::Vpmaskmovd) { 4 } else { 8 };
     let masks = vector(&cx.st.fp, raw.op1_register().number());
@@ -175,6 +177,9 @@ pub(super) fn masked_store_bytes(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exc
         base &= 0xffff_ffff;
     }
     let base = base.wrapping_add(cx.segment_base(insn.mem.segment));
+    if cx.user {
+        cx.it.mmu.checks.aligned(base, 8)?;
+    }
     let selected = |(i, mask): (usize, &u8)| (mask & 0x80 != 0).then_some(i);
     for i in masks.iter().enumerate().filter_map(selected) {
         cx.it.mmu.check(cx.st, base.wrapping_add(i as u64), 1, Kind::Write, cx.user)?;

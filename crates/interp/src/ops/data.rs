@@ -129,6 +129,9 @@ pub(super) fn cmpxchg16b(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> 
     if !address.is_multiple_of(16) {
         return Err(Exception::gp(0));
     }
+    if cx.it.mmu.checks.armed {
+        cx.it.mmu.checks.access(address, 16, true);
+    }
     let target = cx.it.mmu.translate(cx.st, address, Kind::Write, cx.user).map_err(|e| at_stack(e, insn.mem.stack))?;
     let old = match target {
         Target::Ram(host, gpa) => {

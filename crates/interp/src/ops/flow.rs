@@ -74,9 +74,14 @@ pub(super) fn push(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
 
 pub(super) fn pop(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     let size = stack_size(insn);
-    let value = cx.peek(0, size)?;
     let rsp = cx.st.gpr[RSP];
     let register = insn.raw.op0_register();
+    if register.is_segment_register() && cx.user {
+        // Of a selector two bytes count.
+        cx.it.mmu.checks.aligned(rsp, 2)?;
+        cx.it.mmu.checks.alignment = false;
+    }
+    let value = cx.peek(0, size)?;
     if register.is_segment_register() {
         super::segments::load_segment(cx, register.number(), value as u16)?;
     }

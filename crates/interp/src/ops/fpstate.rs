@@ -22,11 +22,22 @@ fn no_device() -> Exception {
     Exception::plain(vector::NM)
 }
 
+/// `#GP(0)`, or with alignment checks what this kind of CPU makes of it: `#AC(0)` for what is not even aligned to 4 bytes.
+fn aligned_area(cx: &Cx<'_>, address: u64, to: u64) -> Result<(), Exception> {
+    if address.is_multiple_of(to) {
+        return Ok(());
+    }
+    if cx.user {
+        cx.it.mmu.checks.aligned(address, 4)?;
+    }
+    Err(Exception::gp(0))
+}
+
 fn check_fx(cx: &Cx<'_>, address: u64) -> Result<(), Exception> {
     if cx.st.cr0 & (cr0::EM | cr0::TS) != 0 {
         return Err(no_device());
     }
-    if !address.is_multiple_of(16) { Err(Exception::gp(0)) } else { Ok(()) }
+    aligned_area(cx, address, 16)
 }
 
 /// The first 32 bytes of the legacy area, with pointers as the 64-bit (`wide`) or 32-bit form stores them.
@@ -101,7 +112,7 @@ fn check_x(cx: &Cx<'_>, address: u64) -> Result<(), Exception> {
     if cx.st.cr0 & cr0::TS != 0 {
         return Err(no_device());
     }
-    if !address.is_multiple_of(64) { Err(Exception::gp(0)) } else { Ok(()) }
+    aligned_area(cx, address, 64)
 }
 
 /// The requested-feature bitmap.

@@ -34,7 +34,8 @@ fn port(cx: &Cx<'_>, insn: &Insn, op: Op) -> u16 {
     if op == Op::Imm { insn.imm as u8 as u16 } else { cx.st.gpr[RDX] as u16 }
 }
 
-fn read_port(cx: &Cx<'_>, port: u16, size: u8) -> u64 {
+fn read_port(cx: &mut Cx<'_>, port: u16, size: u8) -> u64 {
+    cx.it.mmu.checks.port(port, size);
     let mut data = [0; 8];
     if let Some(part) = data.get_mut(..usize::from(size)) {
         cx.it.setup.bus.pio_read(port, part);
@@ -42,7 +43,8 @@ fn read_port(cx: &Cx<'_>, port: u16, size: u8) -> u64 {
     u64::from_le_bytes(data)
 }
 
-fn write_port(cx: &Cx<'_>, port: u16, size: u8, value: u64) {
+fn write_port(cx: &mut Cx<'_>, port: u16, size: u8, value: u64) {
+    cx.it.mmu.checks.port(port, size);
     if let Some(part) = value.to_le_bytes().get(..usize::from(size)) {
         cx.it.setup.bus.pio_write(port, part);
     }
@@ -61,7 +63,8 @@ pub(super) fn out(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     // The second operand is AL, AX or EAX.
     let size = insn.size2;
     permitted(cx, port, size)?;
-    write_port(cx, port, size, cx.st.gpr[RAX] & mask(size));
+    let value = cx.st.gpr[RAX] & mask(size);
+    write_port(cx, port, size, value);
     Ok(())
 }
 

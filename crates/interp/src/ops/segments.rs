@@ -110,11 +110,13 @@ fn store_selector(cx: &mut Cx<'_>, insn: &Insn, selector: u16) -> Result<(), Exc
 
 pub(super) fn sldt(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     umip(cx)?;
+    cx.it.mmu.checks.alignment = false;
     store_selector(cx, insn, cx.st.ldtr.selector)
 }
 
 pub(super) fn str(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     umip(cx)?;
+    cx.it.mmu.checks.alignment = false;
     store_selector(cx, insn, cx.st.tr.selector)
 }
 
@@ -230,6 +232,9 @@ fn far_pointer(cx: &mut Cx<'_>, insn: &Insn) -> Result<(u64, u16), Exception> {
     };
     let mut bytes = [0; 10];
     let address = cx.address(&insn.mem);
+    if cx.user {
+        cx.it.mmu.checks.aligned(address, size)?;
+    }
     if let Some(part) = bytes.get_mut(..size + 2) {
         cx.it.mmu.read_bytes(cx.st, address, part, cx.user).map_err(|e| at_stack(e, insn.mem.stack))?;
     }
@@ -300,6 +305,9 @@ pub(super) fn call_far(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     let rsp = cx.st.gpr[RSP].wrapping_sub(2 * u64::from(size));
     let words = [cx.next, u64::from(cx.st.segments[CS].selector)];
     let frame: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes().into_iter().take(step)).collect();
+    if cx.user {
+        cx.it.mmu.checks.aligned(rsp, step)?;
+    }
     cx.it.mark_accessed(cx.st, &descriptor)?;
     cx.it.mmu.write_bytes(cx.st, rsp, &frame, cx.user).map_err(|e| at_stack(e, true))?;
     // As for the near call: what is written below the stack pointer stays.

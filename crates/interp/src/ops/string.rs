@@ -39,7 +39,7 @@ impl Shape {
             source_base: cx.segment_base(insn.mem.segment),
             step: if cx.st.rflags & rflags::DF != 0 { step.wrapping_neg() } else { step },
             rep: insn.rep,
-            single: cx.st.rflags & rflags::TF != 0,
+            single: cx.st.rflags & rflags::TF != 0 || cx.it.mmu.checks.armed,
         }
     }
 

@@ -98,6 +98,7 @@ pub(super) fn umip(cx: &Cx<'_>) -> Result<(), Exception> {
 
 pub(super) fn smsw(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     umip(cx)?;
+    cx.it.mmu.checks.alignment = false;
     let size = if insn.dst == Op::Mem { 2 } else { insn.size };
     let value = cx.st.cr0;
     cx.set(insn, insn.dst, size, value)
