@@ -4,6 +4,7 @@
 //! them and to the stubs, and lists of the places that need entries in the cache's tables. [`crate::cache`] puts them into memory.
 
 use iced_x86::{Code, Encoder, Instruction, OpKind, Register};
+use interp::GPR64;
 
 use crate::analyze::{ALL_FLAGS, Class, Insn, Mode};
 use crate::asm::{Asm, Mem, R9, R10, R11, RAX, RBP, RBX, RCX, RDI, RDX, RSI, Reg, cc};
@@ -203,25 +204,6 @@ struct Mark {
 pub struct Unsupported;
 
 type Done = Result<(), Unsupported>;
-
-const GPR64: [Register; 16] = [
-    Register::RAX,
-    Register::RCX,
-    Register::RDX,
-    Register::RBX,
-    Register::RSP,
-    Register::RBP,
-    Register::RSI,
-    Register::RDI,
-    Register::R8,
-    Register::R9,
-    Register::R10,
-    Register::R11,
-    Register::R12,
-    Register::R13,
-    Register::R14,
-    Register::R15,
-];
 
 /// Is this guest register kept in the block?
 const fn spilled(reg: u8) -> bool {

@@ -4,44 +4,10 @@ use std::sync::Arc;
 
 use bt::{BtEngine, Options};
 use cpu::cpuid::CpuidModel;
-use cpu::{Bus, CpuState, Engine, Exit, InterruptStatus, LocalApic, MsrError, VcpuSetup};
+use cpu::testing::Nothing;
+use cpu::{CpuState, Engine, Exit};
 use iced_x86::code_asm::*;
 use memory::GuestRam;
-
-struct Nothing;
-
-impl Bus for Nothing {
-    fn pio_read(&self, _port: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn pio_write(&self, _port: u16, _data: &[u8]) {}
-    fn mmio_read(&self, _gpa: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn mmio_write(&self, _gpa: u64, _data: &[u8]) {}
-}
-
-impl LocalApic for Nothing {
-    fn read_msr(&self, _msr: u32) -> Result<u64, MsrError> {
-        Err(MsrError)
-    }
-    fn write_msr(&self, _msr: u32, _value: u64) -> Result<(), MsrError> {
-        Err(MsrError)
-    }
-    fn cr8(&self) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _value: u8) {}
-    fn status(&self) -> InterruptStatus {
-        InterruptStatus::default()
-    }
-    fn acknowledge(&self) -> Option<u8> {
-        None
-    }
-    fn acknowledge_nmi(&self) {}
-    fn acknowledge_init(&self) {}
-    fn eoi(&self) {}
-}
 
 const CODE: u64 = 0x10_0000;
 const STACK: u64 = 0x20_0000;
@@ -61,8 +27,7 @@ fn run(build: impl FnOnce(&mut CodeAssembler)) -> (CpuState, GuestRam) {
     asm.hlt().unwrap();
     assert!(ram.write(CODE, &asm.assemble(CODE).unwrap()));
     let engine = BtEngine::new(ram.clone(), Options::new(Arc::new(CpuidModel::new(1, 1_000_000)))).unwrap();
-    let mut vcpu =
-        engine.create_vcpu(VcpuSetup { index: 0, lapic: Arc::new(Nothing), bus: Arc::new(Nothing) }).unwrap();
+    let mut vcpu = engine.create_vcpu(Nothing::setup()).unwrap();
     let mut state = CpuState::default();
     state.enter_long_mode(0x1000, 0x10, 0x18);
     state.rip = CODE;

@@ -16,6 +16,8 @@ pub mod engine;
 mod exception;
 pub mod paging;
 mod state;
+#[cfg(feature = "test-support")]
+pub mod testing;
 
 pub use engine::{Bus, Engine, Exit, InterruptStatus, Kick, LocalApic, MsrError, Vcpu, VcpuSetup};
 pub use exception::{Exception, PageFault, vector};

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use cpu::cpuid::CpuidModel;
-use cpu::{Bus, CpuState, Exception, InterruptStatus, LocalApic, MsrError, VcpuSetup, rflags};
+use cpu::testing::Nothing;
+use cpu::{CpuState, Exception, rflags};
 use iced_x86::{Mnemonic, OpKind};
 use memory::GuestRam;
 
@@ -12,48 +13,12 @@ use crate::interp::{Interp, NoHooks, Outcome};
 use crate::native;
 use crate::ops::{Cx, Handler};
 
-pub(crate) struct Nothing;
-
-impl Bus for Nothing {
-    fn pio_read(&self, _port: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn pio_write(&self, _port: u16, _data: &[u8]) {}
-    fn mmio_read(&self, _gpa: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn mmio_write(&self, _gpa: u64, _data: &[u8]) {}
-}
-
-impl LocalApic for Nothing {
-    fn read_msr(&self, _msr: u32) -> Result<u64, MsrError> {
-        Err(MsrError)
-    }
-    fn write_msr(&self, _msr: u32, _value: u64) -> Result<(), MsrError> {
-        Err(MsrError)
-    }
-    fn cr8(&self) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _value: u8) {}
-    fn status(&self) -> InterruptStatus {
-        InterruptStatus::default()
-    }
-    fn acknowledge(&self) -> Option<u8> {
-        None
-    }
-    fn acknowledge_nmi(&self) {}
-    fn acknowledge_init(&self) {}
-    fn eoi(&self) {}
-}
-
 /// A vCPU in 64-bit mode with the first GiB mapped one to one.
 pub(crate) fn machine() -> (Interp, CpuState) {
     let ram = GuestRam::new(32 << 20).unwrap();
     assert!(ram.write(0x1000, &0x2003u64.to_le_bytes()));
     assert!(ram.write(0x2000, &0x83u64.to_le_bytes()));
-    let setup = VcpuSetup { index: 0, lapic: Arc::new(Nothing), bus: Arc::new(Nothing) };
-    let interp = Interp::new(setup, ram, Arc::new(CpuidModel::new(1, 2_000_000)));
+    let interp = Interp::new(Nothing::setup(), ram, Arc::new(CpuidModel::new(1, 2_000_000)));
     let mut state = CpuState::default();
     state.enter_long_mode(0x1000, 0x10, 0x18);
     (interp, state)

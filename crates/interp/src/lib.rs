@@ -28,8 +28,10 @@ mod mmu;
 pub mod msr;
 mod native;
 mod ops;
+mod registers;
 pub mod tsc;
 
 pub use engine::InterpEngine;
 pub use events::TripleFault;
 pub use interp::{Delivery, Hooks, Interp, NoHooks, Observer, Outcome, TlbFlush};
+pub use registers::GPR64;

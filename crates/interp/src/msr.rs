@@ -302,7 +302,8 @@ fn write_wall_clock(env: &MsrEnv<'_>, gpa: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::differential::{Nothing, machine};
+    use crate::differential::machine;
+    use cpu::testing::Nothing;
 
     #[test]
     fn kvmclock_pages() {

@@ -2,49 +2,12 @@
 
 use std::sync::Arc;
 
-use cpu::{
-    Bus, CpuState, Engine, Exit, InterruptStatus, Kick, LocalApic, MsrError, Segment, SegmentIndex, TableRegister,
-    Vcpu, VcpuSetup, cr0, cr4, efer, rflags,
-};
+use cpu::testing::Nothing;
+use cpu::{CpuState, Engine, Exit, Kick, Segment, SegmentIndex, TableRegister, Vcpu, cr0, cr4, efer, rflags};
 use memory::GuestRam;
 
 use crate::layout::{BACKING, DATA, EXIT, LAYOUTS, Memory, PAGE, Right, SLOT, SLOTS, STACK};
 use crate::state::{Final, Start, Stop};
-
-struct Nothing;
-
-impl Bus for Nothing {
-    fn pio_read(&self, _port: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn pio_write(&self, _port: u16, _data: &[u8]) {}
-    fn mmio_read(&self, _gpa: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn mmio_write(&self, _gpa: u64, _data: &[u8]) {}
-}
-
-impl LocalApic for Nothing {
-    fn read_msr(&self, _msr: u32) -> Result<u64, MsrError> {
-        Err(MsrError)
-    }
-    fn write_msr(&self, _msr: u32, _value: u64) -> Result<(), MsrError> {
-        Err(MsrError)
-    }
-    fn cr8(&self) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _value: u8) {}
-    fn status(&self) -> InterruptStatus {
-        InterruptStatus::default()
-    }
-    fn acknowledge(&self) -> Option<u8> {
-        None
-    }
-    fn acknowledge_nmi(&self) {}
-    fn acknowledge_init(&self) {}
-    fn eoi(&self) {}
-}
 
 // Guest-physical addresses.
 const PML4: u64 = 0x1000;
@@ -162,8 +125,7 @@ impl Guest {
             assert!(ram.write(kernel(handler), &[0xf4]));
         }
         let engine = make(ram.clone());
-        let vcpu =
-            engine.create_vcpu(VcpuSetup { index: 0, lapic: Arc::new(Nothing), bus: Arc::new(Nothing) }).unwrap();
+        let vcpu = engine.create_vcpu(Nothing::setup()).unwrap();
         let mut template = CpuState {
             cr0: cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::PG,
             cr3: PML4,

@@ -10,6 +10,8 @@ use std::ptr;
 
 use iced_x86::{Code, Encoder, Instruction, MemoryOperand, Register};
 
+use crate::registers::GPR64;
+
 /// Size of the data area in bytes.
 const DATA: usize = 8192;
 /// Size of the code area in bytes.
@@ -37,24 +39,6 @@ pub(super) struct Exchange {
     host_fcw: u32,
 }
 
-const REGISTERS: [Register; 16] = [
-    Register::RAX,
-    Register::RCX,
-    Register::RDX,
-    Register::RBX,
-    Register::RSP,
-    Register::RBP,
-    Register::RSI,
-    Register::RDI,
-    Register::R8,
-    Register::R9,
-    Register::R10,
-    Register::R11,
-    Register::R12,
-    Register::R13,
-    Register::R14,
-    Register::R15,
-];
 const SAVED: [Register; 6] = [Register::RBX, Register::RBP, Register::R12, Register::R13, Register::R14, Register::R15];
 
 /// The ways in and out: offsets into the code area, without and with x87/SSE/AVX state.
@@ -209,7 +193,7 @@ impl Arena {
             }
             self.emit(&e(Instruction::with1(Code::Push_rm64, self.field(flags)))?)?;
             self.emit(&Instruction::with(Code::Popfq))?;
-            for (i, register) in REGISTERS.into_iter().enumerate() {
+            for (i, register) in GPR64.into_iter().enumerate() {
                 if register != Register::RSP {
                     self.emit(&e(load(register, self.field(i * 8)))?)?;
                 }
@@ -217,7 +201,7 @@ impl Arena {
             self.emit(&e(Instruction::with1(Code::Jmp_rm64, self.field(offset_of!(Exchange, target))))?)?;
             // Out.
             self.stubs.exit[fp] = self.used;
-            for (i, register) in REGISTERS.into_iter().enumerate() {
+            for (i, register) in GPR64.into_iter().enumerate() {
                 if register != Register::RSP {
                     self.emit(&e(store(self.field(i * 8), register))?)?;
                 }

@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::console::Input;
-use cpu::{Bus, CpuState, InterruptStatus, Kick, LocalApic, MsrError, Vcpu, gpr};
+use cpu::testing::Nothing;
+use cpu::{Bus, CpuState, Kick, LocalApic, Vcpu, gpr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex};
 
@@ -183,29 +184,6 @@ impl Input for ToyBus {
     }
 }
 
-struct NoApic;
-impl LocalApic for NoApic {
-    fn read_msr(&self, _: u32) -> Result<u64, MsrError> {
-        Err(MsrError)
-    }
-    fn write_msr(&self, _: u32, _: u64) -> Result<(), MsrError> {
-        Err(MsrError)
-    }
-    fn cr8(&self) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _: u8) {}
-    fn status(&self) -> InterruptStatus {
-        InterruptStatus::default()
-    }
-    fn acknowledge(&self) -> Option<u8> {
-        None
-    }
-    fn acknowledge_nmi(&self) {}
-    fn acknowledge_init(&self) {}
-    fn eoi(&self) {}
-}
-
 struct ToyBoard(Arc<ToyBus>);
 
 impl Board for ToyBoard {
@@ -213,7 +191,7 @@ impl Board for ToyBoard {
         Some(self.0.clone())
     }
     fn lapic(&self, _: u32) -> Option<Arc<dyn LocalApic>> {
-        Some(Arc::new(NoApic))
+        Some(Arc::new(Nothing))
     }
     fn attach(&mut self, _: u32, _: Arc<dyn Kick>) {}
     fn start_state(&self, _: u32) -> CpuState {
