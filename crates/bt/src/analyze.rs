@@ -87,6 +87,8 @@ pub enum Class {
     /// A segment selector to a general register.
     MovFromSegment,
     Popf,
+    /// PAUSE where several vCPUs may share a core.
+    Pause,
     /// MOVS or STOS of `size` bytes, with or without REP, upwards.
     String {
         movs: bool,
@@ -155,6 +157,8 @@ pub struct Analyzer {
     pub precise_flags: bool,
     /// Guest-virtual addresses that a block may begin at, but not contain: a debugger's breakpoints.
     pub breakpoints: Vec<u64>,
+    /// Count PAUSEs: there are several vCPUs.
+    pub count_pauses: bool,
     /// 64-byte pieces of the page that the last block's flags depend on besides its own bytes, as a bit mask.
     pub ahead: u64,
 }
@@ -212,7 +216,7 @@ impl Analyzer {
         ] {
             allowed[feature as usize] = true;
         }
-        Self { factory: InstructionInfoFactory::new(), allowed, precise_flags, breakpoints: Vec::new(), ahead: 0 }
+        Self { factory: InstructionInfoFactory::new(), allowed, precise_flags, breakpoints: Vec::new(), count_pauses: false, ahead: 0 }
     }
 
     /// Decodes the block that starts at `offset` of the page with contents `page`, mapped at guest-virtual `page_address`.
@@ -345,7 +349,7 @@ impl Analyzer {
             | Class::Iret => (ALL_FLAGS, 0),
             Class::Call | Class::CallIndirect => (ALL_FLAGS, ALL_FLAGS),
             Class::Jcc | Class::CountJump => (ALL_FLAGS, 0),
-            Class::Popf => (ALL_FLAGS, 0),
+            Class::Popf | Class::Pause => (ALL_FLAGS, 0),
             Class::MovFromSegment => (0, 0),
             Class::Jmp | Class::Skip => (0, 0),
             _ => (arithmetic_reads(&ins), certain_kills(&ins)),
@@ -450,6 +454,7 @@ impl Analyzer {
             | M::Prefetchw
             | M::Prefetch
             | M::Reservednop => return Class::Skip,
+            M::Pause if self.count_pauses => return Class::Pause,
             M::Cli => return if mode.user { Class::Step } else { Class::Cli },
             M::Sti => return if mode.user { Class::Step } else { Class::Sti },
             M::Swapgs => return if mode.user { Class::Step } else { Class::Swapgs },

@@ -3,7 +3,7 @@
 //! Everything a translated instruction may touch besides guest memory lies here, at fixed offsets, one block per vCPU.
 
 use std::mem::offset_of;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use cpu::{CpuState, FpState};
 
@@ -56,6 +56,8 @@ pub mod reason {
     pub const FAULT: u32 = 7;
     /// A block that has been invalidated was entered; argument: block.
     pub const STALE: u32 = 8;
+    /// So many PAUSEs that somebody else may need the core more; argument: exit site of the next instruction.
+    pub const PAUSE: u32 = 9;
 }
 
 /// One vCPU's block. Lives in its own mapping; translated code addresses it through GS.
@@ -66,6 +68,8 @@ pub struct VcpuBlock {
     /// Set from other threads when the vCPU shall look around.
     pub kick: AtomicU32,
     _pad: [u32; 15],
+    /// PAUSEs until the dispatcher is to be told.
+    pub pauses: u32,
     /// An interrupt waits for IF.
     pub irq_waiting: u32,
     /// The guest's IF: 0 or 0x200. (`state.rflags` holds the other system flags while translated code runs.)
@@ -117,7 +121,7 @@ pub struct VcpuBlock {
     /// Indirect-branch target caches: kernel, user.
     pub ibtc: [[IbtcEntry; IBTC_ENTRIES]; 2],
     /// Host addresses of cross-page jump targets.
-    pub slots: [u64; MAX_SLOTS],
+    pub slots: [AtomicU64; MAX_SLOTS],
 }
 
 /// Offsets into [`VcpuBlock`], as displacements.
@@ -138,6 +142,7 @@ pub mod off {
     pub const MXCSR: i32 = FP + FpState::MXCSR as i32;
     pub const RFLAGS: i32 = offset_of!(VcpuBlock, state.rflags) as i32;
     pub const KICK: i32 = offset_of!(VcpuBlock, kick) as i32;
+    pub const PAUSES: i32 = offset_of!(VcpuBlock, pauses) as i32;
     pub const IRQ_WAITING: i32 = offset_of!(VcpuBlock, irq_waiting) as i32;
     pub const IF_FLAG: i32 = offset_of!(VcpuBlock, if_flag) as i32;
     pub const FLAGS: i32 = offset_of!(VcpuBlock, flags) as i32;

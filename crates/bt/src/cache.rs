@@ -6,14 +6,17 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hash, Hasher};
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
 use iced_x86::Encoder;
 
 use crate::analyze::{Analyzer, Insn, Mode};
 use crate::emit::{Access, Context, Emitter, LinkKind, Meta, Number, Output, Part, RelocationKind, Target};
+use crate::kick::KickHandle;
 use crate::memory::CodeMemory;
 use crate::stubs::{self, Stubs};
+use crate::table::Table;
 
 /// Number of a block.
 pub type BlockId = u32;
@@ -117,7 +120,44 @@ struct LinkEntry {
     destination: Option<BlockId>,
 }
 
+/// An instruction at which the dispatcher is entered.
+#[derive(Clone, Copy)]
+pub struct ExitSite {
+    /// Guest-virtual address.
+    pub address: u64,
+    /// It uses x87 or SSE state.
+    pub fpu: bool,
+}
+
+/// A memory access with a slow path.
+#[derive(Clone, Copy)]
+pub struct AccessSite {
+    pub access: Access,
+    /// Guest-virtual address of its instruction.
+    pub address: u64,
+    pub user: bool,
+}
+
+/// What translated code names by number. Read without the cache's lock; what is in it stays until the cache is flushed.
+pub struct Sites {
+    pub exits: Table<ExitSite>,
+    pub accesses: Table<AccessSite>,
+    pub slots: Table<Slot>,
+}
+
+/// A part of a page that was written and holds code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hit {
+    /// Guest-physical address of the page.
+    page: u64,
+    start: u16,
+    end: u16,
+    /// All code of the page is to go.
+    everything: bool,
+}
+
 /// A cross-page jump target.
+#[derive(Clone, Copy)]
 pub struct Slot {
     pub target: u64,
     pub kind: LinkKind,
@@ -205,9 +245,9 @@ pub struct Cache {
     map: FastMap<Key, BlockId>,
     pages: FastMap<u64, Page>,
     links: Vec<LinkEntry>,
-    exits: Vec<(BlockId, u16, bool)>,
-    accesses: Vec<(BlockId, Access)>,
-    slots: Vec<Slot>,
+    pub sites: Arc<Sites>,
+    /// All vCPUs: each has an array of slots of its own.
+    vcpus: Vec<Arc<KickHandle>>,
     slot_map: FastMap<(u64, u8, u8), u32>,
     hot: usize,
     cold: usize,
@@ -217,6 +257,13 @@ pub struct Cache {
     pub trace: Option<crate::trace::Trace>,
     /// Bumped by every flush of everything.
     pub generation: u64,
+    /// Bumped when a page that holds code has been written. A copy of guest memory taken before is good for no translation.
+    pub epoch: u64,
+}
+
+/// Bit mask of the 64-byte pieces that bytes `start..end` of a page lie in.
+fn chunk_mask(start: u16, end: u16) -> u64 {
+    (start / 64..=end.saturating_sub(1) / 64).fold(0, |mask, chunk| mask | 1 << chunk)
 }
 
 /// Templates kept over a flush, in bytes.
@@ -240,9 +287,8 @@ impl Cache {
             map: FastMap::default(),
             pages: FastMap::default(),
             links: Vec::new(),
-            exits: Vec::new(),
-            accesses: Vec::new(),
-            slots: Vec::new(),
+            sites: Arc::new(Sites { exits: Table::new(), accesses: Table::new(), slots: Table::new() }),
+            vcpus: Vec::new(),
             slot_map: FastMap::default(),
             hot: 0,
             cold: 0,
@@ -250,6 +296,7 @@ impl Cache {
             counters: CacheCounters::default(),
             trace: None,
             generation: 0,
+            epoch: 0,
         };
         cache.reset();
         Ok(cache)
@@ -258,6 +305,11 @@ impl Cache {
     fn reset(&mut self) {
         self.hot = (self.stubs.end + 63) & !63;
         self.cold = self.memory.size() / 5 * 2;
+    }
+
+    /// From now on translated code counts its PAUSEs.
+    pub fn count_pauses(&mut self) {
+        self.analyzer.count_pauses = true;
     }
 
     /// Host address of a position.
@@ -275,25 +327,15 @@ impl Cache {
     }
 
     /// Blocks made from now on end before these guest-virtual addresses. To be followed by a flush.
-    pub fn set_breakpoints(&mut self, addresses: &[u64]) {
+    /// Returns whether they differ from those before.
+    pub fn set_breakpoints(&mut self, addresses: &[u64]) -> bool {
+        let changed = self.analyzer.breakpoints != addresses;
         self.analyzer.breakpoints = addresses.to_vec();
+        changed
     }
 
     pub fn find(&self, key: &Key) -> Option<BlockId> {
         self.map.get(key).copied()
-    }
-
-    /// Guest-virtual address of exit site `number`, and whether its instruction uses x87 or SSE state.
-    pub fn exit_address(&self, number: u32) -> Option<(u64, bool)> {
-        let &(block, offset, fpu) = self.exits.get(number as usize)?;
-        Some(((self.block(block)?.key.address & !0xfff) + u64::from(offset), fpu))
-    }
-
-    /// Access site `number` and the guest-virtual address of its instruction.
-    pub fn access(&self, number: u32) -> Option<(Access, u64, bool)> {
-        let &(block, access) = self.accesses.get(number as usize)?;
-        let key = self.block(block)?.key;
-        Some((access, (key.address & !0xfff) + u64::from(access.offset), key.mode.user))
     }
 
     /// Target of link `number`.
@@ -306,14 +348,19 @@ impl Cache {
         self.links.get(number as usize).map(|l| l.kind)
     }
 
-    /// Slot `number`.
-    pub fn slot(&self, number: u32) -> Option<&Slot> {
-        self.slots.get(number as usize)
+    /// Adds a vCPU: from now on its slots are set when they come into being.
+    pub fn add_vcpu(&mut self, vcpu: Arc<KickHandle>) {
+        self.fill_slots(&vcpu);
+        self.vcpus.push(vcpu);
     }
 
-    /// All slots, to fill a vCPU's array.
-    pub fn slots(&self) -> &[Slot] {
-        &self.slots
+    /// Sets all slots of a vCPU to "unresolved".
+    pub fn fill_slots(&self, vcpu: &KickHandle) {
+        for number in 0..self.sites.slots.len() {
+            if let Some(slot) = self.sites.slots.get(number) {
+                vcpu.memory.slot(number).store(slot.thunk, Ordering::Relaxed);
+            }
+        }
     }
 
     /// Host address at which `block` is entered by `kind`.
@@ -339,32 +386,37 @@ impl Cache {
     }
 
     /// Makes link `number` jump straight to `block`, if both are alive and the link is of that target. A block that depends on a second
-    /// page is reached through a slot.
-    pub fn link(&mut self, number: u32, block: BlockId, new_slots: &mut Vec<u32>) {
-        let Some(entry) = self.links.get(number as usize) else { return };
+    /// page is reached through a slot. `alone`: no other vCPU runs. Returns whether it was too early: the jump's displacement lies in two
+    /// cache lines, so that a vCPU that runs could see half of it.
+    pub fn link(&mut self, number: u32, block: BlockId, alone: bool) -> bool {
+        let Some(entry) = self.links.get(number as usize) else { return false };
         let alive = |id: BlockId| self.blocks.get(id as usize).is_some_and(|b| b.alive);
         if entry.destination.is_some() || !alive(entry.source) || !alive(block) {
-            return;
+            return false;
         }
         let (at, target, kind) = (entry.at, entry.target, entry.kind);
         let (source, destination) = (&self.blocks[entry.source as usize], &self.blocks[block as usize]);
         let mode = Mode { plain: kind == LinkKind::Plain, ..source.key.mode };
         if destination.key.address != target || destination.key.page != source.key.page || destination.key.mode != mode
         {
-            return;
+            return false;
+        }
+        if !alone && CodeMemory::two_lines(at) {
+            return true;
         }
         self.counters.links += 1;
         if destination.key.tail != 0 {
-            if self.cold + 32 > self.memory.size() || self.slots.len() == crate::block::MAX_SLOTS {
-                return;
+            if self.cold + 32 > self.memory.size() || self.sites.slots.len() as usize == crate::block::MAX_SLOTS
+            {
+                return false;
             }
-            let slot = self.slot_for(target, mode, kind, new_slots);
+            let slot = self.slot_for(target, mode, kind);
             let mut code = [0x65, 0xff, 0x24, 0x25, 0, 0, 0, 0]; // jmp gs:[slot]
             code[4..].copy_from_slice(&crate::block::off::slot(slot).to_le_bytes());
             self.memory.write(self.cold, &code);
             self.memory.link(at, self.cold);
             self.cold += code.len();
-            return;
+            return false;
         }
         let position = Self::entry_position(destination, kind);
         self.memory.link(at, position);
@@ -372,16 +424,17 @@ impl Cache {
             entry.destination = Some(block);
         }
         self.blocks[block as usize].incoming.push(number);
+        false
     }
 
     /// Translates the instruction at `key`, which crosses into the next page; `bytes` go 15 bytes beyond the page.
-    pub fn translate_crossing(&mut self, key: Key, bytes: &[u8], new_slots: &mut Vec<u32>) -> Result<BlockId, Full> {
+    pub fn translate_crossing(&mut self, key: Key, bytes: &[u8]) -> Result<BlockId, Full> {
         let page_address = key.address & !0xfff;
         let offset = (key.address & 0xfff) as usize;
         let insns = self.analyzer.block(bytes, page_address, offset, key.mode, 1);
         let Some(insn) = insns.first() else { return Ok(STEP_ONLY) };
         let template = self.emit(key, bytes, &insns, insn.end());
-        self.insert(key, &template, new_slots, "translate")
+        self.insert(key, &template, "translate")
     }
 
     fn emit(&mut self, key: Key, bytes: &[u8], insns: &[Insn], end: usize) -> Template {
@@ -404,8 +457,7 @@ impl Cache {
     }
 
     /// Translates the block at `key` from the page contents. [`STEP_ONLY`] when its first instruction crosses the page end.
-    /// New slots are appended to `new_slots`.
-    pub fn translate(&mut self, key: Key, page: &[u8], new_slots: &mut Vec<u32>) -> Result<BlockId, Full> {
+    pub fn translate(&mut self, key: Key, page: &[u8]) -> Result<BlockId, Full> {
         let page_address = key.address & !0xfff;
         let offset = (key.address & 0xfff) as usize;
         // A copy could contain a breakpoint that its model at another address does not.
@@ -416,7 +468,7 @@ impl Cache {
         });
         if let Some(template) = known {
             self.counters.copied += 1;
-            let result = self.insert(key, &template, new_slots, "copy");
+            let result = self.insert(key, &template, "copy");
             if let Some(page) = self.pages.get_mut(&key.page) {
                 page.templates.push(template);
             }
@@ -434,7 +486,7 @@ impl Cache {
         }
         let end = insns.last().map_or(offset, Insn::end);
         let template = self.emit(key, page, &insns, end);
-        let result = self.insert(key, &template, new_slots, "translate");
+        let result = self.insert(key, &template, "translate");
         if key.mode.user && copy && result.is_ok() {
             self.template_bytes += template.size();
             self.pages.entry(key.page).or_default().templates.push(template);
@@ -443,19 +495,19 @@ impl Cache {
     }
 
     /// Places a block into the cache and enters it into the tables.
-    fn insert(&mut self, key: Key, template: &Template, new_slots: &mut Vec<u32>, how: &str) -> Result<BlockId, Full> {
+    fn insert(&mut self, key: Key, template: &Template, how: &str) -> Result<BlockId, Full> {
         let output = &template.output;
         // Room: everything of this block, and a thunk for each slot.
         let hot_len = (output.hot.len() + 15) & !15;
         let cold_len = output.cold.len() + 16 * output.slots.len() + 16;
         if self.hot + hot_len > self.memory.size() / 5 * 2
             || self.cold + cold_len > self.memory.size()
-            || self.slots.len() + output.slots.len() > crate::block::MAX_SLOTS
+            || self.sites.slots.len() as usize + output.slots.len() > crate::block::MAX_SLOTS
         {
             return Err(Full);
         }
         let id = self.blocks.len() as BlockId;
-        let block = self.place(id, key, template, new_slots);
+        let block = self.place(id, key, template);
         let entry = self.pages.entry(key.page).or_default();
         entry.blocks.push(id);
         entry.chunks |= block.chunks();
@@ -482,7 +534,7 @@ impl Cache {
         Ok(id)
     }
 
-    fn place(&mut self, id: BlockId, key: Key, template: &Template, new_slots: &mut Vec<u32>) -> Block {
+    fn place(&mut self, id: BlockId, key: Key, template: &Template) -> Block {
         let output = &template.output;
         let moved = key.address.wrapping_sub(template.address);
         let (hot, cold) = (self.hot, self.cold);
@@ -493,8 +545,8 @@ impl Cache {
             Part::Cold => cold + at,
         };
         let first_link = self.links.len() as u32;
-        let first_exit = self.exits.len() as u32;
-        let first_access = self.accesses.len() as u32;
+        let first_exit = self.sites.exits.len();
+        let first_access = self.sites.accesses.len();
         for &(at, number) in &output.numbers {
             let value = match number {
                 Number::Link(i) => first_link + i as u32,
@@ -528,8 +580,7 @@ impl Cache {
         }
         self.cold = cold + output.cold.len();
         for slot in &output.slots {
-            let number =
-                self.slot_for(slot.target.wrapping_add(moved), Mode { plain: false, ..key.mode }, slot.kind, new_slots);
+            let number = self.slot_for(slot.target.wrapping_add(moved), Mode { plain: false, ..key.mode }, slot.kind);
             let displacement = crate::block::off::slot(number);
             self.memory.write(own(slot.part, slot.at), &displacement.to_le_bytes());
         }
@@ -543,8 +594,14 @@ impl Cache {
                 destination: None,
             });
         }
-        self.exits.extend(output.exits.iter().map(|&(offset, fpu)| (id, offset, fpu)));
-        self.accesses.extend(output.accesses.iter().map(|&access| (id, access)));
+        let page = key.address & !0xfff;
+        for &(offset, fpu) in &output.exits {
+            self.sites.exits.push(ExitSite { address: page + u64::from(offset), fpu });
+        }
+        for &access in &output.accesses {
+            let address = page + u64::from(access.offset);
+            self.sites.accesses.push(AccessSite { access, address, user: key.mode.user });
+        }
         self.hot = (hot + output.hot.len() + 15) & !15;
         Block {
             key,
@@ -564,22 +621,26 @@ impl Cache {
         }
     }
 
-    /// The slot for jumps to `target`; a new one gets its thunk at the end of the cold part.
-    fn slot_for(&mut self, target: u64, mode: Mode, kind: LinkKind, new_slots: &mut Vec<u32>) -> u32 {
+    /// The slot for jumps to `target`; a new one gets its thunk at the end of the cold part, and leads there on all vCPUs before any
+    /// code uses it.
+    fn slot_for(&mut self, target: u64, mode: Mode, kind: LinkKind) -> u32 {
         let map_key = (target, mode.bits(), kind as u8);
         if let Some(&number) = self.slot_map.get(&map_key) {
             return number;
         }
-        let number = self.slots.len() as u32;
+        let number = self.sites.slots.len();
         let thunk = self.cold;
         let mut code = [0x41, 0xba, 0, 0, 0, 0, 0xe9, 0, 0, 0, 0]; // mov r10d, n; jmp
         code[2..6].copy_from_slice(&number.to_le_bytes());
         self.memory.write(thunk, &code);
         self.memory.link(thunk + 7, self.stubs.exits[crate::block::reason::SLOT as usize]);
         self.cold += code.len();
-        self.slots.push(Slot { target, kind, thunk: self.memory.address(thunk) });
+        let thunk = self.memory.address(thunk);
+        self.sites.slots.push(Slot { target, kind, thunk });
         self.slot_map.insert(map_key, number);
-        new_slots.push(number);
+        for vcpu in &self.vcpus {
+            vcpu.memory.slot(number).store(thunk, Ordering::Release);
+        }
         number
     }
 
@@ -594,30 +655,40 @@ impl Cache {
         Some(((block.key.address & !0xfff) + u64::from(meta.offset), *meta))
     }
 
-    /// Guest-physical bytes were written: forgets the translations they were made from.
-    pub fn written(&mut self, gpa: u64, len: u64, forgotten: &mut Forgotten) {
+    /// Guest-physical bytes were written: which translations must go? From now on copies taken before make none.
+    pub fn written(&mut self, gpa: u64, len: u64, hits: &mut Vec<Hit>) {
         if len == 0 {
             return;
         }
+        self.epoch += 1;
         let last = gpa.saturating_add(len - 1);
         for page in (gpa >> 12)..=(last >> 12) {
-            let start = if page == gpa >> 12 { (gpa & 0xfff) as usize } else { 0 };
-            let end = if page == last >> 12 { (last & 0xfff) as usize + 1 } else { 4096 };
-            self.page_written(page << 12, start, end, forgotten);
+            let start = if page == gpa >> 12 { (gpa & 0xfff) as u16 } else { 0 };
+            let end = if page == last >> 12 { (last & 0xfff) as u16 + 1 } else { 4096 };
+            hits.extend(self.judge(page << 12, start, end));
         }
     }
 
-    fn page_written(&mut self, gpa: u64, start: usize, end: usize, forgotten: &mut Forgotten) {
-        let Some(page) = self.pages.get_mut(&gpa) else { return };
-        let mask = (start / 64..=(end - 1) / 64).fold(0_u64, |m, chunk| m | 1 << chunk);
+    fn judge(&mut self, gpa: u64, start: u16, end: u16) -> Option<Hit> {
+        let page = self.pages.get_mut(&gpa)?;
         let mut everything = false;
-        if page.chunks & mask == 0 {
+        if page.chunks & chunk_mask(start, end) == 0 {
             page.near_misses += 1;
             everything = page.near_misses > NEAR_MISSES;
             if !everything {
-                return;
+                return None;
             }
         }
+        Some(Hit { page: gpa, start, end, everything })
+    }
+
+    /// Drops the translations that were hit. Only when no other vCPU is inside translated code.
+    pub fn drop_hit(&mut self, hit: Hit, forgotten: &mut Forgotten) {
+        let Hit { page: gpa, everything, .. } = hit;
+        let (start, end) = (usize::from(hit.start), usize::from(hit.end));
+        let mask = chunk_mask(hit.start, hit.end);
+        let Some(page) = self.pages.get_mut(&gpa) else { return };
+        self.epoch += 1;
         let blocks = std::mem::take(&mut page.blocks);
         let steps = std::mem::take(&mut page.steps);
         let tails = std::mem::take(&mut page.tails);
@@ -672,7 +743,7 @@ impl Cache {
         }
     }
 
-    /// Takes a block out of use. Its memory stays until the next flush: a vCPU's call stack may lead to its landing pads.
+    /// Takes a block out of use, which no other vCPU is inside of. Its memory stays until the next flush: a vCPU's call stack may lead to its landing pads.
     fn kill(&mut self, id: BlockId, forgotten: &mut Forgotten) {
         let Some(block) = self.blocks.get_mut(id as usize) else { return };
         if !block.alive {
@@ -729,9 +800,9 @@ impl Cache {
         self.blocks.clear();
         self.map.clear();
         self.links.clear();
-        self.exits.clear();
-        self.accesses.clear();
-        self.slots.clear();
+        self.sites.exits.clear();
+        self.sites.accesses.clear();
+        self.sites.slots.clear();
         self.slot_map.clear();
         self.reset();
         self.counters.flushes += 1;
@@ -739,6 +810,7 @@ impl Cache {
             trace.line(format_args!("block flush all"));
         }
         self.generation += 1;
+        self.epoch += 1;
         empty
     }
 }

@@ -863,10 +863,30 @@ impl<'a> Emitter<'a> {
                 }
             }
             Class::Popf => return self.popf(insn),
+            Class::Pause => self.pause(insn),
             Class::String { movs, rep, size } => self.string(insn, movs, rep, size),
             Class::Step => self.step(insn),
         }
         Ok(())
+    }
+
+    /// PAUSE, and every so often an exit behind it. Flags stay.
+    fn pause(&mut self, insn: &Insn) {
+        self.hot.raw(&[0xf3, 0x90]);
+        self.hot.mov(R11, RCX);
+        self.hot.load32(RCX, Mem::gs(off::PAUSES));
+        self.hot.lea(RCX, Mem::base(RCX, -1));
+        self.hot.store32(Mem::gs(off::PAUSES), RCX);
+        self.hot.raw(&[0x67, 0xe3, 2, 0xeb, 5]); // jecxz over the short jump, to the near jump
+        let at = self.hot.jmp();
+        self.fix(Part::Hot, at, Target::Own(Part::Cold, self.cold.len()));
+        self.hot.mov(RCX, R11);
+        self.cold.mov(RCX, R11);
+        if self.flags == Flags::Block {
+            self.cold.restore_flags(off::FLAGS, R10);
+        }
+        let exit = self.exit_number(insn.end() as u16, true);
+        self.cold_exit(exit, reason::PAUSE);
     }
 
     /// POPFQ in the kernel: plain flags here, anything else by the interpreter.

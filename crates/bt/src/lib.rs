@@ -20,12 +20,15 @@ mod block;
 mod cache;
 mod emit;
 mod groups;
+mod kick;
 mod memory;
 mod signals;
 mod stubs;
+mod table;
 mod tlb;
 mod trace;
 mod vcpu;
+mod world;
 
 use std::sync::Arc;
 
@@ -52,6 +55,8 @@ pub struct Options {
     pub step_histogram: bool,
     /// Run every block in the interpreter, too, and stop at the first difference. Slow; flags are precise then.
     pub lockstep: bool,
+    /// Where vCPUs other than the first wait for their start.
+    pub parking: Option<Parking>,
     /// What to write down, and where.
     pub trace: Option<Trace>,
     /// What CPUID answers.
@@ -70,10 +75,30 @@ impl Options {
             fast_transitions: true,
             step_histogram: false,
             lockstep: false,
+            parking: None,
             trace: None,
             model,
             tamper: None,
         }
+    }
+}
+
+/// The ACPI wake-up mailbox (ACPI 6.5, 5.2.12.19) and the code that watches it. A vCPU at the start of that code sleeps until the guest
+/// calls it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parking {
+    /// Linear address of the code, which starts over as long as the vCPU is not called.
+    pub code: u64,
+    /// Guest-physical address of the mailbox, a page of its own.
+    pub mailbox: u64,
+}
+
+impl Parking {
+    /// The APIC id of the vCPU that the guest calls now.
+    fn called(&self, ram: &GuestRam) -> Option<u32> {
+        let head = ram.atomic_u64(self.mailbox)?.load(std::sync::atomic::Ordering::Acquire);
+        // Command (1: wake up), reserved, APIC id.
+        (head as u16 == 1).then_some((head >> 32) as u32)
     }
 }
 
@@ -102,7 +127,10 @@ impl BtEngine {
         let mut cache = Cache::new(options.code_cache, slow_access, options.precise_flags || options.lockstep)
             .map_err(|e| format!("no memory for the code cache: {e}"))?;
         cache.trace = options.trace.clone().filter(|trace| trace.blocks);
-        let shared = Shared::new(cache, ram.clone());
+        if options.model.cpus > 1 {
+            cache.count_pauses();
+        }
+        let shared = Shared::new(cache, ram.clone(), options.parking);
         ram.code_pages().set_listener(shared.clone());
         Ok(Self { shared, ram, options })
     }
@@ -114,18 +142,20 @@ impl Engine for BtEngine {
     }
 
     fn create_vcpu(&self, setup: VcpuSetup) -> Result<Box<dyn Vcpu>, String> {
-        if setup.index > 0 {
-            return Err("engine bt runs one virtual CPU so far: leave --cpus at 1".into());
+        if self.options.lockstep && setup.index > 0 {
+            return Err("lockstep is for one virtual CPU: leave --cpus at 1".into());
         }
         let mut interp = Interp::new(setup.clone(), self.ram.clone(), self.options.model.clone());
         if let Some(trace) = self.options.trace.clone().filter(|trace| trace.interrupts) {
             interp.observe(Box::new(trace::Interrupts { trace, cpu: setup.index }));
         }
+        interp.set_alone(self.options.model.cpus <= 1);
         let mut vcpu = BtVcpu::new(setup, self.shared.clone(), interp)?;
         if self.options.lockstep {
             vcpu.lockstep = Some(Default::default());
         }
         vcpu.trace = self.options.trace.clone().filter(|trace| trace.tlb);
+        vcpu.pv_unhalt = self.options.model.pv_unhalt;
         vcpu.fast_transitions = self.options.fast_transitions;
         vcpu.tamper = self.options.tamper;
         if self.options.step_histogram {

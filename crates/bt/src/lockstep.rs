@@ -167,7 +167,7 @@ impl BtVcpu {
                     plain = (kind == LinkKind::Plain).then_some(target);
                 }
                 reason::SLOT => {
-                    let slot = self.shared.cache().slot(argument).map(|s| (s.target, s.kind));
+                    let slot = self.shared.sites.slots.get(argument).map(|s| (s.target, s.kind));
                     let Some((target, kind)) = slot else { return corrupt("slot") };
                     self.leave(kind == LinkKind::Call);
                     block.state.rip = target;
@@ -177,7 +177,8 @@ impl BtVcpu {
                     block.state.rip = block.exit_target;
                 }
                 reason::STEP | reason::POLL | reason::STALE => {
-                    let Some((address, fpu)) = self.shared.cache().exit_address(argument) else {
+                    let site = self.shared.sites.exits.get(argument);
+                    let Some((address, fpu)) = site.map(|site| (site.address, site.fpu)) else {
                         return corrupt("exit");
                     };
                     self.leave(false);
@@ -185,7 +186,8 @@ impl BtVcpu {
                     step = (why == reason::STEP).then_some(fpu);
                 }
                 reason::ACCESS => {
-                    let Some((access, address, _)) = self.shared.cache().access(argument) else {
+                    let site = self.shared.sites.accesses.get(argument);
+                    let Some((access, address)) = site.map(|site| (site.access, site.address)) else {
                         return corrupt("access");
                     };
                     self.leave(access.flags_saved);

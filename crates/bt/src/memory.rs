@@ -71,10 +71,22 @@ impl CodeMemory {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.write.add(position), bytes.len()) }
     }
 
-    /// Replaces the 32-bit displacement at `position` so that it leads to `target` (both positions).
+    /// Replaces the 32-bit displacement at `position` so that it leads to `target` (both positions), by one store: unless it lies in
+    /// [two cache lines](Self::two_lines), others may run the jump meanwhile and go to the old target or to the new one.
     pub fn link(&mut self, position: usize, target: usize) {
         let displacement = (target as i64 - position as i64 - 4) as i32;
-        self.write(position, &displacement.to_le_bytes());
+        assert!(position.checked_add(4).is_some_and(|end| end <= self.size), "write outside the code cache");
+        // SAFETY: the range lies in our own mapping, checked above, and `&mut self` excludes other writers.
+        unsafe {
+            let place = self.write.add(position);
+            std::arch::asm!("mov dword ptr [{}], {:e}", in(reg) place, in(reg) displacement,
+                options(nostack, preserves_flags));
+        }
+    }
+
+    /// Does a 32-bit field at `position` lie in two cache lines?
+    pub fn two_lines(position: usize) -> bool {
+        position % 64 > 60
     }
 
     /// Overwrites the code at `position` by a five-byte jump to `target` (both positions).

@@ -34,7 +34,7 @@ pub struct Stubs {
     /// `extern "C" fn(entry: u64)`.
     pub enter: usize,
     /// Exits by reason (index = reason); argument in R10D.
-    pub exits: [usize; 9],
+    pub exits: [usize; 10],
     /// Slow path of a memory check: R11 = address, R10D = descriptor; returns R10 = delta.
     pub slow_access: usize,
     /// Indirect jump to R11, flags in the block: kernel, user.
@@ -117,7 +117,7 @@ pub fn assemble(slow_access: u64) -> (Vec<u8>, Stubs) {
     }
     asm.ret();
 
-    for why in reason::LINK..=reason::STALE {
+    for why in reason::LINK..=reason::PAUSE {
         stubs.exits[why as usize] = asm.len();
         asm.store32_imm(Mem::gs(off::EXIT_REASON), why);
         let at = asm.jmp();

@@ -1,5 +1,7 @@
 //! The vCPU's own caches of translations: software TLB, jump slots, indirect targets, fetch TLB.
 
+use std::sync::atomic::Ordering;
+
 use crate::cache::FastSet;
 
 use crate::block::{IBTC_ENTRIES, TLB_ENTRIES, TlbEntry, VcpuBlock, ibtc_index, tlb_index};
@@ -25,6 +27,14 @@ struct Fetch {
 
 const FETCH_ENTRIES: usize = 512;
 const JOURNAL: usize = 4096;
+/// Bits of [`Tlbs::wrote`].
+const WROTE_BITS: usize = 1 << 15;
+
+/// Word and bit of a host page in [`Tlbs::wrote`].
+fn wrote_bit(host_page: u64) -> (usize, u64) {
+    let number = (host_page >> 12) as usize % WROTE_BITS;
+    (number / 64, 1 << (number % 64))
+}
 
 /// Bookkeeping of what the vCPU block's tables hold, so that flushes touch only what was filled.
 pub struct Tlbs {
@@ -42,6 +52,8 @@ pub struct Tlbs {
     large: FastSet<u64>,
     huge: FastSet<u64>,
     local_overflow: bool,
+    /// A bit for each hash of a host page that a write entry was made for since the last flush of everything.
+    wrote: Box<[u64; WROTE_BITS / 64]>,
 }
 
 impl Tlbs {
@@ -56,6 +68,7 @@ impl Tlbs {
             large: FastSet::default(),
             huge: FastSet::default(),
             local_overflow: false,
+            wrote: Box::new([0; WROTE_BITS / 64]),
         }
     }
 
@@ -68,15 +81,22 @@ impl Tlbs {
         }
         self.local_tlb.clear();
         self.local_overflow = false;
+        self.wrote.fill(0);
         self.large.clear();
         self.huge.clear();
         self.flush_jumps(block, thunk);
     }
 
+    /// Forgets which slots have been resolved, when the slots themselves are no more.
+    pub fn forget_slots(&mut self) {
+        self.local_slots.clear();
+        self.global_slots.clear();
+    }
+
     /// Forgets all jump targets: slots, indirect targets, fetch translations.
     pub fn flush_jumps(&mut self, block: &mut VcpuBlock, thunk: impl Fn(u32) -> u64) {
         for slot in self.local_slots.drain(..).chain(self.global_slots.drain(..)) {
-            block.slots[slot as usize] = thunk(slot);
+            block.slots[slot as usize].store(thunk(slot), Ordering::Relaxed);
         }
         for table in &mut block.ibtc {
             for (index, entry) in table.iter_mut().enumerate() {
@@ -99,7 +119,7 @@ impl Tlbs {
             block.tlb[table][index].tag = never(index);
         }
         for slot in self.local_slots.drain(..) {
-            block.slots[slot as usize] = thunk(slot);
+            block.slots[slot as usize].store(thunk(slot), Ordering::Relaxed);
         }
         for number in self.local_ibtc.drain(..) {
             let (table, index) = (number as usize / IBTC_ENTRIES, number as usize % IBTC_ENTRIES);
@@ -152,6 +172,10 @@ impl Tlbs {
         let index = tlb_index(page);
         let table = usize::from(user) * 2 + usize::from(write);
         let delta = host_page.wrapping_sub(page);
+        if write {
+            let (word, bit) = wrote_bit(host_page);
+            self.wrote[word] |= bit;
+        }
         block.tlb[table][index] = TlbEntry { tag: page, delta };
         if !global {
             if self.local_tlb.len() < JOURNAL {
@@ -172,6 +196,10 @@ impl Tlbs {
 
     /// Removes the write entries that lead to the host page: it now holds translated code.
     pub fn protect(&mut self, block: &mut VcpuBlock, host_page: u64) {
+        let (word, bit) = wrote_bit(host_page);
+        if self.wrote[word] & bit == 0 {
+            return;
+        }
         for table in [1, 3] {
             for (index, entry) in block.tlb[table].iter_mut().enumerate() {
                 if entry.tag.wrapping_add(entry.delta) == host_page {
@@ -200,7 +228,7 @@ impl Tlbs {
     /// Resolves a slot.
     pub fn fill_slot(&mut self, block: &mut VcpuBlock, slot: u32, host: u64, target: u64, global: bool) {
         self.note_jump(target);
-        block.slots[slot as usize] = host;
+        block.slots[slot as usize].store(host, Ordering::Relaxed);
         if global { self.global_slots.push(slot) } else { self.local_slots.push(slot) }
     }
 

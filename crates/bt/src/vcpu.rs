@@ -3,152 +3,95 @@
 #[path = "lockstep.rs"]
 mod lockstep;
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cpu::paging::{self, Access as PageAccess, Kind, PagingContext};
-use cpu::{CpuState, Exit, Kick, Segment, Vcpu, VcpuSetup, cr0, cr4, efer, rflags};
+use cpu::{CpuState, Exit, InterruptStatus, Kick, Segment, Vcpu, VcpuSetup, cr0, cr4, efer, rflags};
 use interp::{Hooks, Interp, Outcome, TlbFlush};
 use memory::GuestRam;
 
+use crate::Parking;
 use crate::analyze::Mode;
-use crate::block::{CALL_STACK, VcpuBlock, reason};
-use crate::cache::{BlockId, Cache, Forgotten, Full, Key, STEP_ONLY};
+use crate::block::{VcpuBlock, reason};
+use crate::cache::{BlockId, Cache, Forgotten, Full, Hit, Key, STEP_ONLY, Sites};
 use crate::emit::LinkKind;
+use crate::kick::KickHandle;
 use crate::signals::{self, ThreadInfo};
 use crate::tlb::Tlbs;
+use crate::world::{CAUSES, Cause, World};
 
 /// What all vCPUs and the device threads share.
 pub struct Shared {
-    pub cache: Mutex<Cache>,
+    cache: Mutex<Cache>,
+    /// [`Cache::sites`], without the lock.
+    sites: Arc<Sites>,
     pub ram: GuestRam,
-    /// Guest-physical ranges written by somebody, whose translations must go.
-    written: Mutex<Vec<(u64, u64)>>,
-    has_written: AtomicBool,
-    kicks: Mutex<Vec<Arc<KickHandle>>>,
+    pub world: World,
+    /// Translations that must go because somebody wrote the memory that they were made from.
+    hits: Mutex<Vec<Hit>>,
+    has_hits: AtomicBool,
+    /// [`Cache::epoch`] and [`Cache::generation`], without the lock.
+    epoch: AtomicU64,
+    generation: AtomicU64,
+    parking: Option<Parking>,
 }
 
 impl Shared {
-    pub fn new(cache: Cache, ram: GuestRam) -> Arc<Self> {
+    pub fn new(cache: Cache, ram: GuestRam, parking: Option<Parking>) -> Arc<Self> {
+        if let Some(parking) = parking {
+            // Writes to the mailbox are noticed as those to code are.
+            ram.code_pages().set(parking.mailbox >> 12);
+        }
         Arc::new(Self {
+            parking,
+            sites: cache.sites.clone(),
             cache: Mutex::new(cache),
             ram,
-            written: Mutex::new(Vec::new()),
-            has_written: AtomicBool::new(false),
-            kicks: Mutex::new(Vec::new()),
+            world: World::default(),
+            hits: Mutex::new(Vec::new()),
+            has_hits: AtomicBool::new(false),
+            epoch: AtomicU64::new(0),
+            generation: AtomicU64::new(0),
         })
     }
 
     fn cache(&self) -> MutexGuard<'_, Cache> {
         self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// The unresolved address of a slot.
+    fn thunk(&self, slot: u32) -> u64 {
+        self.sites.slots.get(slot).map_or(0, |s| s.thunk)
+    }
 }
 
 impl memory::CodeWriteListener for Shared {
     fn code_written(&self, gpa: u64, len: u64) {
-        self.written.lock().unwrap_or_else(PoisonError::into_inner).push((gpa, len));
-        self.has_written.store(true, Ordering::SeqCst);
-        for kick in self.kicks.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            kick.raise();
-        }
-    }
-}
-
-/// Memory of one vCPU: its block and its two guest-call stacks, in one mapping.
-struct VcpuMemory {
-    base: *mut u8,
-    size: usize,
-}
-
-// SAFETY: a mapping of our own; access is by raw pointer, from the vCPU's thread, and atomically (the kick word) from others.
-unsafe impl Send for VcpuMemory {}
-// SAFETY: as above.
-unsafe impl Sync for VcpuMemory {}
-
-const BLOCK_SIZE: usize = (size_of::<VcpuBlock>() + 4095) & !4095;
-/// One guard page, then the stack.
-const STACK_SIZE: usize = 4096 + CALL_STACK;
-
-impl VcpuMemory {
-    fn new() -> Result<Self, String> {
-        let size = BLOCK_SIZE + 2 * STACK_SIZE;
-        // SAFETY: a fresh anonymous mapping; guard pages lie inside it.
-        unsafe {
-            let base = libc::mmap(
-                std::ptr::null_mut(),
-                size,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            );
-            if base == libc::MAP_FAILED {
-                return Err(format!("no memory for a virtual CPU: {}", std::io::Error::last_os_error()));
-            }
-            let memory = Self { base: base.cast(), size };
-            for stack in 0..2 {
-                if libc::mprotect(memory.base.add(BLOCK_SIZE + stack * STACK_SIZE).cast(), 4096, libc::PROT_NONE) != 0 {
-                    return Err(format!("no guard page for a virtual CPU: {}", std::io::Error::last_os_error()));
+        if let Some(parking) = self.parking
+            && gpa >> 12 == parking.mailbox >> 12
+            && let Some(called) = parking.called(&self.ram)
+        {
+            self.world.each(|vcpu| {
+                if vcpu.index == called {
+                    vcpu.raise();
                 }
-            }
-            Ok(memory)
+            });
         }
-    }
-
-    fn block(&self) -> *mut VcpuBlock {
-        self.base.cast()
-    }
-
-    fn guard(&self, user: bool) -> u64 {
-        self.base as u64 + (BLOCK_SIZE + usize::from(user) * STACK_SIZE) as u64
-    }
-
-    /// Stack pointer of the empty stack: at its last word, which holds the underflow stub's address.
-    fn empty_stack(&self, user: bool) -> u64 {
-        self.guard(user) + (STACK_SIZE - 64) as u64
-    }
-
-    fn kick_word(&self) -> &AtomicU32 {
-        // SAFETY: the field is an atomic inside our mapping, which lives as long as `self`.
-        unsafe { &(*self.block()).kick }
-    }
-}
-
-impl Drop for VcpuMemory {
-    fn drop(&mut self) {
-        // SAFETY: our own mapping; handles that could reach it hold an `Arc` of this value.
-        unsafe { libc::munmap(self.base.cast(), self.size) };
-    }
-}
-
-/// Wakes or interrupts the vCPU.
-pub struct KickHandle {
-    memory: VcpuMemory,
-    sleep: Mutex<()>,
-    wake: Condvar,
-    stop: AtomicBool,
-}
-
-impl KickHandle {
-    fn raise(&self) {
-        self.memory.kick_word().store(1, Ordering::SeqCst);
-        drop(self.sleep.lock().unwrap_or_else(PoisonError::into_inner));
-        self.wake.notify_all();
-    }
-
-    /// Sleeps until kicked.
-    fn wait(&self) {
-        let mut guard = self.sleep.lock().unwrap_or_else(PoisonError::into_inner);
-        while self.memory.kick_word().load(Ordering::SeqCst) == 0 {
-            guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        let mut hits = Vec::new();
+        {
+            let mut cache = self.cache();
+            cache.written(gpa, len, &mut hits);
+            self.epoch.store(cache.epoch, Ordering::Release);
         }
-    }
-}
-
-impl Kick for KickHandle {
-    fn kick(&self) {
-        self.raise();
+        if hits.is_empty() {
+            return;
+        }
+        self.hits.lock().unwrap_or_else(PoisonError::into_inner).append(&mut hits);
+        self.has_hits.store(true, Ordering::SeqCst);
+        // A vCPU that sleeps looks when it wakes.
+        self.world.each(|vcpu| vcpu.nudge());
     }
 }
 
@@ -164,7 +107,7 @@ impl Kick for StopHandle {
 /// Counters of one vCPU.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counters {
-    pub exits: [u64; 9],
+    pub exits: [u64; 16],
     pub steps: u64,
     pub tlb_misses: u64,
     pub flush_all: u64,
@@ -189,6 +132,8 @@ pub struct BtVcpu {
     mode: Mode,
     generation: u64,
     breakpoints: Vec<u64>,
+    /// The guest may halt with interrupts off and be called by KVM_HC_KICK_CPU.
+    pub pv_unhalt: bool,
     /// SYSCALL, SYSRET and IRET inside the code cache.
     pub fast_transitions: bool,
     pub counters: Counters,
@@ -201,16 +146,22 @@ pub struct BtVcpu {
     /// See [`crate::Options::tamper`].
     pub tamper: Option<fn(u64, &mut [u8])>,
     page: Box<[u8; 4096 + 15]>,
-    /// The guest-physical page that `page` holds.
-    page_copied: Option<u64>,
+    /// The guest-physical page that `page` holds, and the epoch of the copy.
+    page_copied: Option<(u64, u64)>,
 }
 
-/// What flushes the interpreter asked for during a step.
+/// PAUSEs until a spinning vCPU lets others have its core: some microseconds.
+const PAUSES: u32 = 128;
+
+/// What the interpreter asked for during a step.
 #[derive(Default)]
 struct Flushes {
     all: bool,
     local: bool,
     pages: Vec<u64>,
+    pv_unhalt: bool,
+    /// APIC id of the vCPU that is called out of its HLT.
+    unhalt: Option<u32>,
 }
 
 impl Hooks for Flushes {
@@ -220,6 +171,11 @@ impl Hooks for Flushes {
             TlbFlush::NonGlobal => self.local = true,
             TlbFlush::Page(address) => self.pages.push(address),
         }
+    }
+
+    fn kick_cpu(&mut self, apic_id: u32) -> bool {
+        self.unhalt = self.pv_unhalt.then_some(apic_id);
+        self.pv_unhalt
     }
 }
 
@@ -234,13 +190,9 @@ enum Next {
 
 impl BtVcpu {
     pub fn new(setup: VcpuSetup, shared: Arc<Shared>, interp: Interp) -> Result<Box<Self>, String> {
-        let handle = Arc::new(KickHandle {
-            memory: VcpuMemory::new()?,
-            sleep: Mutex::new(()),
-            wake: Condvar::new(),
-            stop: AtomicBool::new(false),
-        });
-        shared.kicks.lock().unwrap_or_else(PoisonError::into_inner).push(handle.clone());
+        let handle = Arc::new(KickHandle::new(setup.index)?);
+        shared.world.add(handle.clone());
+        shared.cache().add_vcpu(handle.clone());
         let mut vcpu = Box::new(Self {
             handle,
             shared,
@@ -250,6 +202,7 @@ impl BtVcpu {
             mode: Mode::default(),
             generation: u64::MAX,
             breakpoints: Vec::new(),
+            pv_unhalt: false,
             fast_transitions: true,
             counters: Counters::default(),
             step_histogram: None,
@@ -264,6 +217,7 @@ impl BtVcpu {
         block.state = CpuState::default();
         block.runtime = pointer as u64;
         block.host_mxcsr = 0x1f80;
+        block.pauses = PAUSES;
         vcpu.flush_everything();
         Ok(vcpu)
     }
@@ -287,12 +241,11 @@ impl BtVcpu {
 
     /// After a flush of the code cache, and at the start.
     fn flush_everything(&mut self) {
+        // Slots of the old cache are not to be touched: others may be making new ones of the same numbers.
+        self.tlbs.forget_slots();
         self.flush_all();
-        let block = self.block();
         let cache = self.shared.cache();
-        for (slot, place) in cache.slots().iter().zip(block.slots.iter_mut()) {
-            *place = slot.thunk;
-        }
+        cache.fill_slots(&self.handle);
         self.generation = cache.generation;
     }
 
@@ -301,11 +254,8 @@ impl BtVcpu {
         if let Some(trace) = &self.trace {
             trace.line(format_args!("tlb cpu{} flush all", self.setup.index));
         }
-        {
-            let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
-            let block = self.block();
-            self.tlbs.flush_all(block, |slot| cache.slot(slot).map_or(0, |s| s.thunk));
-        }
+        let block = self.block();
+        self.tlbs.flush_all(block, |slot| self.shared.thunk(slot));
         self.reset_call_stacks();
     }
 
@@ -314,11 +264,8 @@ impl BtVcpu {
         if let Some(trace) = &self.trace {
             trace.line(format_args!("tlb cpu{} flush non-global", self.setup.index));
         }
-        {
-            let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
-            let block = self.block();
-            self.tlbs.flush_local(block, |slot| cache.slot(slot).map_or(0, |s| s.thunk));
-        }
+        let block = self.block();
+        self.tlbs.flush_local(block, |slot| self.shared.thunk(slot));
         self.reset_call_stacks();
     }
 
@@ -327,53 +274,117 @@ impl BtVcpu {
         if let Some(trace) = &self.trace {
             trace.line(format_args!("tlb cpu{} flush page {address:#x}", self.setup.index));
         }
-        let jumps = {
-            let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
-            let block = self.block();
-            self.tlbs.flush_page(block, address, |slot| cache.slot(slot).map_or(0, |s| s.thunk))
-        };
-        if jumps {
+        let block = self.block();
+        if self.tlbs.flush_page(block, address, |slot| self.shared.thunk(slot)) {
             self.reset_call_stacks();
         }
     }
 
-    /// Throws the whole code cache away.
+    /// Throws the whole code cache away. A safe point.
     fn flush_cache(&mut self) {
-        self.page_copied = None;
-        let pages = self.shared.cache().flush();
-        for page in pages {
-            self.shared.ram.code_pages().clear(page >> 12);
-        }
-        self.flush_everything();
+        self.exclusive(Cause::Flush, |vcpu| {
+            {
+                let mut cache = vcpu.shared.cache();
+                for page in cache.flush() {
+                    vcpu.shared.ram.code_pages().clear(page >> 12);
+                }
+                vcpu.shared.epoch.store(cache.epoch, Ordering::Release);
+                vcpu.shared.generation.store(cache.generation, Ordering::Release);
+            }
+            // The others see the new generation before they go on.
+            vcpu.flush_everything();
+        });
     }
 
-    /// Drops translations of memory that has been written.
-    fn drop_written(&mut self) {
-        if !self.shared.has_written.swap(false, Ordering::SeqCst) {
-            return;
+    /// Runs `work` while all other vCPUs are parked. A safe point: before `work`, others may have dropped blocks or flushed the
+    /// cache. What `work` finds holds until the next safe point.
+    fn exclusive<T>(&mut self, cause: Cause, work: impl FnOnce(&mut Self) -> T) -> T {
+        let (shared, handle) = (self.shared.clone(), self.handle.clone());
+        let section = shared.world.begin(&handle, cause);
+        if section.is_some() {
+            self.open_mail();
         }
-        self.page_copied = None;
-        let written = std::mem::take(&mut *self.shared.written.lock().unwrap_or_else(PoisonError::into_inner));
-        let mut forgotten = Forgotten::default();
-        {
-            let mut cache = self.shared.cache();
-            for (gpa, len) in written {
-                cache.written(gpa, len, &mut forgotten);
+        let result = work(self);
+        drop(section);
+        result
+    }
+
+    /// From now on this vCPU is running. Waits while others want it parked.
+    fn resume(&mut self) {
+        self.shared.world.unpark(&self.handle);
+        self.open_mail();
+    }
+
+    /// Lets others have their exclusive sections.
+    #[inline]
+    fn safe_point(&mut self) {
+        if self.shared.world.wanted() {
+            self.shared.world.park(&self.handle);
+            self.resume();
+        }
+    }
+
+    /// Does what exclusive sections of others ask of this vCPU's own caches.
+    fn open_mail(&mut self) {
+        if self.handle.has_mail.swap(false, Ordering::AcqRel) {
+            let mail = std::mem::take(&mut *self.handle.mail.lock().unwrap_or_else(PoisonError::into_inner));
+            if mail.everything {
+                self.flush_all();
+            }
+            for page in mail.protect {
+                self.tlbs.protect(self.block(), page);
+            }
+            for forgotten in mail.forgotten {
+                self.forget(&forgotten);
             }
         }
-        let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.shared.generation.load(Ordering::Acquire) != self.generation {
+            self.flush_everything();
+        }
+    }
+
+    /// Removes ways to translations that have gone.
+    fn forget(&mut self, forgotten: &Forgotten) {
         let block = self.block();
-        for (target, user) in forgotten.targets {
+        for &(target, user) in &forgotten.targets {
             self.tlbs.forget_indirect(block, target, user);
         }
-        for slot in forgotten.slots {
-            if let Some(entry) = cache.slot(slot) {
-                block.slots[slot as usize] = entry.thunk;
+        for &slot in &forgotten.slots {
+            if let Some(entry) = self.shared.sites.slots.get(slot) {
+                block.slots[slot as usize].store(entry.thunk, Ordering::Relaxed);
             }
         }
-        for page in forgotten.empty_pages {
-            self.shared.ram.code_pages().clear(page >> 12);
+    }
+
+    /// Drops translations of memory that has been written. A safe point if there are any.
+    #[inline]
+    fn drop_written(&mut self) {
+        if self.shared.has_hits.load(Ordering::SeqCst) {
+            self.drop_hits();
         }
+    }
+
+    #[cold]
+    fn drop_hits(&mut self) {
+        self.exclusive(Cause::Drop, |vcpu| {
+            // Cleared only in here: who sees it clear knows that what was written before has been dealt with.
+            vcpu.shared.has_hits.store(false, Ordering::SeqCst);
+            let hits = std::mem::take(&mut *vcpu.shared.hits.lock().unwrap_or_else(PoisonError::into_inner));
+            let mut forgotten = Forgotten::default();
+            {
+                let mut cache = vcpu.shared.cache();
+                for hit in hits {
+                    cache.drop_hit(hit, &mut forgotten);
+                }
+                vcpu.shared.epoch.store(cache.epoch, Ordering::Release);
+            }
+            for page in std::mem::take(&mut forgotten.empty_pages) {
+                vcpu.shared.ram.code_pages().clear(page >> 12);
+            }
+            vcpu.forget(&forgotten);
+            let forgotten = Arc::new(forgotten);
+            vcpu.shared.world.send(&vcpu.handle, |mail| mail.forget(&forgotten));
+        });
     }
 
     /// The mode that the state asks for; `None` where only the interpreter can go on.
@@ -415,10 +426,7 @@ impl BtVcpu {
         self.mode = mode;
         if others {
             // Indirect targets and landing pads are not keyed by these, nor do the fast transitions look at them.
-            {
-                let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
-                self.tlbs.flush_jumps(block, |slot| cache.slot(slot).map_or(0, |s| s.thunk));
-            }
+            self.tlbs.flush_jumps(block, |slot| self.shared.thunk(slot));
             self.reset_call_stacks();
             self.update_fast();
         }
@@ -441,37 +449,28 @@ impl BtVcpu {
         Some((mapping.gpa, mapping.global))
     }
 
-    /// From now on writes to the page are noticed.
+    /// From now on writes to the page are noticed. A safe point if they were not.
     fn watch_page(&mut self, gpa: u64) -> Option<()> {
         if !self.shared.ram.code_pages().test(gpa >> 12) {
-            self.shared.ram.code_pages().set(gpa >> 12);
             let host = self.shared.ram.host_page(gpa)? as u64;
-            self.tlbs.protect(self.block(), host);
+            self.exclusive(Cause::Protect, |vcpu| {
+                vcpu.shared.ram.code_pages().set(gpa >> 12);
+                vcpu.tlbs.protect(vcpu.block(), host);
+                vcpu.shared.world.send(&vcpu.handle, |mail| mail.protect(host));
+            });
         }
         Some(())
     }
 
-    /// Unresolved addresses of slots that have just been made.
-    fn init_slots(&mut self, new_slots: &[u32]) {
-        if new_slots.is_empty() {
-            return;
-        }
-        let block = self.block();
-        let cache = self.shared.cache();
-        for &slot in new_slots {
-            if let Some(entry) = cache.slot(slot) {
-                block.slots[slot as usize] = entry.thunk;
-            }
-        }
-    }
-
     /// The block at `address`, translated if need be. `None`: no executable RAM there, the interpreter raises the fault.
-    /// The flag tells whether its mapping is global.
+    /// The flag tells whether its mapping is global. A safe point: what was found before may have gone.
     fn find(&mut self, address: u64) -> Option<(BlockId, bool)> {
         self.find_mode(address, self.mode)
     }
 
     fn find_mode(&mut self, address: u64, mode: Mode) -> Option<(BlockId, bool)> {
+        // Memory that a device has written, and that the guest knows of: none of its old code may be entered any more.
+        self.drop_written();
         let page = address & !0xfff;
         let (gpa, global) = self.fetch_page(page)?;
         let mut key = Key { page: gpa, address, mode, tail: 0 };
@@ -504,38 +503,53 @@ impl BtVcpu {
         if self.breakpoints.contains(&key.address) {
             return None;
         }
-        for attempt in 0..2 {
+        let mut room = true;
+        loop {
             // First the mark, then the translation of what is there.
             self.watch_page(key.page)?;
-            // The copy stays good as long as no write to watched pages has been reported.
-            if self.page_copied != Some(key.page) || self.shared.has_written.load(Ordering::SeqCst) {
+            if key.tail != 0 {
+                self.watch_page(key.tail & !1)?;
+                // The second mark was a safe point: is the first still there?
+                if !self.shared.ram.code_pages().test(key.page >> 12) {
+                    continue;
+                }
+            }
+            // The copy stays good as long as no page with code has been written.
+            let epoch = self.shared.epoch.load(Ordering::Acquire);
+            if self.page_copied != Some((key.page, epoch)) {
                 self.page_copied = None;
                 if !self.shared.ram.read(key.page, &mut self.page[..4096]) {
                     return None;
                 }
-                self.page_copied = Some(key.page);
+                self.page_copied = Some((key.page, epoch));
                 if let Some(tamper) = self.tamper {
                     tamper(key.address & !0xfff, &mut self.page[..4096]);
                 }
             }
-            let mut new_slots = Vec::new();
-            let result = if key.tail == 0 {
-                self.shared.cache().translate(key, &self.page[..4096], &mut new_slots)
-            } else {
-                self.watch_page(key.tail & !1)?;
-                if !self.shared.ram.read(key.tail & !1, &mut self.page[4096..]) {
-                    return None;
+            if key.tail != 0 && !self.shared.ram.read(key.tail & !1, &mut self.page[4096..]) {
+                return None;
+            }
+            let result = {
+                let mut cache = self.shared.cache();
+                if cache.epoch != epoch {
+                    continue;
                 }
-                self.shared.cache().translate_crossing(key, &self.page[..], &mut new_slots)
+                match cache.find(&key) {
+                    // Another vCPU was faster.
+                    Some(id) => Ok(id),
+                    None if key.tail == 0 => cache.translate(key, &self.page[..4096]),
+                    None => cache.translate_crossing(key, &self.page[..]),
+                }
             };
-            self.init_slots(&new_slots);
             match result {
                 Ok(id) => return Some(id),
-                Err(Full) if attempt == 0 => self.flush_cache(),
-                Err(Full) => {}
+                Err(Full) if room => {
+                    room = false;
+                    self.flush_cache();
+                }
+                Err(Full) => return None,
             }
         }
-        None
     }
 
     #[allow(clippy::mut_from_ref)]
@@ -590,13 +604,21 @@ impl BtVcpu {
         if fpu {
             self.save_x87();
         }
-        let mut flushes = Flushes::default();
+        let mut flushes = Flushes { pv_unhalt: self.pv_unhalt, ..Flushes::default() };
         let block = self.block();
         if self.step_histogram.is_some() {
             self.count_step();
         }
         let before = (block.state.star, block.state.sfmask, block.state.efer);
-        let outcome = self.interp.step(&mut block.state, &mut flushes);
+        let mut outcome = self.interp.step(&mut block.state, &mut flushes);
+        if outcome == Outcome::NotAlone {
+            outcome = self.exclusive(Cause::Locked, |vcpu| {
+                vcpu.interp.set_alone(true);
+                let outcome = vcpu.interp.step(&mut block.state, &mut flushes);
+                vcpu.interp.set_alone(false);
+                outcome
+            });
+        }
         if before != (block.state.star, block.state.sfmask, block.state.efer) {
             self.update_fast();
         }
@@ -613,8 +635,11 @@ impl BtVcpu {
                 self.flush_page(page);
             }
         }
+        if let Some(apic_id) = flushes.unhalt {
+            self.shared.world.unhalt(apic_id);
+        }
         match outcome {
-            Outcome::Done | Outcome::Halted => Next::Events,
+            Outcome::Done | Outcome::Halted | Outcome::NotAlone => Next::Events,
             Outcome::TripleFault => Next::Leave(Exit::TripleFault),
             Outcome::Unsupported(what) => Next::Leave(Exit::Internal(what)),
         }
@@ -637,6 +662,7 @@ impl BtVcpu {
     fn events(&mut self) -> Option<Exit> {
         loop {
             self.handle.memory.kick_word().store(0, Ordering::SeqCst);
+            self.safe_point();
             if self.handle.stop.swap(false, Ordering::SeqCst) {
                 return Some(Exit::Stopped);
             }
@@ -644,6 +670,18 @@ impl BtVcpu {
             let block = self.block();
             let state = &mut block.state;
             let status = self.setup.lapic.status();
+            if status.init || state.wait_for_sipi {
+                if let Some(exit) = self.start_up(status) {
+                    return Some(exit);
+                }
+                continue;
+            }
+            let parked = self.is_parked();
+            if parked && status.nmi {
+                // There is nothing yet that could take it.
+                self.setup.lapic.acknowledge_nmi();
+                continue;
+            }
             if status.nmi && !state.nmi_blocked && !state.interrupt_shadow {
                 self.setup.lapic.acknowledge_nmi();
                 state.halted = false;
@@ -662,17 +700,61 @@ impl BtVcpu {
                 continue;
             }
             block.irq_waiting = u32::from(status.interrupt);
-            if !state.halted {
+            if state.halted && self.pv_unhalt && self.handle.unhalted.swap(false, Ordering::SeqCst) {
+                state.halted = false;
+            }
+            if !state.halted && !parked {
                 return None;
             }
-            if state.rflags & rflags::IF == 0 && !status.nmi {
+            let hopeless = state.rflags & rflags::IF == 0 && !status.nmi;
+            if self.sleep(hopeless) {
                 return Some(Exit::Stuck);
             }
-            self.counters.halts += 1;
-            let start = Instant::now();
-            self.handle.wait();
-            self.counters.halted_time += start.elapsed();
         }
+    }
+
+    /// Does this vCPU wait in the parking code without having been called?
+    fn is_parked(&self) -> bool {
+        self.setup.index > 0
+            && self.shared.parking.is_some_and(|parking| {
+                self.block().state.rip == parking.code && parking.called(&self.shared.ram) != Some(self.setup.index)
+            })
+    }
+
+    /// Sleeps until kicked. `hopeless`: no maskable interrupt can wake it. Returns whether all vCPUs have come to that.
+    fn sleep(&mut self, hopeless: bool) -> bool {
+        self.counters.halts += 1;
+        let start = Instant::now();
+        let (world, handle) = (&self.shared.world, &self.handle);
+        world.park(handle);
+        if hopeless {
+            handle.hopeless.store(true, Ordering::SeqCst);
+            world.check_stuck();
+        }
+        handle.wait();
+        handle.hopeless.store(false, Ordering::SeqCst);
+        let stuck = world.stuck.load(Ordering::SeqCst);
+        self.resume();
+        self.counters.halted_time += start.elapsed();
+        stuck
+    }
+
+    /// INIT and start-up IPIs. Sleeps while this vCPU waits for the latter.
+    fn start_up(&mut self, status: InterruptStatus) -> Option<Exit> {
+        if status.init {
+            self.setup.lapic.acknowledge_init();
+            self.block().state = CpuState { wait_for_sipi: true, ..CpuState::default() };
+            self.interp.flush();
+            self.flush_all();
+        } else if let Some(page) = status.sipi {
+            self.setup.lapic.acknowledge_init();
+            return Some(Exit::Internal(format!(
+                "a start-up IPI to page {page:#x}: 16-bit code is not supported, the guest must use the ACPI wake-up mailbox"
+            )));
+        } else if self.sleep(true) {
+            return Some(Exit::Stuck);
+        }
+        None
     }
 
     /// Runs translated code from `entry` until it exits.
@@ -730,18 +812,18 @@ impl BtVcpu {
                     let generation = self.generation;
                     let Some((next, _)) = self.find_mode(target, mode) else { return self.without_block(target) };
                     if generation == self.generation && next != STEP_ONLY {
-                        let mut new_slots = Vec::new();
-                        self.shared.cache().link(argument, next, &mut new_slots);
-                        self.init_slots(&new_slots);
+                        let alone = self.shared.world.alone();
+                        let early = self.shared.cache().link(argument, next, alone);
+                        if early {
+                            self.link_alone(argument, next);
+                            return Next::Run;
+                        }
                     }
                     id = next;
                 }
                 reason::SLOT => {
-                    let slot = {
-                        let cache = self.shared.cache();
-                        cache.slot(argument).map(|s| (s.target, s.kind))
-                    };
-                    let Some((target, kind)) = slot else { return corrupt("slot") };
+                    let Some(slot) = self.shared.sites.slots.get(argument) else { return corrupt("slot") };
+                    let (target, kind) = (slot.target, slot.kind);
                     self.leave(kind == LinkKind::Call);
                     block.state.rip = target;
                     let generation = self.generation;
@@ -768,25 +850,22 @@ impl BtVcpu {
                     }
                     id = next;
                 }
-                reason::STEP | reason::POLL | reason::STALE => {
-                    let Some((address, fpu)) = self.shared.cache().exit_address(argument) else {
-                        return corrupt("exit");
-                    };
+                reason::STEP | reason::POLL | reason::STALE | reason::PAUSE => {
+                    let Some(site) = self.shared.sites.exits.get(argument) else { return corrupt("exit") };
                     self.leave(false);
-                    block.state.rip = address;
+                    block.state.rip = site.address;
                     return match why {
-                        reason::STEP => self.interpret(fpu),
+                        reason::STEP => self.interpret(site.fpu),
                         reason::STALE => Next::Run,
+                        reason::PAUSE => self.spinning(),
                         _ => Next::Events,
                     };
                 }
                 reason::ACCESS => {
-                    let Some((access, address, _)) = self.shared.cache().access(argument) else {
-                        return corrupt("access");
-                    };
-                    self.leave(access.flags_saved);
-                    block.state.rip = address;
-                    return self.interpret(access.fpu);
+                    let Some(site) = self.shared.sites.accesses.get(argument) else { return corrupt("access") };
+                    self.leave(site.access.flags_saved);
+                    block.state.rip = site.address;
+                    return self.interpret(site.access.fpu);
                 }
                 reason::FAULT => {
                     let pc = block.fault_pc;
@@ -810,6 +889,26 @@ impl BtVcpu {
         }
     }
 
+    /// The guest spins: lets others have the core, who may hold what it waits for.
+    fn spinning(&mut self) -> Next {
+        self.block().pauses = PAUSES;
+        self.shared.world.park(&self.handle);
+        std::thread::yield_now();
+        self.resume();
+        Next::Events
+    }
+
+    /// Links a jump that must not be changed while others may run it.
+    #[cold]
+    fn link_alone(&mut self, link: u32, block: BlockId) {
+        let generation = self.generation;
+        self.exclusive(Cause::Link, |vcpu| {
+            if vcpu.generation == generation {
+                vcpu.shared.cache().link(link, block, true);
+            }
+        });
+    }
+
     /// On at `address`, which has no block: a breakpoint, which [`Vcpu::run`] sees, or something for the interpreter.
     fn without_block(&mut self, address: u64) -> Next {
         if self.breakpoints.contains(&address) { Next::Run } else { self.interpret(true) }
@@ -818,7 +917,8 @@ impl BtVcpu {
     /// The slow path of a memory check. Returns the delta, or tells to leave.
     fn slow_access(&mut self, address: u64, descriptor: u32) -> Option<u64> {
         self.counters.tlb_misses += 1;
-        let (access, _, user) = self.shared.cache().access(descriptor)?;
+        let site = self.shared.sites.accesses.get(descriptor)?;
+        let (access, user) = (site.access, site.user);
         if (address & 0xfff) + u64::from(access.size) > 4096 || !paging::is_canonical(address) {
             return None;
         }
@@ -845,6 +945,29 @@ impl BtVcpu {
                 if mapping.global { " global" } else { "" },
             ));
         }
+    }
+
+    /// Counters that are not of one vCPU.
+    fn shared_counters(&self) -> Vec<(String, u64)> {
+        let k = self.shared.cache().counters;
+        let world = &self.shared.world;
+        let mut out: Vec<(String, u64)> = [
+            ("blocks.translated", k.blocks),
+            ("blocks.copied", k.copied),
+            ("instructions.translated", k.instructions),
+            ("code-cache.bytes", k.code_bytes),
+            ("blocks.invalidated", k.invalidated),
+            ("code-cache.flushes", k.flushes),
+            ("blocks.linked", k.links),
+        ]
+        .map(|(name, value)| (name.to_string(), value))
+        .into();
+        if !world.alone() {
+            let sections = CAUSES.iter().zip(&world.sections);
+            out.extend(sections.map(|(name, n)| (format!("stops.{name}"), n.load(Ordering::Relaxed))));
+            out.push(("stops.waiting-us".to_string(), world.waited.load(Ordering::Relaxed) / 1000));
+        }
+        out
     }
 
     fn thread_info(&self) -> ThreadInfo {
@@ -942,9 +1065,29 @@ pub unsafe extern "C" fn slow_access(vcpu: *mut BtVcpu, address: u64, descriptor
     }
 }
 
+/// While this lives, the vCPU is running. It is parked even when a panic ends the run.
+struct Running {
+    shared: Arc<Shared>,
+    handle: Arc<KickHandle>,
+}
+
+impl Running {
+    fn new(vcpu: &mut BtVcpu) -> Self {
+        vcpu.resume();
+        Self { shared: vcpu.shared.clone(), handle: vcpu.handle.clone() }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.shared.world.park(&self.handle);
+    }
+}
+
 impl Vcpu for BtVcpu {
     fn run(&mut self) -> Exit {
         let start = Instant::now();
+        let _running = Running::new(self);
         let exit = self.run_guest();
         self.counters.run_time += start.elapsed();
         exit
@@ -955,6 +1098,8 @@ impl Vcpu for BtVcpu {
     }
 
     fn set_state(&mut self, state: &CpuState) {
+        self.shared.world.stuck.store(false, Ordering::SeqCst);
+        self.handle.unhalted.store(false, Ordering::SeqCst);
         self.block().state = state.clone();
         self.interp.flush();
         if let Some(mode) = Self::current_mode(state) {
@@ -974,6 +1119,7 @@ impl Vcpu for BtVcpu {
     }
 
     fn step(&mut self) -> Exit {
+        let _running = Running::new(self);
         self.prepare_thread();
         if let Some(exit) = self.events() {
             self.save_x87();
@@ -989,8 +1135,10 @@ impl Vcpu for BtVcpu {
 
     fn set_breakpoints(&mut self, addresses: &[u64]) {
         self.breakpoints = addresses.to_vec();
-        self.shared.cache().set_breakpoints(addresses);
-        self.flush_cache();
+        let changed = self.shared.cache().set_breakpoints(addresses);
+        if changed {
+            self.flush_cache();
+        }
     }
 
     fn read_virtual(&mut self, address: u64, data: &mut [u8]) -> bool {
@@ -1003,16 +1151,11 @@ impl Vcpu for BtVcpu {
 
     fn counters(&self) -> Vec<(String, u64)> {
         let c = &self.counters;
-        let cache = self.shared.cache();
-        let k = &cache.counters;
-        let mut out: Vec<(String, u64)> = [
-            ("blocks.translated", k.blocks),
-            ("blocks.copied", k.copied),
-            ("instructions.translated", k.instructions),
-            ("code-cache.bytes", k.code_bytes),
-            ("blocks.invalidated", k.invalidated),
-            ("code-cache.flushes", k.flushes),
-            ("blocks.linked", k.links),
+        let mut out: Vec<(String, u64)> = Vec::new();
+        if self.setup.index == 0 {
+            out.extend(self.shared_counters());
+        }
+        let own = [
             ("dispatches.link", c.exits[1]),
             ("dispatches.slot", c.exits[2]),
             ("dispatches.indirect", c.exits[3]),
@@ -1021,6 +1164,7 @@ impl Vcpu for BtVcpu {
             ("dispatches.access", c.exits[6]),
             ("dispatches.fault", c.exits[7]),
             ("dispatches.stale", c.exits[8]),
+            ("dispatches.pause", c.exits[9]),
             ("instructions.interpreted", c.steps),
             ("tlb.misses", c.tlb_misses),
             ("tlb.flushes.all", c.flush_all),
@@ -1030,10 +1174,8 @@ impl Vcpu for BtVcpu {
             ("time.running-us", c.run_time.as_micros() as u64),
             ("time.translator-us", c.translator_time.as_micros() as u64),
             ("time.halted-us", c.halted_time.as_micros() as u64),
-        ]
-        .iter()
-        .map(|&(name, value)| (name.to_string(), value))
-        .collect();
+        ];
+        out.extend(own.map(|(name, value)| (name.to_string(), value)));
         out.extend(self.interp.deliveries());
         if let Some(lockstep) = &self.lockstep {
             let names = ["lockstep.compared", "lockstep.not-compared", "lockstep.impossible"];

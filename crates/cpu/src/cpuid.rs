@@ -225,12 +225,15 @@ pub struct CpuidModel {
     pub tsc_khz: u32,
     /// What is shown.
     pub features: Features,
+    /// Offer KVM_FEATURE_PV_UNHALT: a guest whose spinlock is held elsewhere halts, and is woken by the hypercall KVM_HC_KICK_CPU. Worth
+    /// its cost where vCPUs must share cores.
+    pub pv_unhalt: bool,
 }
 
 impl CpuidModel {
     /// The model for a VM with `cpus` vCPUs whose TSC runs at `tsc_khz`, on this host.
     pub fn new(cpus: u32, tsc_khz: u32) -> Self {
-        Self { cpus: cpus.max(1), tsc_khz, features: Features::for_host() }
+        Self { cpus: cpus.max(1), tsc_khz, features: Features::for_host(), pv_unhalt: false }
     }
 
     /// What CPUID answers for `leaf` (EAX) and `subleaf` (ECX) on vCPU `index` in `state`: EAX, EBX, ECX, EDX.
@@ -277,7 +280,8 @@ impl CpuidModel {
                 [max, first, second, third]
             }
             // CLOCKSOURCE, NOP_IO_DELAY, CLOCKSOURCE2, CLOCKSOURCE_STABLE.
-            0x4000_0001 => [1 | 1 << 1 | 1 << 3 | 1 << 24, 0, 0, 0],
+            // And PV_UNHALT.
+            0x4000_0001 => [1 | 1 << 1 | 1 << 3 | 1 << 24 | u32::from(self.pv_unhalt) << 7, 0, 0, 0],
             0x4000_0010 => [self.tsc_khz, LAPIC_HZ / 1000, 0, 0],
             0x8000_0000 => [0x8000_0008, 0, 0, 0],
             0x8000_0001 => [0, 0, f.extended_ecx, f.extended_edx],

@@ -148,6 +148,7 @@ impl InterpVcpu {
         match self.interp.step(&mut self.state, &mut NoHooks) {
             Outcome::Done | Outcome::Halted => Ok(()),
             Outcome::TripleFault => Err(Exit::TripleFault),
+            Outcome::NotAlone => Err(Exit::Internal("a locked access that nobody asked to be refused".into())),
             Outcome::Unsupported(what) => {
                 Err(Exit::Internal(format!("cannot execute {what} at {:#x}", self.state.rip)))
             }

@@ -35,6 +35,11 @@ pub enum TlbFlush {
 pub trait Hooks {
     /// Translations must be forgotten. The interpreter has done so for its own.
     fn tlb_flush(&mut self, what: TlbFlush);
+    /// KVM_HC_KICK_CPU: the vCPU with this APIC id is to go on behind its HLT, or behind its next one. `false`: there is no such hypercall.
+    fn kick_cpu(&mut self, apic_id: u32) -> bool {
+        let _ = apic_id;
+        false
+    }
 }
 
 /// An exception or interrupt on its way through the guest's IDT.
@@ -73,6 +78,9 @@ pub enum Outcome {
     Halted,
     /// The guest is dead. The state is that of the last instruction.
     TripleFault,
+    /// Not executed: a locked access that takes more than one access of the host, while others run ([`Interp::set_alone`]). Stop them and
+    /// step again.
+    NotAlone,
     /// Not executed: code or a mode this interpreter does not know. RIP is at the instruction.
     Unsupported(String),
 }
@@ -122,6 +130,12 @@ impl Interp {
     pub fn flush(&mut self) {
         self.mmu.checks = Checks::default();
         self.mmu.flush();
+    }
+
+    /// Tells whether other vCPUs may run during the next steps; at first it is assumed that none does. While some do, a locked access that
+    /// crosses a page or leads outside RAM is not done: [`Outcome::NotAlone`].
+    pub fn set_alone(&mut self, alone: bool) {
+        self.mmu.alone = alone;
     }
 
     /// From now on `observer` sees what is delivered.
@@ -221,6 +235,9 @@ impl Interp {
             return unsupported;
         }
         if let Err(exception) = result {
+            if std::mem::take(&mut self.mmu.not_alone) {
+                return Outcome::NotAlone;
+            }
             state.interrupt_shadow = false;
             let fault = exception.vector != vector::DB || state.dr[6] & (1 << 13) != 0;
             return self.fault(state, exception, fault);

@@ -51,6 +51,10 @@ pub(crate) struct Mmu {
     pub(crate) misses: u64,
     /// Breakpoints and alignment checks.
     pub(crate) checks: Checks,
+    /// No other vCPU runs now, so that several accesses together are as good as one.
+    pub(crate) alone: bool,
+    /// A locked access was not made because others run.
+    pub(crate) not_alone: bool,
 }
 
 // SAFETY: the raw pointers in the TLB point into `ram`, which is shared memory made for access from any thread, and are only
@@ -75,7 +79,7 @@ impl Mmu {
     pub(crate) fn new(ram: GuestRam, bus: Arc<dyn Bus>) -> Self {
         let tlb =
             vec![[EMPTY; ENTRIES]; 3].into_boxed_slice().try_into().unwrap_or_else(|_| unreachable!("three arrays"));
-        Self { ram, bus, tlb, generation: 1, large: 0, misses: 0, checks: Checks::default() }
+        Self { ram, bus, tlb, generation: 1, large: 0, misses: 0, checks: Checks::default(), alone: true, not_alone: false }
     }
 
     /// Forgets all translations.
@@ -205,8 +209,8 @@ impl Mmu {
         }
     }
 
-    /// Reads, computes and writes back 1, 2, 4 or 8 bytes; with `lock` as one atomic step (where they do not cross a page, and are
-    /// RAM). `f` gets the old value and gives the new one; it may be called more than once. Returns the old value.
+    /// Reads, computes and writes back 1, 2, 4 or 8 bytes; with `lock` as one atomic step. Where the host cannot do that (across pages,
+    /// outside RAM) and others run, nothing happens but that [`Mmu::not_alone`] is set. `f` gets the old value and gives the new one; it may be called more than once. Returns the old value.
     #[inline(always)]
     pub(crate) fn modify(
         &mut self,
@@ -243,6 +247,10 @@ impl Mmu {
         }
         let mut bytes = [0; 8];
         self.check(state, address, size, Kind::Write, user)?;
+        if lock && !self.alone {
+            self.not_alone = true;
+            return Err(Exception::gp(0));
+        }
         if let Some(part) = bytes.get_mut(..size) {
             self.read_bytes(state, address, part, user)?;
         }

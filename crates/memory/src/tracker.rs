@@ -1,7 +1,7 @@
 //! Which guest-physical pages hold translated code, and who wants to know about writes to them.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
@@ -105,6 +105,9 @@ impl Bitmap for WriteTracker {
     #[inline]
     fn mark_dirty(&self, offset: usize, len: usize) {
         if let Some(pages) = &self.pages {
+            // A vCPU marks a page, then copies its code. Without the barrier, our writes could come after its copy and yet our look at
+            // the mark before its marking.
+            fence(Ordering::SeqCst);
             pages.written(self.base + offset as u64, len as u64);
         }
     }

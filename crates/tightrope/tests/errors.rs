@@ -151,7 +151,10 @@ fn a_disk_of_another_vm() {
 fn engines_that_are_not_there() {
     let kernel = Kernel::new(Code::new().power_off());
     fails(&["run", "--kernel", &kernel.path, "--engine", "kvm"], 1, &["engine kvm", "/dev/kvm", "--engine bt"]);
-    fails(&["run", "--kernel", &kernel.path, "--cpus", "2"], 1, &["2 vCPUs", "--cpus"]);
+    for option in [&["--engine", "interp"][..], &["--lockstep"]] {
+        let arguments = [&["run", "--kernel", &kernel.path, "--cpus", "2"], option].concat();
+        fails(&arguments, 1, &["one vCPU", "--cpus"]);
+    }
 }
 
 #[test]

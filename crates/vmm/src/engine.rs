@@ -40,11 +40,9 @@ pub(crate) fn check(config: &VmConfig) -> Result<(), Error> {
     if config.engine == EngineChoice::Kvm {
         return Err(no_kvm(&kvm_state()));
     }
-    if config.cpus > 1 {
-        return Err(Error::Engine(format!(
-            "{} vCPUs are not possible yet: this version runs one, leave --cpus away",
-            config.cpus
-        )));
+    if config.cpus > 1 && (config.engine == EngineChoice::Interp || config.lockstep) {
+        let what = if config.lockstep { "--lockstep" } else { "engine interp" };
+        return Err(Error::Engine(format!("{what} runs one vCPU, not {}: leave --cpus away", config.cpus)));
     }
     if config.lockstep && config.engine == EngineChoice::Interp {
         return Err(Error::Engine("--lockstep is of engine bt: leave --engine interp away".into()));
@@ -120,8 +118,12 @@ pub(crate) fn choose(
 
 fn bt(config: &VmConfig, ram: GuestRam, tsc_khz: u64, trace: Option<TraceSink>) -> Result<Box<dyn Engine>, Error> {
     let khz = u32::try_from(tsc_khz).unwrap_or(u32::MAX);
-    let model = Arc::new(CpuidModel::new(config.cpus, khz));
-    let mut options = bt::Options::new(model);
+    let mut model = CpuidModel::new(config.cpus, khz);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    model.pv_unhalt = config.cpus as usize > cores;
+    let mut options = bt::Options::new(Arc::new(model));
+    options.parking = (config.cpus > 1)
+        .then_some(bt::Parking { code: machine::layout::PARKING_CODE, mailbox: machine::layout::MAILBOX });
     options.lockstep = config.lockstep;
     if let (Some(kinds), Some(sink)) = (&config.trace, trace) {
         let mut trace = bt::Trace::new(sink);

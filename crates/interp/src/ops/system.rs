@@ -199,11 +199,19 @@ pub(super) fn invlpg(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     Ok(())
 }
 
-/// KVM's hypercalls: number in RAX, answer in RAX. None is advertised, so all are unknown.
+/// KVM's hypercalls: number in RAX, arguments in RBX, RCX, RDX, RSI, answer in RAX (`Documentation/virt/kvm/x86/hypercalls.rst`).
 pub(super) fn vmcall(cx: &mut Cx<'_>, _insn: &Insn) -> Result<(), Exception> {
+    const KICK_CPU: u64 = 5;
     const KVM_ENOSYS: i64 = 1000;
     const KVM_EPERM: i64 = 1;
-    cx.st.gpr[RAX] = if cx.st.cpl() == 0 { -KVM_ENOSYS } else { -KVM_EPERM } as u64;
+    let answer = if cx.st.cpl() != 0 {
+        -KVM_EPERM
+    } else if cx.st.gpr[RAX] == KICK_CPU && cx.hooks.kick_cpu(cx.st.gpr[RCX] as u32) {
+        0
+    } else {
+        -KVM_ENOSYS
+    };
+    cx.st.gpr[RAX] = answer as u64;
     Ok(())
 }
 
