@@ -216,7 +216,14 @@ impl Analyzer {
         ] {
             allowed[feature as usize] = true;
         }
-        Self { factory: InstructionInfoFactory::new(), allowed, precise_flags, breakpoints: Vec::new(), count_pauses: false, ahead: 0 }
+        Self {
+            factory: InstructionInfoFactory::new(),
+            allowed,
+            precise_flags,
+            breakpoints: Vec::new(),
+            count_pauses: false,
+            ahead: 0,
+        }
     }
 
     /// Decodes the block that starts at `offset` of the page with contents `page`, mapped at guest-virtual `page_address`.

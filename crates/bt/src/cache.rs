@@ -6,8 +6,8 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hash, Hasher};
-use std::sync::atomic::Ordering;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use iced_x86::Encoder;
 
@@ -406,8 +406,7 @@ impl Cache {
         }
         self.counters.links += 1;
         if destination.key.tail != 0 {
-            if self.cold + 32 > self.memory.size() || self.sites.slots.len() as usize == crate::block::MAX_SLOTS
-            {
+            if self.cold + 32 > self.memory.size() || self.sites.slots.len() as usize == crate::block::MAX_SLOTS {
                 return false;
             }
             let slot = self.slot_for(target, mode, kind);
