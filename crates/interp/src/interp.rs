@@ -236,6 +236,7 @@ impl Interp {
         }
         if let Err(exception) = result {
             if std::mem::take(&mut self.mmu.not_alone) {
+                self.mmu.checks.disarm();
                 return Outcome::NotAlone;
             }
             state.interrupt_shadow = false;

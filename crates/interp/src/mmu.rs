@@ -79,7 +79,17 @@ impl Mmu {
     pub(crate) fn new(ram: GuestRam, bus: Arc<dyn Bus>) -> Self {
         let tlb =
             vec![[EMPTY; ENTRIES]; 3].into_boxed_slice().try_into().unwrap_or_else(|_| unreachable!("three arrays"));
-        Self { ram, bus, tlb, generation: 1, large: 0, misses: 0, checks: Checks::default(), alone: true, not_alone: false }
+        Self {
+            ram,
+            bus,
+            tlb,
+            generation: 1,
+            large: 0,
+            misses: 0,
+            checks: Checks::default(),
+            alone: true,
+            not_alone: false,
+        }
     }
 
     /// Forgets all translations.
@@ -210,7 +220,8 @@ impl Mmu {
     }
 
     /// Reads, computes and writes back 1, 2, 4 or 8 bytes; with `lock` as one atomic step. Where the host cannot do that (across pages,
-    /// outside RAM) and others run, nothing happens but that [`Mmu::not_alone`] is set. `f` gets the old value and gives the new one; it may be called more than once. Returns the old value.
+    /// outside RAM) and others run, nothing happens but that [`Mmu::not_alone`] is set. `f` gets the old value and gives the new one; it
+    /// may be called more than once. Returns the old value.
     #[inline(always)]
     pub(crate) fn modify(
         &mut self,
