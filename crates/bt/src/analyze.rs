@@ -132,6 +132,8 @@ pub struct Insn {
     pub used: u16,
     /// Operands that the instruction may write, as a bit mask.
     pub writes: u8,
+    /// Operands whose old value matters, as a bit mask.
+    pub keeps: u8,
     /// General registers that the instruction may write, by number, as a bit mask.
     pub written: u16,
     /// Its part in a group of accesses.
@@ -363,6 +365,7 @@ impl Analyzer {
         };
         let mut used = 0;
         let mut writes = 0;
+        let mut keeps = 0;
         let mut written = 0;
         if matches!(class, Class::Plain | Class::Memory { .. } | Class::BitTest { .. }) {
             let info = self.factory.info_options(&ins, InstructionInfoOptions::NO_MEMORY_USAGE);
@@ -382,6 +385,10 @@ impl Analyzer {
                 ) {
                     writes |= 1 << i;
                 }
+                let whole = ins.op_kind(i) == OpKind::Register && ins.op_register(i).size() >= 4;
+                if info.op_access(i) != OpAccess::Write || !whole {
+                    keeps |= 1 << i;
+                }
             }
             // NO_MEMORY_USAGE leaves address registers out.
             for register in [ins.memory_base(), ins.memory_index()] {
@@ -400,6 +407,7 @@ impl Analyzer {
             live_after: ALL_FLAGS,
             used,
             writes,
+            keeps,
             written,
             group: None,
         }

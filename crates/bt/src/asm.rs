@@ -71,9 +71,30 @@ impl Mem {
 #[derive(Default)]
 pub struct Asm {
     pub bytes: Vec<u8>,
+    /// Registers named as an operand since [`Asm::untouch`], as a bit mask.
+    touched: u16,
 }
 
 impl Asm {
+    pub fn with_capacity(bytes: usize) -> Self {
+        Self { bytes: Vec::with_capacity(bytes), touched: 0 }
+    }
+
+    /// Notes that `reg` may have been written.
+    pub fn touch(&mut self, reg: Reg) {
+        self.touched |= 1 << reg;
+    }
+
+    /// Has `reg` been an operand, other than for addressing, since [`Asm::untouch`]?
+    pub fn touched(&self, reg: Reg) -> bool {
+        self.touched & (1 << reg) != 0
+    }
+
+    /// Forgets what was touched.
+    pub fn untouch(&mut self) {
+        self.touched = 0;
+    }
+
     pub fn len(&self) -> usize {
         self.bytes.len()
     }
@@ -92,6 +113,7 @@ impl Asm {
 
     /// `op reg, mem` with opcode bytes `op` (without prefixes), `prefix` a mandatory prefix or 0.
     pub fn rm_prefixed(&mut self, prefix: u8, wide: bool, op: &[u8], reg: Reg, mem: Mem) {
+        self.touch(reg);
         if mem.gs {
             self.u8(0x65);
         }
@@ -150,6 +172,8 @@ impl Asm {
 
     /// `op rm, reg` with both registers.
     pub fn rr(&mut self, wide: bool, op: &[u8], reg: Reg, rm: Reg) {
+        self.touch(reg);
+        self.touch(rm);
         let rex = (u8::from(wide) << 3) | ((reg >> 3) << 2) | (rm >> 3);
         if rex != 0 {
             self.u8(0x40 | rex);
@@ -203,6 +227,7 @@ impl Asm {
 
     /// Loads a constant by the shortest form.
     pub fn mov_imm(&mut self, to: Reg, value: u64) {
+        self.touch(to);
         if let Ok(small) = u32::try_from(value) {
             if to >= 8 {
                 self.u8(0x41);
@@ -219,6 +244,7 @@ impl Asm {
 
     /// Loads a constant with a 64-bit immediate, which is the last thing emitted.
     pub fn mov_imm64(&mut self, to: Reg, value: u64) {
+        self.touch(to);
         self.u8(0x48 | (to >> 3));
         self.u8(0xb8 | (to & 7));
         self.raw(&value.to_le_bytes());
@@ -344,6 +370,7 @@ impl Asm {
     }
 
     pub fn pop(&mut self, reg: Reg) {
+        self.touch(reg);
         if reg >= 8 {
             self.u8(0x41);
         }
@@ -402,6 +429,31 @@ impl Asm {
         self.u8(1);
     }
 
+    /// `vpor ymm, ymm, other`.
+    pub fn vpor(&mut self, ymm: u8, other: u8) {
+        self.raw(&[0xc4, ((!(ymm >> 3) & 1) << 7) | 0x40 | ((!(other >> 3) & 1) << 5) | 1]);
+        self.raw(&[((!ymm & 15) << 3) | 5, 0xeb, 0xc0 | ((ymm & 7) << 3) | (other & 7)]);
+    }
+
+    /// `vpor xmm, xmm, mem`.
+    pub fn vpor_xmm(&mut self, xmm: u8, mem: Mem) {
+        self.vex(1, 1, 0, 0xeb, xmm, mem, Some(xmm));
+    }
+
+    /// `vextracti128 xmm, ymm, 1` with the same register, below 8.
+    pub fn vhigh(&mut self, ymm: u8) {
+        self.raw(&[0xc4, 0xe3, 0x7d, 0x39, 0xc0 | (ymm << 3) | ymm, 1]);
+    }
+
+    /// `vptest xmm, xmm` of a register below 8.
+    pub fn vptest_xmm(&mut self, xmm: u8) {
+        self.raw(&[0xc4, 0xe2, 0x79, 0x17, 0xc0 | (xmm << 3) | xmm]);
+    }
+
+    pub fn vzeroupper(&mut self) {
+        self.raw(&[0xc5, 0xf8, 0x77]);
+    }
+
     /// A three-byte VEX instruction with a `gs:[disp32]` or based memory operand without extended base or index.
     #[allow(clippy::too_many_arguments)]
     fn vex(&mut self, map: u8, pp: u8, l: u8, op: u8, reg: u8, mem: Mem, source: Option<u8>) {
@@ -451,6 +503,10 @@ mod tests {
         assert_eq!(text(|a| a.vmovdqu_xmm(3, Mem::gs(64), false)), "vmovdqu xmm3,gs:[40h]");
         assert_eq!(text(|a| a.vextract_high(Mem::gs(64), 9)), "vextracti128 gs:[40h],ymm9,1");
         assert_eq!(text(|a| a.vinsert_high(9, Mem::gs(64))), "vinserti128 ymm9,ymm9,gs:[40h],1");
+        assert_eq!(text(|a| a.vpor(0, 13)), "vpor ymm0,ymm0,ymm13");
+        assert_eq!(text(|a| a.vpor_xmm(2, Mem::gs(64))), "vpor xmm2,xmm2,gs:[40h]");
+        assert_eq!(text(|a| a.vhigh(1)), "vextracti128 xmm1,ymm1,1");
+        assert_eq!(text(|a| a.vptest_xmm(1)), "vptest xmm1,xmm1");
         assert_eq!(text(|a| a.mov_imm(R11, 0xffff_ffff_8100_0000)), "mov r11,0FFFFFFFF81000000h");
         assert_eq!(text(|a| a.mov_imm(RCX, 0x5555_0000_1000)), "mov rcx,555500001000h");
         assert_eq!(text(|a| a.store16(Mem::base(R11, 2), RDX)), "mov [r11+2],dx");

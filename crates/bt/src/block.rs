@@ -38,6 +38,21 @@ pub struct IbtcEntry {
     pub host: u64,
 }
 
+/// What a check site has learned.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Site {
+    /// Offset of the entry in the software TLB that the site used last.
+    pub entry: u32,
+    /// Wrong predictions, counted up from minus [`WRONG_PREDICTIONS`].
+    pub wrong: i32,
+}
+
+/// Check sites with a prediction of their own; further ones share.
+pub const MAX_SITES: usize = 8192;
+/// Wrong predictions in a second after which a site predicts no more.
+pub const WRONG_PREDICTIONS: i32 = 4_000;
+
 /// Why translated code came back to the dispatcher.
 pub mod reason {
     /// An unlinked direct jump; argument: link.
@@ -114,10 +129,14 @@ pub struct VcpuBlock {
     pub borrowed: [u64; 4],
     /// The runtime of this vCPU, for the slow path.
     pub runtime: u64,
+    /// Is an upper half of YMM0 to YMM15 in use across the slow path? A byte.
+    pub uppers: u32,
     /// YMM0 to YMM15 across the slow path.
     pub ymm: [[u8; 32]; 16],
     /// Software TLBs: kernel read, kernel write, user read, user write.
     pub tlb: [[TlbEntry; TLB_ENTRIES]; 4],
+    /// Predictions of check sites.
+    pub sites: [Site; MAX_SITES],
     /// Indirect-branch target caches: kernel, user.
     pub ibtc: [[IbtcEntry; IBTC_ENTRIES]; 2],
     /// Host addresses of cross-page jump targets.
@@ -173,6 +192,7 @@ pub mod off {
         (offset_of!(VcpuBlock, borrowed) + 8 * index) as i32
     }
     pub const RUNTIME: i32 = offset_of!(VcpuBlock, runtime) as i32;
+    pub const UPPERS: i32 = offset_of!(VcpuBlock, uppers) as i32;
     pub const fn ymm(index: usize) -> i32 {
         (offset_of!(VcpuBlock, ymm) + 32 * index) as i32
     }
@@ -182,6 +202,9 @@ pub mod off {
     }
     pub const fn ibtc(user: bool) -> i32 {
         (offset_of!(VcpuBlock, ibtc) + (user as usize) * super::IBTC_ENTRIES * 16) as i32
+    }
+    pub const fn site(index: u32) -> i32 {
+        (offset_of!(VcpuBlock, sites) + 8 * index as usize) as i32
     }
     pub const fn slot(index: u32) -> i32 {
         (offset_of!(VcpuBlock, slots) + 8 * index as usize) as i32

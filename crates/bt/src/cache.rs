@@ -229,6 +229,8 @@ pub struct CacheCounters {
     pub invalidated: u64,
     pub flushes: u64,
     pub links: u64,
+    /// Check sites that predict no more.
+    pub unpredictable: u64,
 }
 
 /// The cache has no room: everything must be flushed.
@@ -252,6 +254,8 @@ pub struct Cache {
     hot: usize,
     cold: usize,
     template_bytes: usize,
+    /// Number of the next check site.
+    next_site: u32,
     pub counters: CacheCounters,
     /// For the events of blocks.
     pub trace: Option<crate::trace::Trace>,
@@ -293,6 +297,7 @@ impl Cache {
             hot: 0,
             cold: 0,
             template_bytes: 0,
+            next_site: 0,
             counters: CacheCounters::default(),
             trace: None,
             generation: 0,
@@ -336,6 +341,13 @@ impl Cache {
 
     pub fn find(&self, key: &Key) -> Option<BlockId> {
         self.map.get(key).copied()
+    }
+
+    /// Makes the check site whose load of the prediction is at `position` compute its entry of the software TLB instead. Other vCPUs must be
+    /// parked.
+    pub fn stop_predicting(&mut self, position: usize) {
+        self.counters.unpredictable += 1;
+        self.memory.write(position, &crate::emit::SEARCH);
     }
 
     /// Target of link `number`.
@@ -438,9 +450,16 @@ impl Cache {
 
     fn emit(&mut self, key: Key, bytes: &[u8], insns: &[Insn], end: usize) -> Template {
         let encoder = self.encoder.take().unwrap_or_else(|| Encoder::new(64));
-        let context = Context { stubs: &self.stubs, mode: key.mode, page: key.address & !0xfff, bytes };
+        let context = Context {
+            stubs: &self.stubs,
+            mode: key.mode,
+            page: key.address & !0xfff,
+            bytes,
+            first_site: self.next_site,
+        };
         let (mut output, encoder) = Emitter::block(context, insns, encoder);
         self.encoder = Some(encoder);
+        self.next_site = self.next_site.wrapping_add(output.sites);
         let meta = std::mem::take(&mut output.meta).into();
         self.counters.blocks += 1;
         self.counters.instructions += insns.len() as u64;
@@ -598,6 +617,8 @@ impl Cache {
             self.sites.exits.push(ExitSite { address: page + u64::from(offset), fpu });
         }
         for &access in &output.accesses {
+            let site = access.site.map(|(site, at)| (site, hot as u32 + at));
+            let access = Access { site, ..access };
             let address = page + u64::from(access.offset);
             self.sites.accesses.push(AccessSite { access, address, user: key.mode.user });
         }

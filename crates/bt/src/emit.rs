@@ -3,12 +3,18 @@
 //! The output is relocatable: two byte strings, `hot` (the path expected to run) and `cold` (slow paths), with fix-ups between
 //! them and to the stubs, and lists of the places that need entries in the cache's tables. [`crate::cache`] puts them into memory.
 
+mod access;
+mod copy;
+
 use iced_x86::{Code, Encoder, Instruction, OpKind, Register};
 use interp::GPR64;
 
+use self::access::Address;
+pub use self::access::SEARCH;
+
 use crate::analyze::{ALL_FLAGS, Class, Insn, Mode};
-use crate::asm::{Asm, Mem, R9, R10, R11, RAX, RBP, RBX, RCX, RDI, RDX, RSI, Reg, cc};
-use crate::block::{off, reason, tlb_index};
+use crate::asm::{Asm, Mem, R9, R10, R11, RBP, RCX, Reg, cc};
+use crate::block::{off, reason};
 use crate::stubs::lookup_indirect;
 
 /// Which of the two byte strings.
@@ -112,6 +118,8 @@ pub struct Access {
     pub flags_saved: bool,
     /// The instruction uses x87 or SSE state.
     pub fpu: bool,
+    /// Number of the check site, and where its load of the prediction is: hot offset, once placed the position in the cache.
+    pub site: Option<(u16, u32)>,
 }
 
 /// What is needed to rebuild the guest's state when a signal hits inside an instruction.
@@ -149,6 +157,8 @@ pub struct Output {
     pub indirect: (usize, bool),
     /// Cold offset of code that reports the block as stale.
     pub stale: usize,
+    /// Number of check sites.
+    pub sites: u32,
 }
 
 /// Positions the emitter needs.
@@ -160,6 +170,8 @@ pub struct Context<'a> {
     pub page: u64,
     /// Contents of the page.
     pub bytes: &'a [u8],
+    /// Number of the block's first check site.
+    pub first_site: u32,
 }
 
 /// Where the guest's arithmetic flags are.
@@ -171,19 +183,6 @@ enum Flags {
     Dead,
 }
 
-/// An address computed by [`Emitter::address`].
-#[derive(Clone, Copy)]
-enum Address {
-    /// A register and a displacement: usable again after the check.
-    Simple(Reg, i32),
-    /// A constant that fits a displacement.
-    Small(i32),
-    /// A constant, possibly relative to RIP.
-    Relocatable(u64),
-    /// Must be computed into R11; the steps are repeatable.
-    Computed,
-}
-
 /// Emits one block.
 pub struct Emitter<'a> {
     context: Context<'a>,
@@ -191,6 +190,10 @@ pub struct Emitter<'a> {
     cold: Asm,
     out: Output,
     flags: Flags,
+    /// Check sites so far.
+    sites: u32,
+    /// The group whose delta was put into R10 last.
+    delta_at_hand: Option<u8>,
     encoder: Encoder,
 }
 
@@ -245,10 +248,12 @@ impl<'a> Emitter<'a> {
     pub fn block(context: Context<'a>, insns: &[Insn], encoder: Encoder) -> (Output, Encoder) {
         let mut emitter = Emitter {
             context,
-            hot: Asm { bytes: Vec::with_capacity(insns.len() * 24 + 64) },
-            cold: Asm { bytes: Vec::with_capacity(insns.len() * 24 + 64) },
+            hot: Asm::with_capacity(insns.len() * 24 + 64),
+            cold: Asm::with_capacity(insns.len() * 24 + 64),
             out: Output::default(),
             flags: Flags::Host,
+            sites: 0,
+            delta_at_hand: None,
             encoder,
         };
         emitter.entry(&insns[0]);
@@ -275,7 +280,8 @@ impl<'a> Emitter<'a> {
         while emitter.hot.len() < emitter.out.body + 5 {
             emitter.hot.u8(0x90);
         }
-        let Emitter { hot, cold, mut out, encoder, .. } = emitter;
+        let Emitter { hot, cold, mut out, encoder, sites, .. } = emitter;
+        out.sites = sites;
         out.hot = hot.bytes;
         out.cold = cold.bytes;
         (out, encoder)
@@ -317,6 +323,7 @@ impl<'a> Emitter<'a> {
         out.relocations.truncate(relocations);
         out.hot_numbers.truncate(hot_numbers);
         self.flags = mark.flags;
+        self.delta_at_hand = None;
     }
 
     fn entry(&mut self, first: &Insn) {
@@ -473,265 +480,6 @@ impl<'a> Emitter<'a> {
                 kind: LinkKind::Backward,
             });
         }
-    }
-
-    // ---- memory ----
-
-    /// Classifies the address of the memory operand.
-    fn address(&self, ins: &Instruction, lea: bool) -> Address {
-        let segment = !lea && matches!(ins.memory_segment(), Register::FS | Register::GS);
-        let base = ins.memory_base();
-        let index = ins.memory_index();
-        if segment {
-            return Address::Computed;
-        }
-        if ins.is_ip_rel_memory_operand() || (base == Register::None && index == Register::None) {
-            let address = ins.memory_displacement64();
-            if ins.is_ip_rel_memory_operand() && self.context.mode.user {
-                return Address::Relocatable(address);
-            }
-            return match i32::try_from(address as i64) {
-                Ok(small) => Address::Small(small),
-                Err(_) => Address::Relocatable(address),
-            };
-        }
-        if index == Register::None && base.is_gpr64() && !spilled(number(base)) {
-            return Address::Simple(host(number(base)), ins.memory_displacement64() as i32);
-        }
-        Address::Computed
-    }
-
-    /// Computes the address of the memory operand into R11, using R10. Touches flags only for FS and GS.
-    fn compute(asm: &mut Asm, ins: &Instruction, lea: bool) {
-        let base = ins.memory_base();
-        let index = ins.memory_index();
-        let narrow = base.is_gpr32() || index.is_gpr32() || base == Register::EIP;
-        if ins.is_ip_rel_memory_operand() || (base == Register::None && index == Register::None) {
-            asm.mov_imm(R11, ins.memory_displacement64());
-        } else {
-            let index = if index == Register::None {
-                None
-            } else {
-                let n = number(index);
-                let reg = if spilled(n) {
-                    asm.load(R10, Mem::gs(off::gpr(n as usize)));
-                    R10
-                } else {
-                    host(n)
-                };
-                Some((reg, ins.memory_index_scale() as u8))
-            };
-            let base = if base == Register::None {
-                None
-            } else {
-                let n = number(base);
-                Some(if spilled(n) {
-                    asm.load(R11, Mem::gs(off::gpr(n as usize)));
-                    R11
-                } else {
-                    host(n)
-                })
-            };
-            let mem = Mem { base, index, disp: ins.memory_displacement64() as i32, gs: false, addr32: false };
-            asm.rm(!narrow, &[0x8d], R11, mem);
-        }
-        if !lea {
-            match ins.memory_segment() {
-                Register::FS => asm.add_mem(R11, Mem::gs(off::segment_base(4))),
-                Register::GS => asm.add_mem(R11, Mem::gs(off::segment_base(5))),
-                _ => {}
-            }
-        }
-    }
-
-    /// Checks an access of `size` bytes at the address; afterwards the returned operand reaches it, R10 holds the
-    /// delta and R11 may hold the address. `compute` puts the address into R11. Flags have been moved away if live.
-    fn check(
-        &mut self,
-        insn: &Insn,
-        address: Address,
-        size: u16,
-        write: bool,
-        compute: &dyn Fn(&mut Asm),
-    ) -> Result<Mem, Unsupported> {
-        if let (Some(group), Address::Simple(base, disp)) = (insn.group, address) {
-            return Ok(self.check_group(insn, group, base, disp, write));
-        }
-        self.flags_to_block(insn.live_before);
-        let table = off::tlb(self.context.mode.user, write);
-        let limit = 4096 - i32::from(size);
-        let mut recompute = true;
-        let condition;
-        match address {
-            Address::Small(value) => {
-                if (value & 0xfff) > limit {
-                    return Err(Unsupported);
-                }
-                let entry = table + 16 * tlb_index(value as i64 as u64) as i32;
-                self.hot.rm(true, &[0x81], 7, Mem::gs(entry)); // cmp qword, imm32
-                self.hot.i32(value & !0xfff);
-                condition = cc::NE;
-            }
-            Address::Relocatable(value) => {
-                let entry = table + 16 * tlb_index(value) as i32;
-                let relative = insn.ins.is_ip_rel_memory_operand();
-                self.move_address(R11, value, relative);
-                self.hot.load(R10, Mem::gs(entry));
-                self.tlb_entry(value, table, relative);
-                self.hot.rr(true, &[0x31], R11, R10); // xor r10, r11
-                self.hot.cmp_imm(R10, limit);
-                condition = cc::A;
-                recompute = false;
-            }
-            Address::Simple(..) | Address::Computed => {
-                match address {
-                    Address::Simple(base, 0) => self.hot.mov(R11, base),
-                    Address::Simple(base, disp) => self.hot.lea(R11, Mem::base(base, disp)),
-                    _ => compute(&mut self.hot),
-                }
-                self.hot.mov32(R10, R11);
-                self.hot.shr32(R10, 8);
-                self.hot.and32_imm(R10, 0xfff0);
-                self.hot.xor_mem(R11, Mem::gs_base(R10, table));
-                self.hot.cmp_imm(R11, limit);
-                condition = cc::A;
-            }
-        }
-        let slow = self.hot.jcc(condition);
-        self.fix(Part::Hot, slow, Target::Own(Part::Cold, self.cold.len()));
-        let operand = match address {
-            Address::Small(value) => {
-                let entry = table + 16 * tlb_index(value as i64 as u64) as i32;
-                self.hot.load(R10, Mem::gs(entry + 8));
-                Mem::base(R10, value)
-            }
-            Address::Relocatable(value) => {
-                let entry = table + 16 * tlb_index(value) as i32;
-                self.hot.load(R10, Mem::gs(entry + 8));
-                self.tlb_entry(value, table + 8, insn.ins.is_ip_rel_memory_operand());
-                Mem::sum(R11, R10, 0)
-            }
-            Address::Simple(base, disp) => {
-                self.hot.load(R10, Mem::gs_base(R10, table + 8));
-                Mem::sum(base, R10, disp)
-            }
-            Address::Computed => {
-                self.hot.xor_mem(R11, Mem::gs_base(R10, table));
-                self.hot.load(R10, Mem::gs_base(R10, table + 8));
-                Mem::sum(R11, R10, 0)
-            }
-        };
-        let back = self.hot.len();
-        if recompute {
-            match address {
-                Address::Simple(base, 0) => self.cold.mov(R11, base),
-                Address::Simple(base, disp) => self.cold.lea(R11, Mem::base(base, disp)),
-                Address::Small(value) => self.cold.mov_imm(R11, value as i64 as u64),
-                _ => compute(&mut self.cold),
-            }
-        }
-        self.cold_number(Number::Access(self.out.accesses.len()));
-        self.out.accesses.push(Access {
-            offset: insn.offset,
-            size,
-            write,
-            flags_saved: self.flags == Flags::Block,
-            fpu: crate::analyze::uses_fpu(&insn.ins),
-        });
-        let at = self.cold.call();
-        self.fix(Part::Cold, at, Target::Fixed(self.context.stubs.slow_access));
-        let at = self.cold.jmp();
-        self.fix(Part::Cold, at, Target::Own(Part::Hot, back));
-        Ok(operand)
-    }
-
-    /// An access of a group, see [`crate::groups`].
-    fn check_group(&mut self, insn: &Insn, group: crate::groups::Group, base: Reg, disp: i32, write: bool) -> Mem {
-        let operand = Mem::sum(base, R10, disp);
-        if !group.leader {
-            self.hot.load(R10, Mem::gs(off::delta(group.slot)));
-            return operand;
-        }
-        self.flags_to_block(insn.live_before);
-        let table = off::tlb(self.context.mode.user, write);
-        let limit = 4096 - i32::from(group.span);
-        let first = disp.wrapping_add(group.start);
-        let range = |asm: &mut Asm| {
-            if first == 0 {
-                asm.mov(R11, base);
-            } else {
-                asm.lea(R11, Mem::base(base, first));
-            }
-        };
-        range(&mut self.hot);
-        self.hot.mov32(R10, R11);
-        self.hot.shr32(R10, 8);
-        self.hot.and32_imm(R10, 0xfff0);
-        self.hot.xor_mem(R11, Mem::gs_base(R10, table));
-        self.hot.cmp_imm(R11, limit);
-        let slow = self.hot.jcc(cc::A);
-        self.fix(Part::Hot, slow, Target::Own(Part::Cold, self.cold.len()));
-        self.hot.load(R10, Mem::gs_base(R10, table + 8));
-        let back = self.hot.len();
-        self.hot.store(Mem::gs(off::delta(group.slot)), R10);
-        // A miss, or a range across a page?
-        range(&mut self.cold);
-        self.cold.mov32(R10, R11);
-        self.cold.and32_imm(R10, 0xfff);
-        self.cold.cmp_imm(R10, limit);
-        let crosses = self.cold.jcc(cc::A);
-        self.cold_number(Number::Access(self.out.accesses.len()));
-        self.out.accesses.push(Access {
-            offset: insn.offset,
-            size: group.span,
-            write,
-            flags_saved: self.flags == Flags::Block,
-            fpu: crate::analyze::uses_fpu(&insn.ins),
-        });
-        let at = self.cold.call();
-        self.fix(Part::Cold, at, Target::Fixed(self.context.stubs.slow_access));
-        let at = self.cold.jmp();
-        self.fix(Part::Cold, at, Target::Own(Part::Hot, back));
-        self.cold.patch32(crosses);
-        if self.flags == Flags::Block {
-            self.cold.restore_flags(off::FLAGS, R10);
-        }
-        let at = self.cold.jmp();
-        self.link_kind(Part::Cold, at, insn.ins.ip(), LinkKind::Plain);
-        operand
-    }
-
-    /// `mov reg, address` in the hot part; the address moves with the page when `relative`.
-    fn move_address(&mut self, reg: Reg, value: u64, relative: bool) {
-        if relative && self.context.mode.user {
-            self.hot.mov_imm64(reg, value);
-            let at = self.hot.len() - 8;
-            self.out.relocations.push(Relocation { part: Part::Hot, at, value, kind: RelocationKind::Address });
-        } else {
-            self.hot.mov_imm(reg, value);
-        }
-    }
-
-    /// Notes that the displacement just emitted is that of the TLB entry of `value`.
-    fn tlb_entry(&mut self, value: u64, table: i32, relative: bool) {
-        if relative && self.context.mode.user {
-            let at = self.hot.len() - 4;
-            let kind = RelocationKind::TlbEntry(table);
-            self.out.relocations.push(Relocation { part: Part::Hot, at, value, kind });
-        }
-    }
-
-    fn check_operand(&mut self, insn: &Insn, size: u16, write: bool) -> Result<Mem, Unsupported> {
-        let ins = insn.ins;
-        let address = self.address(&ins, false);
-        if matches!(address, Address::Computed) && ins.is_ip_rel_memory_operand() && self.context.mode.user {
-            return Err(Unsupported); // FS or GS relative to RIP
-        }
-        self.check(insn, address, size, write, &move |asm| Self::compute(asm, &ins, false))
-    }
-
-    fn check_stack(&mut self, insn: &Insn, disp: i32, write: bool) -> Result<Mem, Unsupported> {
-        self.check(insn, Address::Simple(R9, disp), 8, write, &|_| {})
     }
 
     // ---- instructions ----
@@ -1025,148 +773,6 @@ impl<'a> Emitter<'a> {
         Ok(())
     }
 
-    /// Copies an instruction, renaming registers and replacing its memory operand by `operand`.
-    fn copy(&mut self, insn: &Insn, operand: Option<Mem>) -> Done {
-        let mut ins = insn.ins;
-        // Registers to be renamed.
-        let mut kept: [u8; 3] = [0xff; 3];
-        let mut kept_count = 0;
-        let mut rename = false;
-        let mut high_byte = false;
-        for i in 0..ins.op_count() {
-            if ins.op_kind(i) == OpKind::Register {
-                let register = ins.op_register(i);
-                if !register.is_gpr() {
-                    continue;
-                }
-                high_byte |= is_high_byte(register);
-                let n = number(register);
-                rename |= n == 4;
-                if spilled(n) {
-                    rename = true;
-                    if !kept[..kept_count].contains(&n) {
-                        kept[kept_count] = n;
-                        kept_count += 1;
-                    }
-                }
-            }
-        }
-        if operand.is_none() && !rename {
-            let start = usize::from(insn.offset);
-            let bytes = self.context.bytes.get(start..start + ins.len()).ok_or(Unsupported)?;
-            self.hot.raw(bytes);
-            return Ok(());
-        }
-        let mut operand = operand;
-        let mut free: Vec<Reg> = Vec::new();
-        let mut borrowed = [0xff_u8; 3];
-        let mut borrow_count = 0;
-        let mut used = insn.used | 1 << 4;
-        // A high-byte register excludes REX: no extended register may appear.
-        let legacy = high_byte;
-        match operand {
-            Some(mem) if kept_count > 0 || legacy => {
-                if !(mem.base == Some(R11) && mem.index.is_none() && mem.disp == 0) {
-                    self.hot.lea(R11, mem);
-                }
-                operand = Some(Mem::base(R11, 0));
-                if !legacy {
-                    free.push(R10);
-                }
-            }
-            Some(_) => {}
-            None if !legacy => free.extend([R10, R11]),
-            None => {}
-        }
-        let mut needed = kept_count + usize::from(legacy && operand.is_some());
-        needed = needed.saturating_sub(free.len());
-        if legacy && ins.op_count() > 0 {
-            // RSP cannot take part either: it would be R9.
-            for i in 0..ins.op_count() {
-                if ins.op_kind(i) == OpKind::Register
-                    && number(ins.op_register(i)) == 4
-                    && !is_high_byte(ins.op_register(i))
-                {
-                    return Err(Unsupported);
-                }
-            }
-        }
-        let candidates: &[Reg] =
-            if legacy { &[RBX, RDX, RCX, RAX, RSI, RDI, RBP] } else { &[RBX, RBP, RSI, RDI, RDX, RCX, RAX] };
-        let mut lent: Vec<Reg> = Vec::new();
-        for _ in 0..needed {
-            let reg = *candidates
-                .iter()
-                .find(|&&r| used & (1 << r) == 0 && !(legacy && operand.is_none() && r > 3))
-                .ok_or(Unsupported)?;
-            used |= 1 << reg;
-            self.hot.store(Mem::gs(off::borrowed(borrow_count)), reg);
-            borrowed[borrow_count] = reg;
-            borrow_count += 1;
-            lent.push(reg);
-        }
-        if legacy && operand.is_some() {
-            let reg = lent.remove(0);
-            self.hot.mov(reg, R11);
-            operand = Some(Mem::base(reg, 0));
-        }
-        free.extend(lent);
-        // Load the kept registers.
-        let mut places = [(0xff_u8, 0_u8); 3];
-        for (i, &n) in kept[..kept_count].iter().enumerate() {
-            let reg = *free.get(i).ok_or(Unsupported)?;
-            places[i] = (n, reg);
-            self.hot.load(reg, Mem::gs(off::gpr(n as usize)));
-        }
-        let mut written = [false; 3];
-        for i in 0..ins.op_count() {
-            if ins.op_kind(i) != OpKind::Register {
-                continue;
-            }
-            let register = ins.op_register(i);
-            if !register.is_gpr() {
-                continue;
-            }
-            let n = number(register);
-            if n == 4 && !is_high_byte(register) {
-                ins.set_op_register(i, resize(R9, register));
-            } else if let Some(at) = places.iter().position(|&(guest, _)| guest == n && spilled(n)) {
-                if legacy && places[at].1 >= 4 && register.size() == 1 {
-                    return Err(Unsupported);
-                }
-                ins.set_op_register(i, resize(places[at].1, register));
-                written[at] |= insn.writes & (1 << i) != 0;
-            }
-        }
-        if let Some(mem) = operand {
-            set_memory(&mut ins, mem);
-        }
-        // The check may have moved the flags since the instruction's first byte.
-        let moved = self.out.meta.last().is_some_and(|m| m.flags_saved != (self.flags == Flags::Block));
-        if borrow_count > 0 || moved {
-            self.meta(insn, borrowed);
-        }
-        self.encode(&ins)?;
-        for (i, &(n, reg)) in places.iter().enumerate() {
-            if n != 0xff && written[i] {
-                self.hot.store(Mem::gs(off::gpr(n as usize)), reg);
-            }
-        }
-        for (i, &reg) in borrowed.iter().enumerate() {
-            if reg != 0xff {
-                self.hot.load(reg, Mem::gs(off::borrowed(i)));
-            }
-        }
-        Ok(())
-    }
-
-    fn encode(&mut self, ins: &Instruction) -> Done {
-        self.encoder.set_buffer(std::mem::take(&mut self.hot.bytes));
-        let result = self.encoder.encode(ins, 0);
-        self.hot.bytes = self.encoder.take_buffer();
-        result.map(|_| ()).map_err(|_| Unsupported)
-    }
-
     /// BT and friends with a register offset: the offset selects the word, too.
     fn bit_test(&mut self, insn: &Insn, write: bool) -> Done {
         let ins = insn.ins;
@@ -1231,83 +837,6 @@ impl<'a> Emitter<'a> {
         Ok(())
     }
 
-    /// MOVS and STOS whose operands lie within a page each run natively; what crosses a page goes to the interpreter.
-    fn string(&mut self, insn: &Insn, movs: bool, rep: bool, size: u8) {
-        self.flags_to_block(insn.live_before);
-        let step = self.cold.len();
-        if self.flags == Flags::Block {
-            self.cold.restore_flags(off::FLAGS, R10);
-        }
-        let exit = self.exit_number(insn.offset, false);
-        self.cold_exit(exit, reason::STEP);
-        let mut done = None;
-        if rep {
-            self.hot.rr(true, &[0x85], RCX, RCX); // test
-            done = Some(self.hot.jcc(cc::E));
-            self.hot.cmp_imm(RCX, 4096 / i32::from(size));
-            let at = self.hot.jcc(cc::A);
-            self.fix(Part::Hot, at, Target::Own(Part::Cold, step));
-        }
-        if movs {
-            self.string_operand(insn, RSI, false, rep, size, step);
-            self.hot.store(Mem::gs(off::SCRATCH), R10);
-        }
-        self.string_operand(insn, RDI, true, rep, size, step);
-        if movs {
-            self.hot.add_mem(RSI, Mem::gs(off::SCRATCH));
-        }
-        self.hot.rr(true, &[0x01], R10, RDI); // add rdi, r10
-        let start = usize::from(insn.offset);
-        if let Some(bytes) = self.context.bytes.get(start..start + insn.ins.len()) {
-            self.hot.raw(bytes);
-        }
-        self.hot.rr(true, &[0x29], R10, RDI); // sub rdi, r10
-        if movs {
-            self.hot.rm(true, &[0x2b], RSI, Mem::gs(off::SCRATCH)); // sub rsi, mem
-        }
-        if let Some(at) = done {
-            self.hot.patch32(at);
-        }
-    }
-
-    /// Checks the operand at `pointer`; R10 holds its delta afterwards.
-    fn string_operand(&mut self, insn: &Insn, pointer: Reg, write: bool, rep: bool, size: u8, step: usize) {
-        let table = off::tlb(self.context.mode.user, write);
-        self.hot.mov(R11, pointer);
-        self.hot.mov32(R10, R11);
-        self.hot.shr32(R10, 8);
-        self.hot.and32_imm(R10, 0xfff0);
-        self.hot.xor_mem(R11, Mem::gs_base(R10, table));
-        self.hot.cmp_imm(R11, 4095);
-        let slow = self.hot.jcc(cc::A);
-        self.fix(Part::Hot, slow, Target::Own(Part::Cold, self.cold.len()));
-        self.hot.load(R10, Mem::gs_base(R10, table + 8));
-        let back = self.hot.len();
-        // Does it end in the page?
-        if rep {
-            self.hot.lea(R11, Mem { base: Some(R11), index: Some((RCX, size)), disp: 0, gs: false, addr32: false });
-            self.hot.cmp_imm(R11, 4096);
-        } else {
-            self.hot.cmp_imm(R11, 4096 - i32::from(size));
-        }
-        let at = self.hot.jcc(cc::A);
-        self.fix(Part::Hot, at, Target::Own(Part::Cold, step));
-        self.cold.mov(R11, pointer);
-        self.cold_number(Number::Access(self.out.accesses.len()));
-        self.out.accesses.push(Access {
-            offset: insn.offset,
-            size: 1,
-            write,
-            flags_saved: self.flags == Flags::Block,
-            fpu: false,
-        });
-        let at = self.cold.call();
-        self.fix(Part::Cold, at, Target::Fixed(self.context.stubs.slow_access));
-        self.cold.and32_imm(R11, 0xfff);
-        let at = self.cold.jmp();
-        self.fix(Part::Cold, at, Target::Own(Part::Hot, back));
-    }
-
     fn count_jump(&mut self, insn: &Insn) {
         let ins = &insn.ins;
         self.flags_to_host(ALL_FLAGS);
@@ -1359,6 +888,7 @@ impl<'a> Emitter<'a> {
         let at = self.hot.jcc(cc::NE);
         let stub = self.context.stubs.indirect[usize::from(self.context.mode.user)];
         self.fix(Part::Hot, at, Target::Fixed(stub));
+        self.delta_at_hand = None;
         self.flags = Flags::Block;
         if insn.live_after == 0 {
             self.flags = Flags::Dead;

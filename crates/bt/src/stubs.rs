@@ -84,10 +84,7 @@ pub fn assemble(slow_access: u64) -> (Vec<u8>, Stubs) {
     asm.store(Mem::gs(off::HOST_RSP), RSP);
     asm.store(Mem::gs(off::ENTRY), RDI);
     mxcsr(&mut asm, 3, off::HOST_MXCSR);
-    for i in 0..16 {
-        asm.vmovdqu_xmm(i, Mem::gs(off::xmm(i as usize)), false);
-        asm.vinsert_high(i, Mem::gs(off::ymm_high(i as usize)));
-    }
+    load_vectors(&mut asm);
     mxcsr(&mut asm, 2, off::MXCSR);
     asm.load(RSP, Mem::gs(off::CALL_RSP));
     asm.rm(false, &[0xff], 6, Mem::gs(off::HOST_FLAGS)); // push
@@ -108,7 +105,7 @@ pub fn assemble(slow_access: u64) -> (Vec<u8>, Stubs) {
     }
     mxcsr(&mut asm, 3, off::MXCSR);
     mxcsr(&mut asm, 2, off::HOST_MXCSR);
-    asm.raw(&[0xc5, 0xf8, 0x77]); // vzeroupper
+    asm.vzeroupper();
     asm.store(Mem::gs(off::CALL_RSP), RSP);
     asm.load(RSP, Mem::gs(off::HOST_RSP));
     asm.lea(RSP, Mem::base(RSP, 8));
@@ -153,7 +150,13 @@ pub fn assemble(slow_access: u64) -> (Vec<u8>, Stubs) {
     for i in 0..16 {
         asm.vmovdqu(i, Mem::gs(off::ymm(i as usize)), true);
     }
-    asm.raw(&[0xc5, 0xf8, 0x77]); // vzeroupper
+    for i in 1..16 {
+        asm.vpor(0, i);
+    }
+    asm.vhigh(0);
+    asm.vptest_xmm(0);
+    asm.rm(false, &[0x0f, 0x95], 0, Mem::gs(off::UPPERS)); // setne
+    asm.vzeroupper();
     asm.store(Mem::gs(off::EXIT_TARGET), R11);
     asm.load(RDI, Mem::gs(off::RUNTIME));
     asm.mov(RSI, R11);
@@ -163,9 +166,19 @@ pub fn assemble(slow_access: u64) -> (Vec<u8>, Stubs) {
     asm.mov_imm(RAX, slow_access);
     asm.raw(&[0xff, 0xd0]); // call rax
     asm.load(RSP, Mem::gs(off::CALL_RSP));
+    asm.vzeroupper();
+    asm.rm(false, &[0x80], 7, Mem::gs(off::UPPERS)); // cmp byte
+    asm.u8(0);
+    let used = asm.jcc(cc::NE);
+    for i in 0..16 {
+        asm.vmovdqu_xmm(i, Mem::gs(off::ymm(i as usize)), false);
+    }
+    let restored = asm.jmp();
+    asm.patch32(used);
     for i in 0..16 {
         asm.vmovdqu(i, Mem::gs(off::ymm(i as usize)), false);
     }
+    asm.patch32(restored);
     asm.raw(&[0x85, 0xd2]); // test edx, edx
     let leave = asm.jcc(cc::NE);
     asm.mov(R10, RAX);
@@ -185,6 +198,28 @@ pub fn assemble(slow_access: u64) -> (Vec<u8>, Stubs) {
     transitions(&mut asm, &mut stubs);
     stubs.end = asm.len();
     (asm.bytes, stubs)
+}
+
+/// Loads YMM0 to YMM15. Upper halves that are all zero are left in the state after VZEROUPPER: otherwise every SSE instruction of the
+/// guest would have to merge into them (Intel optimization manual, "mixing AVX code with SSE code").
+fn load_vectors(asm: &mut Asm) {
+    asm.vzeroupper();
+    asm.vmovdqu_xmm(0, Mem::gs(off::ymm_high(0)), false);
+    for i in 1..16 {
+        asm.vpor_xmm(0, Mem::gs(off::ymm_high(i)));
+    }
+    asm.vptest_xmm(0);
+    let used = asm.jcc(cc::NE);
+    for i in 0..16 {
+        asm.vmovdqu_xmm(i, Mem::gs(off::xmm(i as usize)), false);
+    }
+    let done = asm.jmp();
+    asm.patch32(used);
+    for i in 0..16 {
+        asm.vmovdqu_xmm(i, Mem::gs(off::xmm(i as usize)), false);
+        asm.vinsert_high(i, Mem::gs(off::ymm_high(i as usize)));
+    }
+    asm.patch32(done);
 }
 
 /// Flags that the fast transitions take: the arithmetic ones, IF and the fixed one.

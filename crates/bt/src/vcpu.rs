@@ -14,7 +14,7 @@ use memory::GuestRam;
 
 use crate::Parking;
 use crate::analyze::Mode;
-use crate::block::{VcpuBlock, reason};
+use crate::block::{VcpuBlock, WRONG_PREDICTIONS, reason};
 use crate::cache::{BlockId, Cache, Forgotten, Full, Hit, Key, STEP_ONLY, Sites};
 use crate::emit::LinkKind;
 use crate::kick::KickHandle;
@@ -148,6 +148,9 @@ pub struct BtVcpu {
     page: Box<[u8; 4096 + 15]>,
     /// The guest-physical page that `page` holds, and the epoch of the copy.
     page_copied: Option<(u64, u64)>,
+    sites_forgiven: Instant,
+    /// Where check sites shall stop predicting, as positions in the cache.
+    unpredictable: Vec<u32>,
 }
 
 /// PAUSEs until a spinning vCPU lets others have its core: some microseconds.
@@ -211,6 +214,8 @@ impl BtVcpu {
             tamper: None,
             page: Box::new([0; 4096 + 15]),
             page_copied: None,
+            sites_forgiven: Instant::now(),
+            unpredictable: Vec::new(),
         });
         let pointer = &raw mut *vcpu;
         let block = vcpu.block();
@@ -218,6 +223,9 @@ impl BtVcpu {
         block.runtime = pointer as u64;
         block.host_mxcsr = 0x1f80;
         block.pauses = PAUSES;
+        for site in &mut block.sites {
+            site.wrong = -WRONG_PREDICTIONS;
+        }
         vcpu.flush_everything();
         Ok(vcpu)
     }
@@ -241,6 +249,7 @@ impl BtVcpu {
 
     /// After a flush of the code cache, and at the start.
     fn flush_everything(&mut self) {
+        self.unpredictable.clear();
         // Slots of the old cache are not to be touched: others may be making new ones of the same numbers.
         self.tlbs.forget_slots();
         self.flush_all();
@@ -294,6 +303,30 @@ impl BtVcpu {
             // The others see the new generation before they go on.
             vcpu.flush_everything();
         });
+    }
+
+    /// Changes the check sites whose predictions fail often. A safe point if there are any.
+    fn stop_predicting(&mut self) {
+        if self.unpredictable.is_empty() {
+            return;
+        }
+        self.exclusive(Cause::Predict, |vcpu| {
+            // Emptied if the cache has been flushed meanwhile.
+            for position in std::mem::take(&mut vcpu.unpredictable) {
+                vcpu.shared.cache().stop_predicting(position as usize);
+            }
+        });
+    }
+
+    /// Once a second, wrong predictions are counted anew.
+    fn forgive_sites(&mut self) {
+        let now = Instant::now();
+        if now.duration_since(self.sites_forgiven) >= Duration::from_secs(1) {
+            self.sites_forgiven = now;
+            for site in &mut self.block().sites {
+                site.wrong = -WRONG_PREDICTIONS;
+            }
+        }
     }
 
     /// Runs `work` while all other vCPUs are parked. A safe point: before `work`, others may have dropped blocks or flushed the
@@ -667,6 +700,8 @@ impl BtVcpu {
                 return Some(Exit::Stopped);
             }
             self.drop_written();
+            self.forgive_sites();
+            self.stop_predicting();
             let block = self.block();
             let state = &mut block.state;
             let status = self.setup.lapic.status();
@@ -919,6 +954,14 @@ impl BtVcpu {
         self.counters.tlb_misses += 1;
         let site = self.shared.sites.accesses.get(descriptor)?;
         let (access, user) = (site.access, site.user);
+        if let Some((number, position)) = access.site {
+            let learned = &mut self.block().sites[usize::from(number)];
+            if learned.wrong >= 0 {
+                learned.wrong = -WRONG_PREDICTIONS;
+                self.unpredictable.push(position);
+                self.handle.memory.kick_word().store(1, Ordering::SeqCst);
+            }
+        }
         if (address & 0xfff) + u64::from(access.size) > 4096 || !paging::is_canonical(address) {
             return None;
         }
@@ -959,6 +1002,7 @@ impl BtVcpu {
             ("blocks.invalidated", k.invalidated),
             ("code-cache.flushes", k.flushes),
             ("blocks.linked", k.links),
+            ("sites.unpredictable", k.unpredictable),
         ]
         .map(|(name, value)| (name.to_string(), value))
         .into();

@@ -71,10 +71,12 @@ pub enum Cause {
     Link,
     /// A locked access that the host cannot do as one.
     Locked,
+    /// A check site predicts no more.
+    Predict,
 }
 
 /// Names of the causes, in their order.
-pub const CAUSES: [&str; 5] = ["protect", "drop", "flush", "link", "locked"];
+pub const CAUSES: [&str; 6] = ["protect", "drop", "flush", "link", "locked", "predict"];
 
 /// The vCPUs, and who stops whom.
 #[derive(Default)]
@@ -95,7 +97,7 @@ pub struct World {
     /// Spinning makes sense: the host has a core for each vCPU.
     spin: AtomicBool,
     /// Sections with more than one vCPU, by cause.
-    pub sections: [AtomicU64; 5],
+    pub sections: [AtomicU64; CAUSES.len()],
     /// Time from wanting a section to having it, in nanoseconds.
     pub waited: AtomicU64,
 }

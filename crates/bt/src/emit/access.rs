@@ -1,0 +1,447 @@
+//! Checked access to guest memory.
+//!
+//! Each check site predicts the entry of the software TLB: the entry that the site used last, whose offset is in the vCPU
+//! block ([`crate::block::Site`]). So the address is not on the way to the delta, and the look-up costs one load. A prediction is only
+//! an index: what it leads to is compared like any other entry, so flushes need not know of sites. A site whose predictions fail often
+//! computes the entry from the address instead: its load of the prediction is overwritten ([`SEARCH`]).
+
+use iced_x86::{Instruction, Register};
+
+use super::{Access, Emitter, Flags, LinkKind, Number, Part, Relocation, RelocationKind, Target, Unsupported};
+use super::{host, number, spilled};
+use crate::analyze::Insn;
+use crate::asm::{Asm, Mem, R9, R10, R11, RCX, RDI, RSI, Reg, cc};
+use crate::block::{MAX_SITES, off, reason, tlb_index};
+
+/// An address computed by [`Emitter::address`].
+#[derive(Clone, Copy)]
+pub(super) enum Address {
+    /// A register and a displacement: usable again after the check.
+    Simple(Reg, i32),
+    /// A constant that fits a displacement.
+    Small(i32),
+    /// A constant, possibly relative to RIP.
+    Relocatable(u64),
+    /// Must be computed into R11; the steps are repeatable.
+    Computed,
+    /// The same by a single LEA.
+    Sum,
+}
+
+/// Computes the TLB entry's offset from the address: `rorx r10d, r11d, 8; and r10d, 0xfff0`. As long as the load of the prediction, which
+/// it replaces.
+pub const SEARCH: [u8; 13] = [0xc4, 0x43, 0x7b, 0xf0, 0xd3, 0x08, 0x41, 0x81, 0xe2, 0xf0, 0xff, 0x00, 0x00];
+
+fn search(asm: &mut Asm) {
+    asm.raw(&SEARCH);
+    asm.touch(R10);
+}
+
+/// What a check site does on a miss besides its own address.
+struct Miss {
+    size: u16,
+    table: i32,
+    /// Displacement of the site's prediction.
+    prediction: i32,
+    access: Access,
+}
+
+impl Emitter<'_> {
+    /// Classifies the address of the memory operand.
+    pub(super) fn address(&self, ins: &Instruction, lea: bool) -> Address {
+        let segment = !lea && matches!(ins.memory_segment(), Register::FS | Register::GS);
+        let base = ins.memory_base();
+        let index = ins.memory_index();
+        if segment {
+            return Address::Computed;
+        }
+        if ins.is_ip_rel_memory_operand() || (base == Register::None && index == Register::None) {
+            let address = ins.memory_displacement64();
+            if ins.is_ip_rel_memory_operand() && self.context.mode.user {
+                return Address::Relocatable(address);
+            }
+            return match i32::try_from(address as i64) {
+                Ok(small) => Address::Small(small),
+                Err(_) => Address::Relocatable(address),
+            };
+        }
+        let lent = |register: Register| register != Register::None && spilled(number(register));
+        if index == Register::None && base.is_gpr64() && !lent(base) {
+            return Address::Simple(host(number(base)), ins.memory_displacement64() as i32);
+        }
+        if lent(base) || lent(index) { Address::Computed } else { Address::Sum }
+    }
+
+    /// Computes the address of the memory operand into R11, using R10. Touches flags only for FS and GS.
+    pub(super) fn compute(asm: &mut Asm, ins: &Instruction, lea: bool) {
+        let base = ins.memory_base();
+        let index = ins.memory_index();
+        let narrow = base.is_gpr32() || index.is_gpr32() || base == Register::EIP;
+        if ins.is_ip_rel_memory_operand() || (base == Register::None && index == Register::None) {
+            asm.mov_imm(R11, ins.memory_displacement64());
+        } else {
+            let index = if index == Register::None {
+                None
+            } else {
+                let n = number(index);
+                let reg = if spilled(n) {
+                    asm.load(R10, Mem::gs(off::gpr(n as usize)));
+                    R10
+                } else {
+                    host(n)
+                };
+                Some((reg, ins.memory_index_scale() as u8))
+            };
+            let base = if base == Register::None {
+                None
+            } else {
+                let n = number(base);
+                Some(if spilled(n) {
+                    asm.load(R11, Mem::gs(off::gpr(n as usize)));
+                    R11
+                } else {
+                    host(n)
+                })
+            };
+            let mem = Mem { base, index, disp: ins.memory_displacement64() as i32, gs: false, addr32: false };
+            asm.rm(!narrow, &[0x8d], R11, mem);
+        }
+        if !lea {
+            match ins.memory_segment() {
+                Register::FS => asm.add_mem(R11, Mem::gs(off::segment_base(4))),
+                Register::GS => asm.add_mem(R11, Mem::gs(off::segment_base(5))),
+                _ => {}
+            }
+        }
+    }
+
+    /// Checks an access of `size` bytes at the address; afterwards the returned operand reaches it, R10 holds the
+    /// delta and R11 may hold the address. `compute` puts the address into R11. Flags have been moved away if live.
+    pub(super) fn check(
+        &mut self,
+        insn: &Insn,
+        address: Address,
+        size: u16,
+        write: bool,
+        compute: &dyn Fn(&mut Asm),
+    ) -> Result<Mem, Unsupported> {
+        if let (Some(group), Address::Simple(base, disp)) = (insn.group, address) {
+            return Ok(self.check_group(insn, group, base, disp, write));
+        }
+        self.flags_to_block(insn.live_before);
+        let table = off::tlb(self.context.mode.user, write);
+        match address {
+            Address::Small(value) => self.check_small(insn, value, size, write),
+            Address::Relocatable(value) => Ok(self.check_constant(insn, value, size, write)),
+            Address::Simple(base, disp) => {
+                let compute = move |asm: &mut Asm| address_of(asm, base, disp);
+                let miss = self.probe(insn, size, write, &compute);
+                self.hot.load(R10, Mem::gs_base(R10, table + 8));
+                self.probe_miss(&miss, &compute, false);
+                Ok(Mem::sum(base, R10, disp))
+            }
+            Address::Sum => {
+                let miss = self.probe(insn, size, write, compute);
+                compute(&mut self.hot);
+                self.hot.load(R10, Mem::gs_base(R10, table + 8));
+                self.probe_miss(&miss, compute, true);
+                Ok(Mem::sum(R11, R10, 0))
+            }
+            Address::Computed => {
+                let miss = self.probe(insn, size, write, compute);
+                self.hot.xor_mem(R11, Mem::gs_base(R10, table));
+                self.hot.load(R10, Mem::gs_base(R10, table + 8));
+                self.probe_miss(&miss, compute, true);
+                Ok(Mem::sum(R11, R10, 0))
+            }
+        }
+    }
+
+    fn access(&self, insn: &Insn, size: u16, write: bool) -> Access {
+        Access {
+            offset: insn.offset,
+            size,
+            write,
+            flags_saved: self.flags == Flags::Block,
+            fpu: crate::analyze::uses_fpu(&insn.ins),
+            site: None,
+        }
+    }
+
+    /// The hot part of a check by prediction; falls through with the entry's offset in R10. The jump to the cold part is not bound yet: it
+    /// leads to the cold part's present end.
+    fn probe(&mut self, insn: &Insn, size: u16, write: bool, compute: &dyn Fn(&mut Asm)) -> Miss {
+        let table = off::tlb(self.context.mode.user, write);
+        let site = self.context.first_site.wrapping_add(self.sites) % MAX_SITES as u32;
+        self.sites += 1;
+        let prediction = off::site(site);
+        compute(&mut self.hot);
+        let at = self.hot.len();
+        // Repeated prefixes, so that SEARCH fits into its place.
+        self.hot.raw(&[0x65; SEARCH.len() - 9]);
+        self.hot.load32(R10, Mem::gs(prediction));
+        debug_assert_eq!(self.hot.len() - at, SEARCH.len());
+        self.hot.xor_mem(R11, Mem::gs_base(R10, table));
+        self.hot.cmp_imm(R11, 4096 - i32::from(size));
+        let slow = self.hot.jcc(cc::A);
+        self.fix(Part::Hot, slow, Target::Own(Part::Cold, self.cold.len()));
+        let mut access = self.access(insn, size, write);
+        access.site = Some((site as u16, at as u32));
+        Miss { size, table, prediction, access }
+    }
+
+    /// The cold part of a check by prediction: tries the entry that belongs to the address, then the monitor. Comes back with the delta in R10
+    /// and, if `keep`, the address in R11.
+    fn probe_miss(&mut self, miss: &Miss, compute: &dyn Fn(&mut Asm), keep: bool) {
+        let back = self.hot.len();
+        let monitor = self.retry(miss, compute, |cold| {
+            if keep {
+                cold.xor_mem(R11, Mem::gs_base(R10, miss.table));
+            }
+        });
+        self.back(back);
+        for at in monitor {
+            self.cold.patch32(at);
+        }
+        compute(&mut self.cold);
+        self.ask(miss.access);
+        self.back(back);
+    }
+
+    /// Looks the right entry up and notes it as the prediction. Falls through with the delta in R10 after `found`; the jumps
+    /// returned are for what the table does not know.
+    fn retry(&mut self, miss: &Miss, compute: &dyn Fn(&mut Asm), found: impl FnOnce(&mut Asm)) -> [usize; 3] {
+        let cold = &mut self.cold;
+        compute(cold);
+        search(cold);
+        cold.rm(false, &[0x3b], R10, Mem::gs(miss.prediction)); // cmp
+        let same = cold.jcc(cc::E);
+        cold.store32(Mem::gs(miss.prediction), R10);
+        cold.rm(false, &[0xff], 0, Mem::gs(miss.prediction + 4)); // inc: too often?
+        let often = cold.jcc(cc::E);
+        cold.xor_mem(R11, Mem::gs_base(R10, miss.table));
+        cold.cmp_imm(R11, 4096 - i32::from(miss.size));
+        let unknown = cold.jcc(cc::A);
+        found(cold);
+        cold.load(R10, Mem::gs_base(R10, miss.table + 8));
+        [same, often, unknown]
+    }
+
+    /// Calls the slow path for the address in R11.
+    fn ask(&mut self, access: Access) {
+        self.cold_number(Number::Access(self.out.accesses.len()));
+        self.out.accesses.push(access);
+        let at = self.cold.call();
+        self.fix(Part::Cold, at, Target::Fixed(self.context.stubs.slow_access));
+    }
+
+    /// From the cold part to `position` of the hot one.
+    fn back(&mut self, position: usize) {
+        let at = self.cold.jmp();
+        self.fix(Part::Cold, at, Target::Own(Part::Hot, position));
+    }
+
+    /// A constant address of 32 bits.
+    fn check_small(&mut self, insn: &Insn, value: i32, size: u16, write: bool) -> Result<Mem, Unsupported> {
+        if (value & 0xfff) > 4096 - i32::from(size) {
+            return Err(Unsupported);
+        }
+        let entry = off::tlb(self.context.mode.user, write) + 16 * tlb_index(value as i64 as u64) as i32;
+        self.hot.rm(true, &[0x81], 7, Mem::gs(entry)); // cmp qword, imm32
+        self.hot.i32(value & !0xfff);
+        let slow = self.hot.jcc(cc::NE);
+        self.fix(Part::Hot, slow, Target::Own(Part::Cold, self.cold.len()));
+        self.hot.load(R10, Mem::gs(entry + 8));
+        let back = self.hot.len();
+        self.cold.mov_imm(R11, value as i64 as u64);
+        let access = self.access(insn, size, write);
+        self.ask(access);
+        self.back(back);
+        Ok(Mem::base(R10, value))
+    }
+
+    /// A constant address, possibly relative to RIP.
+    fn check_constant(&mut self, insn: &Insn, value: u64, size: u16, write: bool) -> Mem {
+        let table = off::tlb(self.context.mode.user, write);
+        let entry = table + 16 * tlb_index(value) as i32;
+        let relative = insn.ins.is_ip_rel_memory_operand();
+        self.move_address(R11, value, relative);
+        self.hot.load(R10, Mem::gs(entry));
+        self.tlb_entry(value, table, relative);
+        self.hot.rr(true, &[0x31], R11, R10); // xor r10, r11
+        self.hot.cmp_imm(R10, 4096 - i32::from(size));
+        let slow = self.hot.jcc(cc::A);
+        self.fix(Part::Hot, slow, Target::Own(Part::Cold, self.cold.len()));
+        self.hot.load(R10, Mem::gs(entry + 8));
+        self.tlb_entry(value, table + 8, relative);
+        let back = self.hot.len();
+        let access = self.access(insn, size, write);
+        self.ask(access);
+        self.back(back);
+        Mem::sum(R11, R10, 0)
+    }
+
+    /// An access of a group, see [`crate::groups`].
+    fn check_group(&mut self, insn: &Insn, group: crate::groups::Group, base: Reg, disp: i32, write: bool) -> Mem {
+        let operand = Mem::sum(base, R10, disp);
+        if !group.leader {
+            if self.delta_at_hand != Some(group.slot) || self.hot.touched(R10) {
+                self.hot.load(R10, Mem::gs(off::delta(group.slot)));
+                self.at_hand(group.slot);
+            }
+            return operand;
+        }
+        self.flags_to_block(insn.live_before);
+        let first = disp.wrapping_add(group.start);
+        let range = move |asm: &mut Asm| address_of(asm, base, first);
+        let miss = self.probe(insn, group.span, write, &range);
+        self.hot.load(R10, Mem::gs_base(R10, miss.table + 8));
+        let back = self.hot.len();
+        self.hot.store(Mem::gs(off::delta(group.slot)), R10);
+        self.at_hand(group.slot);
+        let monitor = self.retry(&miss, &range, |_| {});
+        self.back(back);
+        for at in monitor {
+            self.cold.patch32(at);
+        }
+        // A miss, or a range across a page?
+        range(&mut self.cold);
+        self.cold.mov32(R10, R11);
+        self.cold.and32_imm(R10, 0xfff);
+        self.cold.cmp_imm(R10, 4096 - i32::from(group.span));
+        let crosses = self.cold.jcc(cc::A);
+        self.ask(miss.access);
+        self.back(back);
+        self.cold.patch32(crosses);
+        if self.flags == Flags::Block {
+            self.cold.restore_flags(off::FLAGS, R10);
+        }
+        let at = self.cold.jmp();
+        self.link_kind(Part::Cold, at, insn.ins.ip(), LinkKind::Plain);
+        operand
+    }
+
+    /// R10 holds the delta of the group from here on, until something else is put there.
+    fn at_hand(&mut self, slot: u8) {
+        self.delta_at_hand = Some(slot);
+        self.hot.untouch();
+    }
+
+    /// `mov reg, address` in the hot part; the address moves with the page when `relative`.
+    pub(super) fn move_address(&mut self, reg: Reg, value: u64, relative: bool) {
+        if relative && self.context.mode.user {
+            self.hot.mov_imm64(reg, value);
+            let at = self.hot.len() - 8;
+            self.out.relocations.push(Relocation { part: Part::Hot, at, value, kind: RelocationKind::Address });
+        } else {
+            self.hot.mov_imm(reg, value);
+        }
+    }
+
+    /// Notes that the displacement just emitted is that of the TLB entry of `value`.
+    fn tlb_entry(&mut self, value: u64, table: i32, relative: bool) {
+        if relative && self.context.mode.user {
+            let at = self.hot.len() - 4;
+            let kind = RelocationKind::TlbEntry(table);
+            self.out.relocations.push(Relocation { part: Part::Hot, at, value, kind });
+        }
+    }
+
+    pub(super) fn check_operand(&mut self, insn: &Insn, size: u16, write: bool) -> Result<Mem, Unsupported> {
+        let ins = insn.ins;
+        let address = self.address(&ins, false);
+        if matches!(address, Address::Computed) && ins.is_ip_rel_memory_operand() && self.context.mode.user {
+            return Err(Unsupported); // FS or GS relative to RIP
+        }
+        self.check(insn, address, size, write, &move |asm| Self::compute(asm, &ins, false))
+    }
+
+    pub(super) fn check_stack(&mut self, insn: &Insn, disp: i32, write: bool) -> Result<Mem, Unsupported> {
+        self.check(insn, Address::Simple(R9, disp), 8, write, &|_| {})
+    }
+
+    /// MOVS and STOS whose operands lie within a page each run natively; what crosses a page goes to the interpreter.
+    pub(super) fn string(&mut self, insn: &Insn, movs: bool, rep: bool, size: u8) {
+        self.flags_to_block(insn.live_before);
+        let step = self.cold.len();
+        if self.flags == Flags::Block {
+            self.cold.restore_flags(off::FLAGS, R10);
+        }
+        let exit = self.exit_number(insn.offset, false);
+        self.cold_exit(exit, reason::STEP);
+        let mut done = None;
+        if rep {
+            self.hot.rr(true, &[0x85], RCX, RCX); // test
+            done = Some(self.hot.jcc(cc::E));
+            self.hot.cmp_imm(RCX, 4096 / i32::from(size));
+            let at = self.hot.jcc(cc::A);
+            self.fix(Part::Hot, at, Target::Own(Part::Cold, step));
+        }
+        if movs {
+            self.string_operand(insn, RSI, false, rep, size, step);
+            self.hot.store(Mem::gs(off::SCRATCH), R10);
+        }
+        self.string_operand(insn, RDI, true, rep, size, step);
+        if movs {
+            self.hot.add_mem(RSI, Mem::gs(off::SCRATCH));
+        }
+        self.hot.rr(true, &[0x01], R10, RDI); // add rdi, r10
+        let start = usize::from(insn.offset);
+        if let Some(bytes) = self.context.bytes.get(start..start + insn.ins.len()) {
+            self.hot.raw(bytes);
+        }
+        self.hot.rr(true, &[0x29], R10, RDI); // sub rdi, r10
+        if movs {
+            self.hot.rm(true, &[0x2b], RSI, Mem::gs(off::SCRATCH)); // sub rsi, mem
+        }
+        if let Some(at) = done {
+            self.hot.patch32(at);
+        }
+    }
+
+    /// Checks the operand at `pointer`; R10 holds its delta afterwards.
+    fn string_operand(&mut self, insn: &Insn, pointer: Reg, write: bool, rep: bool, size: u8, step: usize) {
+        let table = off::tlb(self.context.mode.user, write);
+        self.hot.mov(R11, pointer);
+        search(&mut self.hot);
+        self.hot.xor_mem(R11, Mem::gs_base(R10, table));
+        self.hot.cmp_imm(R11, 4095);
+        let slow = self.hot.jcc(cc::A);
+        self.fix(Part::Hot, slow, Target::Own(Part::Cold, self.cold.len()));
+        self.hot.load(R10, Mem::gs_base(R10, table + 8));
+        let back = self.hot.len();
+        // Does it end in the page?
+        if rep {
+            self.hot.lea(R11, Mem { base: Some(R11), index: Some((RCX, size)), disp: 0, gs: false, addr32: false });
+            self.hot.cmp_imm(R11, 4096);
+        } else {
+            self.hot.cmp_imm(R11, 4096 - i32::from(size));
+        }
+        let at = self.hot.jcc(cc::A);
+        self.fix(Part::Hot, at, Target::Own(Part::Cold, step));
+        self.cold.mov(R11, pointer);
+        self.cold_number(Number::Access(self.out.accesses.len()));
+        self.out.accesses.push(Access {
+            offset: insn.offset,
+            size: 1,
+            write,
+            flags_saved: self.flags == Flags::Block,
+            fpu: false,
+            site: None,
+        });
+        let at = self.cold.call();
+        self.fix(Part::Cold, at, Target::Fixed(self.context.stubs.slow_access));
+        self.cold.and32_imm(R11, 0xfff);
+        let at = self.cold.jmp();
+        self.fix(Part::Cold, at, Target::Own(Part::Hot, back));
+    }
+}
+
+/// The address `[base + disp]` into R11.
+fn address_of(asm: &mut Asm, base: Reg, disp: i32) {
+    if disp == 0 {
+        asm.mov(R11, base);
+    } else {
+        asm.lea(R11, Mem::base(base, disp));
+    }
+}
