@@ -167,4 +167,12 @@ impl Engine for BtEngine {
     fn ram(&self) -> &GuestRam {
         &self.ram
     }
+
+    fn clock(&self) -> u64 {
+        interp::tsc::clock(self.options.model.tsc_khz)
+    }
+
+    fn set_clock(&self, nanoseconds: u64) {
+        interp::tsc::set_clock(self.options.model.tsc_khz, nanoseconds);
+    }
 }

@@ -86,7 +86,8 @@ pub mod leaf7_ecx {
 }
 
 /// Feature bits of leaf 7, subleaf 0, EDX.
-mod leaf7_edx {
+#[allow(missing_docs)]
+pub mod leaf7_edx {
     pub const FSRM: u32 = 1 << 4;
     pub const SPEC_CTRL: u32 = 1 << 26;
     pub const ARCH_CAPABILITIES: u32 = 1 << 29;

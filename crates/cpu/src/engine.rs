@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use memory::GuestRam;
 
-use crate::CpuState;
+use crate::{Chips, CpuState};
 
 /// Everything a vCPU reaches that is not RAM. Called from vCPU threads, several at once.
 pub trait Bus: Send + Sync {
@@ -132,4 +132,13 @@ pub trait Engine: Send + Sync {
     fn create_vcpu(&self, setup: VcpuSetup) -> Result<Box<dyn Vcpu>, String>;
     /// The RAM this engine runs on.
     fn ram(&self) -> &GuestRam;
+    /// The interrupt chips and timers that this engine has in itself, if it does: the machine then leaves its own unused, and vCPUs
+    /// never ask [`VcpuSetup::lapic`].
+    fn chips(&self) -> Option<Arc<dyn Chips>> {
+        None
+    }
+    /// kvmclock's system time now, in nanoseconds.
+    fn clock(&self) -> u64;
+    /// Makes kvmclock's system time go on from `nanoseconds`. Before the states of the vCPUs are set, and while none runs.
+    fn set_clock(&self, nanoseconds: u64);
 }

@@ -4,6 +4,7 @@
 //! * [`CpuState`]: all architectural state of one vCPU, readable and settable under every engine in one format.
 //! * [`Exception`]: an exception with its error code.
 //! * [`engine`]: the traits [`Engine`], [`Vcpu`], [`Bus`], [`LocalApic`], and [`Exit`].
+//! * [`chips`]: interrupt chips that an engine brings along, and their registers in a neutral form.
 //! * [`paging`]: the page-table walk.
 //! * [`cpuid`]: what the guest's CPUID instruction answers.
 //!
@@ -11,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod chips;
 pub mod cpuid;
 pub mod engine;
 mod exception;
@@ -19,6 +21,7 @@ mod state;
 #[cfg(feature = "test-support")]
 pub mod testing;
 
+pub use chips::Chips;
 pub use engine::{Bus, Engine, Exit, InterruptStatus, Kick, LocalApic, MsrError, Vcpu, VcpuSetup};
 pub use exception::{Exception, PageFault, vector};
 pub use state::{CpuState, FpState, Segment, SegmentIndex, TableRegister, cr0, cr4, efer, gpr, rflags};

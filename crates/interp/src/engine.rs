@@ -46,6 +46,14 @@ impl Engine for InterpEngine {
     fn ram(&self) -> &GuestRam {
         &self.ram
     }
+
+    fn clock(&self) -> u64 {
+        tsc::clock(self.model.tsc_khz)
+    }
+
+    fn set_clock(&self, nanoseconds: u64) {
+        tsc::set_clock(self.model.tsc_khz, nanoseconds);
+    }
 }
 
 const KICKED: u32 = 1;

@@ -280,7 +280,7 @@ pub fn update_clock(env: &MsrEnv<'_>, state: &CpuState) {
 
 /// Nanoseconds since the VM's clock started, at host TSC `now`.
 fn system_time(env: &MsrEnv<'_>, now: u64) -> u64 {
-    tsc::to_nanos(now.saturating_sub(tsc::origin()), tsc::scale(env.model.tsc_khz))
+    tsc::to_nanos(now.wrapping_sub(tsc::origin()), tsc::scale(env.model.tsc_khz))
 }
 
 /// Writes the `pvclock_wall_clock`: the real time at which the system time was zero.

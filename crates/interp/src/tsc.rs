@@ -1,6 +1,7 @@
 //! The host's time-stamp counter: reading it, and its frequency.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// The host's TSC now.
@@ -92,10 +93,30 @@ pub fn to_nanos(tsc: u64, (mul, shift): (u32, i8)) -> u64 {
     ((wide * u128::from(mul)) >> 32) as u64
 }
 
-/// The host TSC at which this process's virtual machines start their clocks.
+static ORIGIN: AtomicU64 = AtomicU64::new(0);
+
+/// The host TSC at which this process's virtual machine started its clock; the first call starts it.
 pub fn origin() -> u64 {
-    static ORIGIN: OnceLock<u64> = OnceLock::new();
-    *ORIGIN.get_or_init(read)
+    match ORIGIN.load(Ordering::Relaxed) {
+        0 => {
+            let now = read().max(1);
+            ORIGIN.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed).map_or_else(|there| there, |_| now)
+        }
+        origin => origin,
+    }
+}
+
+/// Nanoseconds since [`origin`], as a guest with a TSC of `khz` computes them.
+pub fn clock(khz: u32) -> u64 {
+    to_nanos(read().wrapping_sub(origin()), scale(khz))
+}
+
+/// Makes [`clock`] go on from `nanoseconds`. The origin of a machine that was started elsewhere may lie before this host's.
+pub fn set_clock(khz: u32, nanoseconds: u64) {
+    let (mul, shift) = scale(khz);
+    let ticks = (u128::from(nanoseconds) << 32) / u128::from(mul.max(1));
+    let ticks = if shift >= 0 { ticks >> shift } else { ticks << -shift };
+    ORIGIN.store(read().wrapping_sub(ticks as u64).max(1), Ordering::Relaxed);
 }
 
 #[cfg(test)]
@@ -108,6 +129,16 @@ mod tests {
             let s = scale(khz);
             let nanos = to_nanos(u64::from(khz) * 1000 * 3600, s);
             assert!(nanos.abs_diff(3600 * 1_000_000_000) < 200_000, "{khz}: {nanos} {s:?}");
+        }
+    }
+
+    #[test]
+    fn clock_goes_on() {
+        let khz = khz();
+        for start in [1_000_000_000, 86_400_000_000_000, 30 * 86_400_000_000_000] {
+            set_clock(khz, start);
+            let now = clock(khz);
+            assert!(now.wrapping_sub(start) < 1_000_000_000 || start.wrapping_sub(now) < 1_000, "{start} {now}");
         }
     }
 

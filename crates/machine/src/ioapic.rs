@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
+use cpu::chips::IoApicRegisters;
 use serde::{Deserialize, Serialize};
 
 use crate::bus::{MmioDevice, set_value, value};
@@ -40,6 +41,51 @@ pub struct IoApic {
 impl fmt::Debug for IoApic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("IoApic").field("state", &*lock(&self.state)).finish_non_exhaustive()
+    }
+}
+
+impl IoApicState {
+    /// The registers. A level-triggered pin without remote IRR and with its wire asserted interrupts anew when they are set.
+    pub(crate) fn to_registers(&self) -> IoApicRegisters {
+        let mut entries = [MASKED; PINS];
+        let mut asserted = 0;
+        for (pin, (to, from)) in entries.iter_mut().zip(&self.entries).enumerate() {
+            *to = *from;
+            if from & LEVEL != 0 {
+                asserted |= self.levels & 1 << pin;
+            }
+        }
+        IoApicRegisters { id: self.id, select: self.select, entries, asserted }
+    }
+
+    /// The state that has these registers, with the wires at `levels`.
+    pub(crate) fn from_registers(registers: &IoApicRegisters, levels: u32) -> Self {
+        let entry = |entry: &u64| {
+            // Remote IRR is of level-triggered entries only.
+            let remote_irr = if entry & LEVEL != 0 { REMOTE_IRR } else { 0 };
+            entry & (WRITABLE | remote_irr)
+        };
+        Self {
+            id: registers.id & 0x0f00_0000,
+            select: registers.select,
+            entries: registers.entries.iter().map(entry).collect(),
+            levels: levels & ((1 << PINS) - 1),
+        }
+    }
+
+    /// Is it a state that the chip can be in?
+    pub(crate) fn check(&self) -> Result<(), StateError> {
+        let entry_ok = |entry: &u64| entry & !(WRITABLE | REMOTE_IRR) == 0;
+        if self.entries.len() != PINS || !self.entries.iter().all(entry_ok) || self.levels >> PINS != 0 {
+            return Err(StateError::new("IOAPIC", format!("{:x?}", self.entries)));
+        }
+        Ok(())
+    }
+
+    /// The wires that are asserted, a bit a pin.
+    #[cfg(test)]
+    pub(crate) fn levels(&self) -> u32 {
+        self.levels
     }
 }
 
@@ -155,10 +201,7 @@ impl IoApic {
     /// # Errors
     /// It has another number of pins or bits that do not exist.
     pub fn restore(&self, state: &IoApicState) -> Result<(), StateError> {
-        let entry_ok = |entry: &u64| entry & !(WRITABLE | REMOTE_IRR) == 0;
-        if state.entries.len() != PINS || !state.entries.iter().all(entry_ok) || state.levels >> PINS != 0 {
-            return Err(StateError::new("IOAPIC", format!("{:x?}", state.entries)));
-        }
+        state.check()?;
         *lock(&self.state) = state.clone();
         Ok(())
     }

@@ -6,6 +6,7 @@
 //! * [`clock`]: the machine's time and its timer thread.
 //! * [`irq`]: interrupt lines and message-signalled interrupts.
 //! * [`lapic`]: local APICs, which are also what an engine asks for interrupts; [`ioapic`], [`pic`].
+//! * `chips`: the wires into interrupt chips that the engine has in itself; the machine's own are then idle.
 //! * [`pit`], [`rtc`], [`serial`], [`power`]: the rest of an old PC.
 //! * [`pci`]: host bridge, configuration space, BARs, MSI-X, and the trait [`pci::PciDevice`] that virtio builds on.
 //!
@@ -20,6 +21,7 @@
 pub mod acpi;
 pub mod boot;
 pub mod bus;
+mod chips;
 pub mod clock;
 pub mod ioapic;
 pub mod irq;

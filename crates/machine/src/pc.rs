@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::boot::park;
 use crate::bus::{BusError, IoBus, MmioDevice};
+use crate::chips::{ChipStates, EngineChips};
 use crate::clock::{Clock, TimerQueue};
 use crate::ioapic::{IoApic, IoApicState};
 use crate::irq::{IrqLine, IrqSink, MsiSink};
@@ -36,6 +37,8 @@ pub struct PcConfig {
     pub vcpus: u32,
     /// The host's TSC rate in kHz; see [`crate::clock::measure_tsc_khz`].
     pub tsc_khz: u64,
+    /// The engine's interrupt chips and timers, if it has its own: the machine's then stay unused.
+    pub chips: Option<Arc<dyn cpu::Chips>>,
     /// Where COM1's output goes.
     pub serial_output: Box<dyn Write + Send>,
     /// PCI devices, from slot 1 on.
@@ -127,6 +130,8 @@ pub struct Pc {
     reset_ports: Arc<ResetPorts>,
     serial: Arc<Serial>,
     pci: Arc<PciHost>,
+    /// In place of local APICs, IOAPIC, PIC and PIT.
+    chips: Option<Arc<EngineChips>>,
 }
 
 impl fmt::Debug for Pc {
@@ -156,7 +161,11 @@ impl Pc {
         let pic_dyn: Arc<dyn InterruptAcknowledge> = pic.clone();
         let eoi: Arc<dyn EoiListener> = ioapic.clone();
         lapics.connect(Arc::downgrade(&pic_dyn), Arc::downgrade(&eoi));
-        let wires: Arc<dyn IrqSink> = Arc::new(Wires { ioapic: ioapic.clone(), pic: pic.clone() });
+        let chips = config.chips.map(EngineChips::new);
+        let wires: Arc<dyn IrqSink> = match &chips {
+            Some(chips) => chips.clone(),
+            None => Arc::new(Wires { ioapic: ioapic.clone(), pic: pic.clone() }),
+        };
         let line = |irq| IrqLine::new(wires.clone(), irq);
 
         let pit = Pit::new(&queue, line(0));
@@ -165,15 +174,20 @@ impl Pc {
         let reset_ports = Arc::new(ResetPorts::new(config.power));
         let serial = Arc::new(Serial::new(line(serial::COM1_IRQ), config.serial_output));
         let reset_port = |port| Arc::new(ResetPortView(reset_ports.clone(), port));
-        let msi: Arc<dyn MsiSink> = lapics.clone();
+        let msi: Arc<dyn MsiSink> = match &chips {
+            Some(chips) => chips.clone(),
+            None => lapics.clone(),
+        };
         let pci = PciHost::new(bus.clone(), wires.clone(), msi, reset_port(ResetPort::ResetControl));
 
-        let [first, second, elcr] = PicPorts::all(&pic);
-        bus.add_pio("pic", 0x20, 2, first)?;
-        bus.add_pio("pic", 0xa0, 2, second)?;
-        bus.add_pio("pic", 0x4d0, 2, elcr)?;
-        bus.add_pio("pit", 0x40, 4, pit.clone())?;
-        bus.add_pio("pit", 0x61, 1, Arc::new(Port61(pit.clone())))?;
+        if chips.is_none() {
+            let [first, second, elcr] = PicPorts::all(&pic);
+            bus.add_pio("pic", 0x20, 2, first)?;
+            bus.add_pio("pic", 0xa0, 2, second)?;
+            bus.add_pio("pic", 0x4d0, 2, elcr)?;
+            bus.add_pio("pit", 0x40, 4, pit.clone())?;
+            bus.add_pio("pit", 0x61, 1, Arc::new(Port61(pit.clone())))?;
+        }
         bus.add_pio("i8042", 0x60, 1, reset_port(ResetPort::KeyboardData))?;
         bus.add_pio("i8042", 0x64, 1, reset_port(ResetPort::KeyboardCommand))?;
         bus.add_pio("port92", 0x92, 1, reset_port(ResetPort::Port92))?;
@@ -183,6 +197,7 @@ impl Pc {
         for port in [0x80, 0xe9, 0x402] {
             bus.add_pio("debug-port", port, 1, Arc::new(DeadPort))?;
         }
+        // With chips of the engine's nobody comes here, but no BAR may either.
         bus.add_mmio("ioapic", layout::IOAPIC_BASE, layout::APIC_PAGE, ioapic.clone())?;
         bus.add_mmio("lapic", layout::LAPIC_BASE, layout::APIC_PAGE, Arc::new(LapicPage))?;
         pci.connect()?;
@@ -190,7 +205,7 @@ impl Pc {
             pci.add(device)?;
         }
         let ram = config.ram;
-        Ok(Self { ram, bus, queue, lapics, ioapic, pic, pit, rtc, acpi_pm, reset_ports, serial, pci })
+        Ok(Self { ram, bus, queue, lapics, ioapic, pic, pit, rtc, acpi_pm, reset_ports, serial, pci, chips })
     }
 
     /// Puts page tables, GDT, the mailbox with its parking code, and the ACPI tables into RAM. To be called before each boot.
@@ -213,7 +228,11 @@ impl Pc {
 
     /// The bus for vCPU `index`: the machine's with that vCPU's local APIC page.
     pub fn vcpu_bus(&self, index: u32) -> Option<Arc<dyn cpu::Bus>> {
-        Some(Arc::new(VcpuBus::new(self.bus.clone(), self.lapics.get(index)?)))
+        let lapic = self.lapics.get(index)?;
+        if self.chips.is_some() {
+            return Some(self.bus.clone());
+        }
+        Some(Arc::new(VcpuBus::new(self.bus.clone(), lapic)))
     }
 
     /// The local APIC of vCPU `index` for its engine. Give it the vCPU's kick with [`Lapic::set_kick`] ([`Pc::lapic`]).
@@ -268,6 +287,9 @@ impl Pc {
 
     /// Sends an NMI to all vCPUs, as the NMI button of a server does: a guest with `unknown_nmi_panic` dumps its state.
     pub fn nmi_button(&self) {
+        if let Some(chips) = &self.chips {
+            return chips.nmi();
+        }
         for lapic in self.lapics.all() {
             lapic.lint1();
         }
@@ -287,20 +309,47 @@ impl Pc {
         self.lapics.reset();
     }
 
-    /// The state of all devices. No vCPU may run.
-    pub fn save(&self) -> PcState {
-        PcState {
-            clock: self.clock().now(),
+    /// Gives the engine's chips, if it has its own, the state that the machine's have: after all vCPUs are made, and after each
+    /// [`Pc::reset`]. No vCPU may run.
+    ///
+    /// # Errors
+    /// The engine refuses; the machine must not run then.
+    pub fn start_chips(&self) -> Result<(), StateError> {
+        let Some(chips) = &self.chips else { return Ok(()) };
+        chips.restore(&self.own_chips(), self.clock().now())
+    }
+
+    fn own_chips(&self) -> ChipStates {
+        ChipStates {
             lapics: self.lapics.save(),
             ioapic: self.ioapic.save(),
             pic: self.pic.save(),
             pit: self.pit.save(),
+        }
+    }
+
+    /// The state of all devices. No vCPU may run.
+    ///
+    /// # Errors
+    /// The engine does not give its chips' state.
+    pub fn save(&self) -> Result<PcState, StateError> {
+        let clock = self.clock().now();
+        let chips = match &self.chips {
+            Some(chips) => chips.save(clock)?,
+            None => self.own_chips(),
+        };
+        Ok(PcState {
+            clock,
+            lapics: chips.lapics,
+            ioapic: chips.ioapic,
+            pic: chips.pic,
+            pit: chips.pit,
             rtc: self.rtc.save(),
             acpi_pm: self.acpi_pm.save(),
             reset_ports: self.reset_ports.save(),
             serial: self.serial.save(),
             pci: self.pci.save(),
-        }
+        })
     }
 
     /// Takes over a state of a machine made alike. No vCPU may run; set the local APICs' TSC offsets before.
@@ -314,9 +363,18 @@ impl Pc {
         self.pci.restore(&state.pci)?;
         self.serial.restore(&state.serial)?;
         self.rtc.restore(&state.rtc)?;
-        self.pit.restore(&state.pit)?;
         self.acpi_pm.restore(&state.acpi_pm)?;
         self.reset_ports.restore(&state.reset_ports);
+        if let Some(chips) = &self.chips {
+            let states = ChipStates {
+                lapics: state.lapics.clone(),
+                ioapic: state.ioapic.clone(),
+                pic: state.pic,
+                pit: state.pit,
+            };
+            return chips.restore(&states, self.clock().now());
+        }
+        self.pit.restore(&state.pit)?;
         self.ioapic.restore(&state.ioapic)?;
         self.pic.restore(&state.pic)?;
         self.lapics.restore(&state.lapics)
@@ -338,6 +396,7 @@ mod tests {
             ram: GuestRam::new(64 << 20).unwrap(),
             vcpus,
             tsc_khz: 1_000_000,
+            chips: None,
             serial_output: Box::new(std::io::sink()),
             pci_devices: Vec::new(),
             power: Arc::new(move |event| events.lock().unwrap().push(event)),
@@ -440,12 +499,12 @@ mod tests {
         bus.pio_write(0x3f9, &[1]);
         pc.serial().input(b"typed");
         advance(pc.timers(), 500_000);
-        let state = pc.save();
+        let state = pc.save().unwrap();
         let text = serde_json::to_string(&state).unwrap();
         let state: PcState = serde_json::from_str(&text).unwrap();
         let (other, other_bus, _) = self::pc();
         other.restore(&state).unwrap();
-        assert_eq!(other.save(), state);
+        assert_eq!(other.save().unwrap(), state);
         for (machine, local) in [(&pc, cpu), (&other, other.local_apic(0).unwrap())] {
             advance(machine.timers(), 500_001);
             assert_eq!(local.acknowledge(), Some(0xec));
@@ -500,7 +559,7 @@ mod tests {
                 }
             }
         }
-        let state = pc.save();
+        let state = pc.save().unwrap();
         let (other, ..) = self::pc();
         other.restore(&state).unwrap();
     }

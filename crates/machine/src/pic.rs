@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
+use cpu::chips::PicRegisters;
 use serde::{Deserialize, Serialize};
 
 use crate::bus::PioDevice;
@@ -205,6 +206,67 @@ impl PicState {
     }
 }
 
+impl From<&PicState> for [PicRegisters; 2] {
+    fn from(state: &PicState) -> Self {
+        state.chips.map(|chip| PicRegisters {
+            lines: chip.lines,
+            irr: chip.irr,
+            isr: chip.isr,
+            imr: chip.imr,
+            base: chip.base,
+            expects: chip.expects,
+            needs_icw4: chip.needs_icw4,
+            auto_eoi: chip.auto_eoi,
+            rotate_on_auto_eoi: chip.rotate_on_auto_eoi,
+            special_fully_nested: chip.special_fully_nested,
+            special_mask: chip.special_mask,
+            poll: chip.poll,
+            read_isr: chip.read_isr,
+            first: chip.first,
+            level: chip.level,
+        })
+    }
+}
+
+impl From<&[PicRegisters; 2]> for PicState {
+    fn from(chips: &[PicRegisters; 2]) -> Self {
+        Self {
+            chips: chips.map(|chip| ChipState {
+                lines: chip.lines,
+                irr: chip.irr,
+                isr: chip.isr,
+                imr: chip.imr,
+                base: chip.base & 0xf8,
+                expects: chip.expects,
+                needs_icw4: chip.needs_icw4,
+                auto_eoi: chip.auto_eoi,
+                rotate_on_auto_eoi: chip.rotate_on_auto_eoi,
+                special_fully_nested: chip.special_fully_nested,
+                special_mask: chip.special_mask,
+                poll: chip.poll,
+                read_isr: chip.read_isr,
+                first: chip.first & 7,
+                level: chip.level,
+            }),
+        }
+    }
+}
+
+impl PicState {
+    /// Is the pair's output high?
+    pub(crate) fn output(mut self) -> bool {
+        self.update()
+    }
+
+    /// Is it a state that chips can be in?
+    pub(crate) fn check(&self) -> Result<(), StateError> {
+        if self.chips.iter().any(|chip| chip.first > 7 || chip.base & 7 != 0 || chip.expects > 4) {
+            return Err(StateError::new("PIC", format!("{self:?}")));
+        }
+        Ok(())
+    }
+}
+
 /// The pair. Its output is wired to the bootstrap processor's LINT0.
 pub struct Pic {
     state: Mutex<PicState>,
@@ -265,9 +327,7 @@ impl Pic {
     /// # Errors
     /// It is none a chip can be in.
     pub fn restore(&self, state: &PicState) -> Result<(), StateError> {
-        if state.chips.iter().any(|chip| chip.first > 7 || chip.base & 7 != 0 || chip.expects > 4) {
-            return Err(StateError::new("PIC", format!("{state:?}")));
-        }
+        state.check()?;
         self.change(|live| *live = *state);
         Ok(())
     }

@@ -5,6 +5,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, Weak};
 
+use cpu::chips::{PitChannel, PitRegisters};
 use serde::{Deserialize, Serialize};
 
 use crate::bus::PioDevice;
@@ -188,6 +189,53 @@ fn to_bcd(value: u64) -> u16 {
     (0..4).fold(0, |sum, digit| sum | ((value / 10_u64.pow(digit) % 10) as u16) << (4 * digit))
 }
 
+impl PitState {
+    /// The registers at clock time `now`.
+    pub(crate) fn to_registers(self, now: u64) -> PitRegisters {
+        let channel = |c: ChannelState| PitChannel {
+            mode: c.mode,
+            bcd: c.bcd,
+            access: c.access,
+            reload: c.reload,
+            age: c.start.map(|start| now.saturating_sub(start)),
+            gate: c.gate,
+            write_high_next: c.write_high_next,
+            low_written: c.low_written,
+            read_high_next: c.read_high_next,
+            latched: c.latched,
+            latched_status: c.latched_status,
+        };
+        PitRegisters { channels: self.channels.map(channel), speaker: self.speaker }
+    }
+
+    /// The state that has these registers at clock time `now`.
+    pub(crate) fn from_registers(registers: &PitRegisters, now: u64) -> Self {
+        let channel = |c: PitChannel| ChannelState {
+            mode: c.mode,
+            bcd: c.bcd,
+            // Never programmed: as after power-on.
+            access: if c.access == 0 { 3 } else { c.access },
+            reload: c.reload,
+            start: c.age.map(|age| now.saturating_sub(age)),
+            gate: c.gate,
+            write_high_next: c.write_high_next,
+            low_written: c.low_written,
+            read_high_next: c.read_high_next,
+            latched: c.latched,
+            latched_status: c.latched_status,
+        };
+        Self { channels: registers.channels.map(channel), speaker: registers.speaker }
+    }
+
+    /// Is it a state that the chip can be in?
+    pub(crate) fn check(&self) -> Result<(), StateError> {
+        if self.channels.iter().any(|channel| channel.mode > 5 || !(1..=3).contains(&channel.access)) {
+            return Err(StateError::new("PIT", format!("{self:?}")));
+        }
+        Ok(())
+    }
+}
+
 struct Inner {
     state: PitState,
     irq: IrqLine,
@@ -252,9 +300,7 @@ impl Pit {
     /// # Errors
     /// It is none the chip can be in.
     pub fn restore(&self, state: &PitState) -> Result<(), StateError> {
-        if state.channels.iter().any(|channel| channel.mode > 5 || !(1..=3).contains(&channel.access)) {
-            return Err(StateError::new("PIT", format!("{state:?}")));
-        }
+        state.check()?;
         let mut inner = lock(&self.inner);
         inner.state = *state;
         self.rearm(&mut inner);

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use cpu::{Bus, CpuState, Kick, LocalApic};
+use cpu::{Bus, Chips, CpuState, Kick, LocalApic};
 use memory::GuestRam;
 
 use crate::console::{Input, Output};
@@ -18,6 +18,8 @@ pub(crate) trait Board: Send {
     fn lapic(&self, index: u32) -> Option<Arc<dyn LocalApic>>;
     /// How to wake vCPU `index`, once it is made.
     fn attach(&mut self, index: u32, kick: Arc<dyn Kick>);
+    /// All vCPUs have been made, or the machine was built anew around them: chips that are the engine's get their state.
+    fn start_chips(&self) -> Result<(), Error>;
     /// The state in which vCPU `index` starts.
     fn start_state(&self, index: u32) -> CpuState;
     /// The guest's end of console input.
@@ -28,7 +30,13 @@ pub(crate) trait Board: Send {
 
 /// Makes boards: one at the start, and one more for each reset, around the same buses and local APICs.
 pub(crate) trait BoardMaker: Send {
-    /// Builds the devices and loads the kernel. The guest's wish to switch off or reset comes as an event; what it writes on its
+    /// Builds the devices and loads the kernel. `chips` are the engine's, if it has its own. The guest's wish to switch off or reset comes as an event; what it writes on its
     /// console goes to `output`.
-    fn build(&mut self, ram: &GuestRam, events: &Events, output: &Output) -> Result<Box<dyn Board>, Error>;
+    fn build(
+        &mut self,
+        ram: &GuestRam,
+        chips: Option<Arc<dyn Chips>>,
+        events: &Events,
+        output: &Output,
+    ) -> Result<Box<dyn Board>, Error>;
 }

@@ -1,6 +1,6 @@
 //! Which engine runs the guest, and why.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Write;
 use std::sync::{Arc, Mutex};
 
@@ -11,22 +11,42 @@ use memory::GuestRam;
 use crate::config::{EngineChoice, MAX_CPUS, SerialMode, VmConfig};
 use crate::error::Error;
 
-/// What is known about `/dev/kvm` without asking it to run anything.
-pub(crate) fn kvm_state() -> String {
-    match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => "/dev/kvm can be opened".into(),
-        Err(error) => match error.kind() {
-            std::io::ErrorKind::NotFound => "there is no /dev/kvm here".into(),
-            std::io::ErrorKind::PermissionDenied => "/dev/kvm is there, but this user may not open it".into(),
-            _ => format!("/dev/kvm cannot be opened: {error}"),
-        },
+/// What was found out about KVM before the process confines itself.
+pub(crate) enum KvmState {
+    /// Another engine is asked for.
+    NotAsked,
+    /// It runs 64-bit guests.
+    Works(Box<kvm::Host>),
+    /// It cannot be used, and why.
+    Not(kvm::Unusable),
+}
+
+/// Opens KVM if it may be used. To be called while files can still be opened.
+pub(crate) fn open_kvm(config: &VmConfig) -> Result<KvmState, Error> {
+    let choice = config.engine;
+    if !matches!(choice, EngineChoice::Auto | EngineChoice::Kvm)
+        || needs_bt(config).is_some() && choice == EngineChoice::Auto
+    {
+        return Ok(KvmState::NotAsked);
+    }
+    match kvm::probe::usable() {
+        Ok(host) => Ok(KvmState::Works(Box::new(host))),
+        Err(why) if choice == EngineChoice::Kvm => Err(no_kvm(&why)),
+        Err(why) => Ok(KvmState::Not(why)),
     }
 }
 
-fn no_kvm(state: &str) -> Error {
-    Error::Engine(format!(
-        "engine kvm is not part of this version ({state}): leave --engine away or choose --engine bt"
-    ))
+fn no_kvm(why: &kvm::Unusable) -> Error {
+    Error::Engine(format!("engine kvm cannot be used: {why}; or choose --engine bt"))
+}
+
+/// What is asked for that the translator alone can do.
+fn needs_bt(config: &VmConfig) -> Option<&'static str> {
+    if config.lockstep {
+        return Some("--lockstep");
+    }
+    let trace = config.trace.as_ref()?;
+    (trace.interrupts || trace.blocks || trace.tlb).then_some("--trace int, blocks and tlb")
 }
 
 /// Can the engine that is asked for do what is asked of it?
@@ -37,8 +57,11 @@ pub(crate) fn check(config: &VmConfig) -> Result<(), Error> {
     if config.serial == SerialMode::Stdio && config.virtio_console == Some(SerialMode::Stdio) {
         return Err(Error::Input("two consoles cannot share stdio: add --serial none, or name another place".into()));
     }
+    if let (EngineChoice::Kvm, Some(what)) = (config.engine, needs_bt(config)) {
+        return Err(Error::Engine(format!("{what}: of engine bt, leave --engine kvm away")));
+    }
     if config.engine == EngineChoice::Kvm {
-        return Err(no_kvm(&kvm_state()));
+        kvm::Host::open().map_err(|why| no_kvm(&why))?;
     }
     if config.cpus > 1 && (config.engine == EngineChoice::Interp || config.lockstep) {
         let what = if config.lockstep { "--lockstep" } else { "engine interp" };
@@ -100,28 +123,49 @@ pub(crate) fn choose(
     config: &VmConfig,
     ram: GuestRam,
     tsc_khz: u64,
-    kvm: &str,
+    kvm: KvmState,
     trace: Option<TraceSink>,
 ) -> Result<(Box<dyn Engine>, String), Error> {
-    Ok(match config.engine {
-        EngineChoice::Auto => {
-            (bt(config, ram, tsc_khz, trace)?, format!("engine bt: engine kvm is not part of this version ({kvm})"))
+    let why_bt = match (config.engine, kvm) {
+        (EngineChoice::Interp, _) => {
+            let engine = interp::InterpEngine::new(ram, config.cpus);
+            return Ok((Box::new(engine), "engine interp: asked for; precise, but slow".to_string()));
         }
-        EngineChoice::Bt => (bt(config, ram, tsc_khz, trace)?, "engine bt: asked for".to_string()),
-        EngineChoice::Interp => (
-            Box::new(interp::InterpEngine::new(ram, config.cpus)),
-            "engine interp: asked for; precise, but slow".to_string(),
-        ),
-        EngineChoice::Kvm => return Err(no_kvm(kvm)),
-    })
+        (EngineChoice::Kvm, KvmState::NotAsked) => return Err(Error::Engine("engine kvm was not opened".into())),
+        (EngineChoice::Kvm, KvmState::Not(why)) => return Err(no_kvm(&why)),
+        (EngineChoice::Kvm, KvmState::Works(host)) => {
+            return Ok((self::kvm(config, ram, tsc_khz, &host)?, "engine kvm: asked for".to_string()));
+        }
+        (EngineChoice::Auto, KvmState::Works(host)) => match self::kvm(config, ram.clone(), tsc_khz, &host) {
+            Ok(engine) => return Ok((engine, "engine kvm: this host runs 64-bit guests by hardware".to_string())),
+            // It worked a moment ago.
+            Err(error) => {
+                kvm::probe::forget();
+                error.to_string()
+            }
+        },
+        (EngineChoice::Auto, KvmState::Not(why)) => why.to_string(),
+        (EngineChoice::Auto, KvmState::NotAsked) => needs_bt(config).unwrap_or("asked for").to_string(),
+        (EngineChoice::Bt, _) => "asked for".to_string(),
+    };
+    Ok((bt(config, ram, tsc_khz, trace)?, format!("engine bt: {why_bt}")))
+}
+
+fn model(config: &VmConfig, tsc_khz: u64) -> CpuidModel {
+    let mut model = CpuidModel::new(config.cpus, u32::try_from(tsc_khz).unwrap_or(u32::MAX));
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    model.pv_unhalt = config.cpus as usize > cores;
+    model
+}
+
+fn kvm(config: &VmConfig, ram: GuestRam, tsc_khz: u64, host: &kvm::Host) -> Result<Box<dyn Engine>, Error> {
+    let mut options = kvm::Options::new(model(config, tsc_khz));
+    options.parking = Some(kvm::Parking { code: machine::layout::PARKING_CODE, mailbox: machine::layout::MAILBOX });
+    Ok(Box::new(kvm::KvmEngine::new(host, ram, options).map_err(Error::Engine)?))
 }
 
 fn bt(config: &VmConfig, ram: GuestRam, tsc_khz: u64, trace: Option<TraceSink>) -> Result<Box<dyn Engine>, Error> {
-    let khz = u32::try_from(tsc_khz).unwrap_or(u32::MAX);
-    let mut model = CpuidModel::new(config.cpus, khz);
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    model.pv_unhalt = config.cpus as usize > cores;
-    let mut options = bt::Options::new(Arc::new(model));
+    let mut options = bt::Options::new(Arc::new(model(config, tsc_khz)));
     options.parking = (config.cpus > 1)
         .then_some(bt::Parking { code: machine::layout::PARKING_CODE, mailbox: machine::layout::MAILBOX });
     options.lockstep = config.lockstep;

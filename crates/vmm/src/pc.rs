@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use cpu::{Bus, CpuState, Kick, LocalApic};
+use cpu::{Bus, Chips, CpuState, Kick, LocalApic};
 use machine::boot::{self, BootSource};
 use machine::bus::{Access, Space};
 use machine::pci::PciDevice;
@@ -122,7 +122,13 @@ impl PcMaker {
             .collect()
     }
 
-    fn first_build(&mut self, ram: &GuestRam, events: &Events, output: &Output) -> Result<Arc<Pc>, Error> {
+    fn first_build(
+        &mut self,
+        ram: &GuestRam,
+        chips: Option<Arc<dyn Chips>>,
+        events: &Events,
+        output: &Output,
+    ) -> Result<Arc<Pc>, Error> {
         let pci_devices = self.devices(ram, events)?;
         let events = Mutex::new(events.clone());
         let power = move |event| {
@@ -136,6 +142,7 @@ impl PcMaker {
             ram: ram.clone(),
             vcpus: self.cpus,
             tsc_khz: self.tsc_khz,
+            chips,
             serial_output: Box::new(output.clone()),
             pci_devices,
             power: Arc::new(power),
@@ -163,14 +170,20 @@ fn trace_line(access: &Access<'_>) -> String {
 }
 
 impl BoardMaker for PcMaker {
-    fn build(&mut self, ram: &GuestRam, events: &Events, output: &Output) -> Result<Box<dyn Board>, Error> {
+    fn build(
+        &mut self,
+        ram: &GuestRam,
+        chips: Option<Arc<dyn Chips>>,
+        events: &Events,
+        output: &Output,
+    ) -> Result<Box<dyn Board>, Error> {
         let (pc, input) = match (&self.pc, &self.input) {
             (Some(pc), Some(input)) => {
                 pc.reset();
                 (pc.clone(), input.clone())
             }
             _ => {
-                let pc = self.first_build(ram, events, output)?;
+                let pc = self.first_build(ram, chips, events, output)?;
                 let input = Arc::new(SerialInput::new(pc.serial().clone()));
                 (self.pc, self.input) = (Some(pc.clone()), Some(input.clone()));
                 (pc, input)
@@ -212,6 +225,10 @@ impl Board for PcBoard {
         if let Some(lapic) = self.pc.lapic(index) {
             lapic.set_kick(kick);
         }
+    }
+
+    fn start_chips(&self) -> Result<(), Error> {
+        self.pc.start_chips().map_err(engine_error)
     }
 
     fn start_state(&self, index: u32) -> CpuState {

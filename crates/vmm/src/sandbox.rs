@@ -33,6 +33,8 @@ pub fn closed() -> bool {
 pub(crate) struct Needs {
     /// Accepting connections on sockets that already listen, and talking on them.
     pub sockets: bool,
+    /// What engine `kvm` asks of the kernel.
+    pub kvm: bool,
 }
 
 fn host(what: &str) -> impl FnOnce(std::io::Error) -> Error {
@@ -206,24 +208,23 @@ fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<Rule>>, seccompiler::Backen
         libc::SYS_fcntl,
         one_of(1, &[libc::F_GETFL as u64, libc::F_SETFL as u64, libc::F_GETFD as u64, libc::F_DUPFD_CLOEXEC as u64])?,
     );
-    rules.insert(
-        libc::SYS_ioctl,
-        one_of(
-            1,
-            &[
-                libc::TCGETS,
-                libc::TCSETS,
-                libc::TCSETSW,
-                libc::TCSETSF,
-                libc::TCGETS2,
-                libc::TCSETS2,
-                libc::TCSETSW2,
-                libc::TCSETSF2,
-                libc::TIOCGPGRP,
-                libc::FIONBIO,
-            ],
-        )?,
-    );
+    let mut requests = vec![
+        libc::TCGETS,
+        libc::TCSETS,
+        libc::TCSETSW,
+        libc::TCSETSF,
+        libc::TCGETS2,
+        libc::TCSETS2,
+        libc::TCSETSW2,
+        libc::TCSETSF2,
+        libc::TIOCGPGRP,
+        libc::FIONBIO,
+    ];
+    if needs.kvm {
+        // None of them makes a VM, a vCPU or a device, adds memory or switches a capability on.
+        requests.extend(kvm::after_start());
+    }
+    rules.insert(libc::SYS_ioctl, one_of(1, &requests)?);
     if needs.sockets {
         for call in [libc::SYS_accept4, libc::SYS_recvfrom, libc::SYS_sendto, libc::SYS_shutdown, libc::SYS_setsockopt]
         {
@@ -300,7 +301,7 @@ mod tests {
             let refused = std::fs::File::open("/etc/passwd").is_err();
             std::process::exit(if refused { 0 } else { 5 });
         }
-        close(mode, Needs { sockets: deed == "accept" }).unwrap();
+        close(mode, Needs { sockets: deed == "accept", kvm: deed == "kvm" }).unwrap();
         match deed.as_str() {
             "ordinary" => {
                 let mut text = String::new();

@@ -100,8 +100,9 @@ impl Vm {
         };
         let unpacked = config.unpacked_kernel.as_ref().and_then(|path| std::fs::File::open(path).ok());
         let trace = engine::open_trace(config)?;
-        let kvm = engine::kvm_state();
+        let kvm = engine::open_kvm(config)?;
         let needs = Needs {
+            kvm: matches!(kvm, engine::KvmState::Works(_)),
             sockets: serial.needs_sockets()
                 || console.as_ref().is_some_and(Serial::needs_sockets)
                 || matches!(config.gdb, Some(GdbAddress::Tcp(_) | GdbAddress::Unix(_))),
@@ -110,7 +111,7 @@ impl Vm {
         let ram = GuestRam::new(config.memory).map_err(|error| Error::Host(error.to_string()))?;
         let tsc_khz = tsc.join().unwrap_or_else(|_| machine::clock::measure_tsc_khz());
         sandbox::before_threads(config.sandbox)?;
-        let (engine, engine_line) = engine::choose(config, ram.clone(), tsc_khz, &kvm, trace.clone())?;
+        let (engine, engine_line) = engine::choose(config, ram.clone(), tsc_khz, kvm, trace.clone())?;
         terminal::message(&format!("tightrope: {engine_line}"));
         for line in [serial_line, console_line, gdb_line].into_iter().flatten() {
             terminal::message(&format!("tightrope: {line}"));
@@ -144,7 +145,7 @@ impl Vm {
             };
             output.watch_for(marker, Box::new(report));
         }
-        let board = parts.maker.build(&parts.ram, &events, &output)?;
+        let board = parts.maker.build(&parts.ram, engine.chips(), &events, &output)?;
         let mut vm = Self {
             engine,
             maker: parts.maker,
@@ -184,6 +185,7 @@ impl Vm {
                 .map_err(|error| Error::Host(format!("the host gives no thread: {error}")))?;
             threads.push(thread);
         }
+        self.board.start_chips()?;
         self.stuck = vec![false; threads.len()];
         self.cpus.replace(threads);
         self.console.set(self.board.console());
@@ -326,7 +328,11 @@ impl Vm {
         // What the old machine still had to say is void.
         self.deferred.retain(|event| !matches!(event, Event::VcpuExit(..) | Event::PowerOff | Event::Reset));
         self.resets += 1;
-        let rebuilt = self.maker.build(self.engine.ram(), &self.events, &self.output).map(|board| self.board = board);
+        let chips = self.engine.chips();
+        let rebuilt = self.maker.build(self.engine.ram(), chips, &self.events, &self.output).and_then(|board| {
+            self.board = board;
+            self.board.start_chips()
+        });
         if let Err(error) = rebuilt {
             terminal::message(&format!("tightrope: the machine cannot be reset: {error}"));
             return Some(1);

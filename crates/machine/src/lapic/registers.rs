@@ -3,6 +3,7 @@
 use std::ops::{Deref, DerefMut};
 
 use cpu::MsrError;
+use cpu::chips::LapicRegisters;
 use serde::{Deserialize, Serialize};
 
 use super::set::{IcrMessage, Shorthand};
@@ -85,6 +86,110 @@ pub struct LapicState {
     pub sipi_pending: Option<u8>,
     /// INIT was received and no SIPI yet.
     pub wait_for_sipi: bool,
+}
+
+/// Indices into [`LapicRegisters::page`] (11.4.1), and those of the LVT in the order of [`LapicState::lvt`].
+mod page {
+    pub const ID: usize = 0x02;
+    pub const VERSION: usize = 0x03;
+    pub const TPR: usize = 0x08;
+    pub const LDR: usize = 0x0d;
+    pub const DFR: usize = 0x0e;
+    pub const SVR: usize = 0x0f;
+    pub const ISR: usize = 0x10;
+    pub const TMR: usize = 0x18;
+    pub const IRR: usize = 0x20;
+    pub const ESR: usize = 0x28;
+    pub const ICR: usize = 0x30;
+    pub const LVT: [usize; 6] = [0x32, 0x33, 0x34, 0x35, 0x36, 0x37];
+    pub const INITIAL: usize = 0x38;
+    pub const CURRENT: usize = 0x39;
+    pub const DIVIDE: usize = 0x3e;
+}
+
+impl LapicState {
+    /// The divider: 1 to 128 (11.5.4).
+    fn divider(&self) -> u64 {
+        let bits = self.timer_divide >> 1 & 4 | self.timer_divide & 3;
+        if bits == 7 { 1 } else { 2 << bits }
+    }
+
+    /// The registers at clock time `now`.
+    pub(crate) fn to_registers(&self, now: u64) -> LapicRegisters {
+        let mut words = [0; 64];
+        words[page::ID] = self.id << 24;
+        words[page::VERSION] = VERSION;
+        words[page::TPR] = self.tpr.into();
+        (words[page::LDR], words[page::DFR], words[page::SVR]) = (self.ldr, self.dfr, self.svr);
+        for (first, from) in [(page::ISR, &self.isr), (page::TMR, &self.tmr), (page::IRR, &self.irr)] {
+            words[first..first + 8].copy_from_slice(from);
+        }
+        words[page::ESR] = self.esr;
+        (words[page::ICR], words[page::ICR + 1]) = (self.icr as u32, (self.icr >> 32) as u32);
+        for (index, lvt) in page::LVT.into_iter().zip(self.lvt) {
+            words[index] = lvt;
+        }
+        (words[page::INITIAL], words[page::DIVIDE]) = (self.timer_initial, self.timer_divide);
+        words[page::CURRENT] = self.timer_end.map_or(0, |end| {
+            // What is due has not come yet: as little as possible is left.
+            let ticks = end.saturating_sub(now).div_ceil(self.divider()).max(1);
+            u32::try_from(ticks).unwrap_or(u32::MAX).min(self.timer_initial)
+        });
+        LapicRegisters {
+            page: words,
+            base: self.base,
+            tsc_deadline: self.tsc_deadline,
+            nmi: self.nmi_pending,
+            wait_for_sipi: self.wait_for_sipi,
+            sipi: self.sipi_pending,
+        }
+    }
+
+    /// The state of local APIC `id` that has these registers at clock time `now`.
+    pub(crate) fn from_registers(id: u32, registers: &LapicRegisters, now: u64, pic_output: bool) -> Self {
+        let words = &registers.page;
+        let eight =
+            |first: usize| std::array::from_fn(|at| words[first + at] & if at == 0 { 0xffff_0000 } else { u32::MAX });
+        let x2apic = registers.base & BASE_X2APIC != 0;
+        let mut lvt = [0; 6];
+        for ((to, from), writable) in lvt.iter_mut().zip(page::LVT).zip(LVT_WRITABLE) {
+            *to = words[from] & writable;
+        }
+        let deadline_mode = lvt[TIMER] >> 17 & 3 == 2;
+        let mut state = Self {
+            id,
+            base: registers.base,
+            tpr: words[page::TPR] as u8,
+            isr: eight(page::ISR),
+            tmr: eight(page::TMR),
+            irr: eight(page::IRR),
+            svr: words[page::SVR],
+            esr: words[page::ESR],
+            esr_collecting: 0,
+            icr: (u64::from(words[page::ICR + 1]) << 32 | u64::from(words[page::ICR])) & !(1 << 12),
+            lvt,
+            ldr: if x2apic { 0 } else { words[page::LDR] & 0xff00_0000 },
+            dfr: if x2apic { u32::MAX } else { words[page::DFR] },
+            timer_initial: words[page::INITIAL],
+            timer_divide: words[page::DIVIDE] & 0xb,
+            timer_end: None,
+            tsc_deadline: if deadline_mode { registers.tsc_deadline } else { 0 },
+            pic_output,
+            extint_pending: false,
+            nmi_pending: registers.nmi,
+            init_pending: false,
+            sipi_pending: registers.sipi,
+            wait_for_sipi: registers.wait_for_sipi,
+        };
+        let left = u64::from(words[page::CURRENT]) * state.divider();
+        state.timer_end = (!deadline_mode && left > 0).then(|| now.saturating_add(left));
+        state
+    }
+
+    /// Is it a state that local APIC `id` can be in?
+    pub(crate) fn check(&self, id: u32) -> Result<(), StateError> {
+        Registers::try_from_state(id, self).map(|_| ())
+    }
 }
 
 /// What remains to be done after a register write, when the lock is free.
@@ -367,12 +472,6 @@ impl Registers {
 
     fn periodic(&self) -> bool {
         self.lvt[TIMER] >> 17 & 3 == 1
-    }
-
-    /// The divider: 1 to 128 (11.5.4).
-    fn divider(&self) -> u64 {
-        let bits = self.timer_divide >> 1 & 4 | self.timer_divide & 3;
-        if bits == 7 { 1 } else { 2 << bits }
     }
 
     fn count_to_ns(&self, count: u32) -> u64 {

@@ -62,6 +62,10 @@ impl Engine for ToyEngine {
     fn ram(&self) -> &GuestRam {
         &self.0
     }
+    fn clock(&self) -> u64 {
+        0
+    }
+    fn set_clock(&self, _: u64) {}
 }
 
 impl ToyVcpu {
@@ -194,6 +198,9 @@ impl Board for ToyBoard {
         Some(Arc::new(Nothing))
     }
     fn attach(&mut self, _: u32, _: Arc<dyn Kick>) {}
+    fn start_chips(&self) -> Result<(), Error> {
+        Ok(())
+    }
     fn start_state(&self, _: u32) -> CpuState {
         let mut state = CpuState::default();
         state.enter_long_mode(0, 0x10, 0x18);
@@ -212,7 +219,13 @@ impl Board for ToyBoard {
 struct ToyMaker(VecDeque<Vec<u8>>, Option<Arc<ToyBus>>);
 
 impl BoardMaker for ToyMaker {
-    fn build(&mut self, ram: &GuestRam, events: &Events, output: &Output) -> Result<Box<dyn Board>, Error> {
+    fn build(
+        &mut self,
+        ram: &GuestRam,
+        _: Option<Arc<dyn cpu::Chips>>,
+        events: &Events,
+        output: &Output,
+    ) -> Result<Box<dyn Board>, Error> {
         let program = self.0.pop_front().ok_or_else(|| Error::Engine("no program left".into()))?;
         assert!(ram.write(START, &program));
         let new = || {

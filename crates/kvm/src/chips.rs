@@ -1,0 +1,318 @@
+//! The kernel's interrupt chips and timers: local APICs, IOAPIC, PICs, PIT.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cpu::Chips;
+use cpu::chips::{ChipRegisters, IoApicRegisters, LapicRegisters, PicRegisters, PitChannel, PitRegisters};
+use kvm_bindings as b;
+use kvm_ioctls::{VcpuFd, VmFd};
+
+use crate::kick::Cell;
+use crate::msr::number as n;
+use crate::registers::{self, Features};
+
+/// The timer's wire goes to this pin of the IOAPIC, as the MADT says.
+const TIMER_PIN: u32 = 2;
+const PINS: u32 = 24;
+/// The master PIC's input from the slave.
+const CASCADE: u32 = 2;
+const LEVEL: u64 = 1 << 15;
+const REMOTE_IRR: u64 = 1 << 14;
+/// The mode of a PIT channel that the kernel has after its power-on, when nothing counts.
+const NOTHING_COUNTS: u8 = 0xff;
+/// Flag of the PIT's state: port 0x61, bit 1.
+const SPEAKER_ON: u32 = 2;
+
+/// Indices into [`LapicRegisters::page`].
+const TIMER_LVT: usize = 0x32;
+
+/// Chips of one VM.
+pub struct KernelChips {
+    vm: Arc<VmFd>,
+    features: Features,
+    vcpus: Mutex<Vec<Arc<Cell>>>,
+}
+
+fn told(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> String {
+    move |error| format!("KVM refuses {what}: {}", std::io::Error::from(error))
+}
+
+/// Now, on the clock by which the kernel dates the PIT's counts.
+fn monotonic() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    (now.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec as u64)
+}
+
+impl KernelChips {
+    /// Makes the chips in `vm`, which has no vCPU yet.
+    pub fn create(vm: Arc<VmFd>, features: Features) -> Result<Arc<Self>, String> {
+        vm.create_irq_chip().map_err(told("interrupt chips"))?;
+        // Port 0x61 belongs to the PIT's second channel and goes with it.
+        vm.create_pit2(b::kvm_pit_config { flags: b::KVM_PIT_SPEAKER_DUMMY, ..Default::default() })
+            .map_err(told("a timer chip"))?;
+        vm.set_gsi_routing(&routing()?).map_err(told("the interrupts' routing"))?;
+        Ok(Arc::new(Self { vm, features, vcpus: Mutex::default() }))
+    }
+
+    /// A vCPU has been made; called in the order of their numbers.
+    pub fn add(&self, vcpu: Arc<Cell>) {
+        self.vcpus.lock().unwrap_or_else(PoisonError::into_inner).push(vcpu);
+    }
+
+    fn cells(&self) -> Vec<Arc<Cell>> {
+        self.vcpus.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn chip(&self, number: u32) -> Result<b::kvm_irqchip, String> {
+        let mut chip = b::kvm_irqchip { chip_id: number, ..Default::default() };
+        self.vm.get_irqchip(&mut chip).map_err(told("to tell interrupt chips"))?;
+        Ok(chip)
+    }
+
+    fn set_chip(&self, number: u32, chip: b::kvm_irqchip__bindgen_ty_1) -> Result<(), String> {
+        let chip = b::kvm_irqchip { chip_id: number, chip, ..Default::default() };
+        self.vm.set_irqchip(&chip).map_err(told("these registers of an interrupt chip"))
+    }
+}
+
+/// Wire 0 is the timer's; the PICs and the IOAPIC both have all others.
+fn routing() -> Result<b::KvmIrqRouting, String> {
+    let entry = |gsi: u32, chip: u32, pin: u32| {
+        let mut entry = b::kvm_irq_routing_entry { gsi, type_: b::KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
+        entry.u.irqchip = b::kvm_irq_routing_irqchip { irqchip: chip, pin };
+        entry
+    };
+    let pics = (0..16).filter(|gsi| *gsi != CASCADE).map(|gsi| {
+        let chip = if gsi < 8 { b::KVM_IRQCHIP_PIC_MASTER } else { b::KVM_IRQCHIP_PIC_SLAVE };
+        entry(gsi, chip, gsi % 8)
+    });
+    let ioapic = (0..PINS)
+        .filter(|gsi| *gsi != TIMER_PIN)
+        .map(|gsi| entry(gsi, b::KVM_IRQCHIP_IOAPIC, if gsi == 0 { TIMER_PIN } else { gsi }));
+    let entries: Vec<_> = pics.chain(ioapic).collect();
+    b::KvmIrqRouting::from_entries(&entries).map_err(|_| "no memory for the interrupts' routing".into())
+}
+
+impl Chips for KernelChips {
+    fn set_level(&self, gsi: u32, high: bool) {
+        // It fails for wires that do not exist only.
+        let _ = self.vm.set_irq_line(gsi, high);
+    }
+
+    fn send_msi(&self, address: u64, data: u32) {
+        let message =
+            b::kvm_msi { address_lo: address as u32, address_hi: (address >> 32) as u32, data, ..Default::default() };
+        // It fails for messages that mean nothing only.
+        let _ = self.vm.signal_msi(message);
+    }
+
+    fn nmi(&self) {
+        // A message with delivery mode NMI to everybody: requests to a vCPU itself would wait until it stops.
+        self.send_msi(0xfee0_0000 | 0xff << 12, 4 << 8);
+    }
+
+    fn save(&self) -> Result<ChipRegisters, String> {
+        let mut lapics = Vec::new();
+        for cell in self.cells() {
+            let fd = cell.stopped_fd().ok_or("a vCPU runs while the chips are to be saved")?;
+            lapics.push(save_lapic(&fd, &self.features)?);
+        }
+        let pit = self.vm.get_pit2().map_err(told("to tell the timer chip"))?;
+        let (master, slave) = (self.chip(b::KVM_IRQCHIP_PIC_MASTER)?, self.chip(b::KVM_IRQCHIP_PIC_SLAVE)?);
+        let ioapic = self.chip(b::KVM_IRQCHIP_IOAPIC)?;
+        // SAFETY: KVM filled in the chip that was asked for; all bit patterns are valid.
+        let (ioapic, master, slave) = unsafe { (ioapic.chip.ioapic, master.chip.pic, slave.chip.pic) };
+        Ok(ChipRegisters {
+            lapics,
+            ioapic: ioapic_from_kvm(&ioapic),
+            pics: [master, slave].map(|chip| pic_from_kvm(&chip)),
+            pit: pit_from_kvm(&pit, monotonic()),
+        })
+    }
+
+    fn restore(&self, registers: &ChipRegisters) -> Result<(), String> {
+        let cells = self.cells();
+        if cells.len() != registers.lapics.len() {
+            return Err(format!("{} local APICs, here {}", registers.lapics.len(), cells.len()));
+        }
+        let [master, slave] = registers.pics.map(|chip| pic_to_kvm(&chip));
+        self.set_chip(b::KVM_IRQCHIP_PIC_MASTER, b::kvm_irqchip__bindgen_ty_1 { pic: master })?;
+        self.set_chip(b::KVM_IRQCHIP_PIC_SLAVE, b::kvm_irqchip__bindgen_ty_1 { pic: slave })?;
+        self.vm.set_pit2(&pit_to_kvm(&registers.pit)).map_err(told("this state of the timer chip"))?;
+        let ioapic = b::kvm_irqchip__bindgen_ty_1 { ioapic: ioapic_to_kvm(&registers.ioapic) };
+        self.set_chip(b::KVM_IRQCHIP_IOAPIC, ioapic)?;
+        // After the IOAPIC, whose restoring may send messages: what is pending is in the saved registers.
+        for (cell, lapic) in cells.iter().zip(&registers.lapics) {
+            let fd = cell.stopped_fd().ok_or("a vCPU runs while the chips are to be restored")?;
+            restore_lapic(&fd, &self.features, lapic)?;
+        }
+        for pin in 0..PINS {
+            let asserted = registers.ioapic.asserted >> pin & 1 != 0;
+            let gsi = if pin == TIMER_PIN { 0 } else { pin };
+            if asserted && pin != 0 {
+                self.set_level(gsi, true);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn save_lapic(fd: &VcpuFd, features: &Features) -> Result<LapicRegisters, String> {
+    let run_state = fd.get_mp_state().map_err(told("to tell the run state"))?.mp_state;
+    let raw = fd.get_lapic().map_err(told("to tell the local APIC"))?;
+    let word = |index: usize| {
+        let bytes = raw.regs.get(index * 16..index * 16 + 4).map(|bytes| [bytes[0], bytes[1], bytes[2], bytes[3]]);
+        bytes.map_or(0, |bytes| u32::from_le_bytes(bytes.map(|byte| byte as u8)))
+    };
+    let events = fd.get_vcpu_events().map_err(told("to tell pending events"))?;
+    let deadline = registers::get_msr(fd, n::TSC_DEADLINE)?;
+    let offset = registers::tsc_offset(fd, features)?;
+    Ok(LapicRegisters {
+        page: std::array::from_fn(word),
+        base: registers::get_msr(fd, n::APIC_BASE)?,
+        tsc_deadline: if deadline == 0 { 0 } else { deadline.wrapping_sub(offset).max(1) },
+        nmi: events.nmi.pending != 0 || events.nmi.injected != 0,
+        wait_for_sipi: registers::waits_for_sipi(run_state),
+        sipi: (run_state == b::KVM_MP_STATE_SIPI_RECEIVED).then_some(events.sipi_vector as u8),
+    })
+}
+
+fn restore_lapic(fd: &VcpuFd, features: &Features, lapic: &LapicRegisters) -> Result<(), String> {
+    registers::set_msr(fd, n::APIC_BASE, lapic.base)?;
+    let mut raw = b::kvm_lapic_state::default();
+    for (index, word) in lapic.page.iter().enumerate() {
+        for (to, from) in raw.regs.iter_mut().skip(index * 16).zip(word.to_le_bytes()) {
+            *to = from as _;
+        }
+    }
+    fd.set_lapic(&raw).map_err(told("this state of a local APIC"))?;
+    // Only in deadline mode (bits 18 and 17 of the timer's vector register) does the deadline exist.
+    if lapic.page[TIMER_LVT] >> 17 & 3 == 2 {
+        let deadline = match lapic.tsc_deadline {
+            0 => 0,
+            deadline => deadline.wrapping_add(registers::tsc_offset(fd, features)?),
+        };
+        registers::set_msr(fd, n::TSC_DEADLINE, deadline)?;
+    }
+    let mut events = fd.get_vcpu_events().map_err(told("to tell pending events"))?;
+    events.flags = b::KVM_VCPUEVENT_VALID_NMI_PENDING;
+    events.nmi.pending = lapic.nmi.into();
+    if let Some(page) = lapic.sipi {
+        events.flags |= b::KVM_VCPUEVENT_VALID_SIPI_VECTOR;
+        events.sipi_vector = page.into();
+    }
+    fd.set_vcpu_events(&events).map_err(told("these pending events"))?;
+    if lapic.sipi.is_some() {
+        let state = b::kvm_mp_state { mp_state: b::KVM_MP_STATE_SIPI_RECEIVED };
+        fd.set_mp_state(state).map_err(told("this run state"))?;
+    }
+    Ok(())
+}
+
+fn ioapic_from_kvm(chip: &b::kvm_ioapic_state) -> IoApicRegisters {
+    // SAFETY: both members of the union are plain numbers of the same size.
+    let entries = chip.redirtbl.map(|entry| unsafe { entry.bits });
+    IoApicRegisters { id: chip.id << 24, select: chip.ioregsel as u8, entries, asserted: chip.irr }
+}
+
+fn ioapic_to_kvm(chip: &IoApicRegisters) -> b::kvm_ioapic_state {
+    b::kvm_ioapic_state {
+        base_address: 0xfec0_0000,
+        ioregsel: chip.select.into(),
+        id: chip.id >> 24 & 0xf,
+        // The wires are driven anew afterwards.
+        irr: 0,
+        pad: 0,
+        redirtbl: chip.entries.map(|entry| {
+            // Remote IRR is of level-triggered entries only.
+            let entry = if entry & LEVEL == 0 { entry & !REMOTE_IRR } else { entry };
+            b::kvm_ioapic_state__bindgen_ty_1 { bits: entry }
+        }),
+    }
+}
+
+fn pic_from_kvm(chip: &b::kvm_pic_state) -> PicRegisters {
+    PicRegisters {
+        lines: chip.last_irr,
+        irr: chip.irr,
+        isr: chip.isr,
+        imr: chip.imr,
+        base: chip.irq_base,
+        expects: if chip.init_state == 0 { 0 } else { chip.init_state.min(3) + 1 },
+        needs_icw4: chip.init4 != 0,
+        auto_eoi: chip.auto_eoi != 0,
+        rotate_on_auto_eoi: chip.rotate_on_auto_eoi != 0,
+        special_fully_nested: chip.special_fully_nested_mode != 0,
+        special_mask: chip.special_mask != 0,
+        poll: chip.poll != 0,
+        read_isr: chip.read_reg_select != 0,
+        first: chip.priority_add & 7,
+        level: chip.elcr,
+    }
+}
+
+fn pic_to_kvm(chip: &PicRegisters) -> b::kvm_pic_state {
+    b::kvm_pic_state {
+        last_irr: chip.lines,
+        irr: chip.irr,
+        isr: chip.isr,
+        imr: chip.imr,
+        irq_base: chip.base,
+        init_state: chip.expects.saturating_sub(1),
+        init4: chip.needs_icw4.into(),
+        auto_eoi: chip.auto_eoi.into(),
+        rotate_on_auto_eoi: chip.rotate_on_auto_eoi.into(),
+        special_fully_nested_mode: chip.special_fully_nested.into(),
+        special_mask: chip.special_mask.into(),
+        poll: chip.poll.into(),
+        read_reg_select: chip.read_isr.into(),
+        priority_add: chip.first,
+        elcr: chip.level,
+        // Which inputs may be level-triggered: the kernel's own is not changed by this.
+        elcr_mask: 0,
+    }
+}
+
+fn pit_from_kvm(pit: &b::kvm_pit_state2, now: u64) -> PitRegisters {
+    let channel = |c: &b::kvm_pit_channel_state| PitChannel {
+        mode: if c.mode > 5 { 0 } else { c.mode },
+        bcd: c.bcd != 0,
+        access: c.rw_mode & 3,
+        reload: c.count as u16,
+        age: (c.mode != NOTHING_COUNTS).then(|| now.saturating_sub(c.count_load_time as u64)),
+        gate: c.gate != 0,
+        write_high_next: c.write_state == 4,
+        low_written: c.write_latch,
+        read_high_next: c.read_state == 4,
+        latched: (c.count_latched != 0).then_some(c.latched_count),
+        latched_status: (c.status_latched != 0).then_some(c.status),
+    };
+    PitRegisters { channels: pit.channels.each_ref().map(channel), speaker: pit.flags & SPEAKER_ON != 0 }
+}
+
+/// The counts start anew: the kernel takes none that runs already.
+fn pit_to_kvm(pit: &PitRegisters) -> b::kvm_pit_state2 {
+    let state = |access: u8, high: bool| match (access, high) {
+        (1, _) => 1,
+        (2, _) => 2,
+        (_, false) => 3,
+        (_, true) => 4,
+    };
+    let channel = |c: &PitChannel| b::kvm_pit_channel_state {
+        count: u32::from(c.reload),
+        latched_count: c.latched.unwrap_or_default(),
+        count_latched: if c.latched.is_some() { c.access } else { 0 },
+        status_latched: c.latched_status.is_some().into(),
+        status: c.latched_status.unwrap_or_default(),
+        read_state: state(c.access, c.read_high_next),
+        write_state: state(c.access, c.write_high_next),
+        write_latch: c.low_written,
+        rw_mode: c.access,
+        mode: if c.age.is_some() { c.mode } else { NOTHING_COUNTS },
+        bcd: c.bcd.into(),
+        gate: c.gate.into(),
+        count_load_time: 0,
+    };
+    let flags = if pit.speaker { SPEAKER_ON } else { 0 };
+    b::kvm_pit_state2 { channels: pit.channels.each_ref().map(channel), flags, ..Default::default() }
+}
