@@ -103,6 +103,10 @@ pub trait Vcpu: Send {
     fn run(&mut self) -> Exit;
     /// The state, at an instruction boundary.
     fn state(&mut self) -> CpuState;
+    /// What readers of [`Vcpu::state`] should know about it after the last exit, if anything.
+    fn remark(&self) -> Option<&'static str> {
+        None
+    }
     /// Replaces the state.
     fn set_state(&mut self, state: &CpuState);
     /// To kick this vCPU from any thread.

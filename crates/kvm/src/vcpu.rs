@@ -373,6 +373,11 @@ impl Vcpu for KvmVcpu {
         })
     }
 
+    fn remark(&self) -> Option<&'static str> {
+        let text = "AMD-V keeps no registers at a triple fault: these are of the guest's last exit (--engine bt has the exact ones)";
+        self.at_crash.is_some().then_some(text)
+    }
+
     fn set_state(&mut self, state: &CpuState) {
         self.at_crash = None;
         let cell = self.cell.clone();

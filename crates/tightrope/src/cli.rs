@@ -42,6 +42,14 @@ pub struct Cli {
 pub enum Command {
     /// Run a virtual machine (the default)
     Run(Box<RunArgs>),
+    /// Say what this host can do for virtual machines, and what to change
+    ///
+    /// Exit code 0 when virtual machines run here, 1 when they do not.
+    Doctor {
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
+    },
     /// Print the completions for a shell
     Completions {
         /// bash, elvish, fish, powershell or zsh

@@ -1,10 +1,11 @@
 //! The command `tightrope`. Thin: it turns what the user asks for into a [`vmm::VmConfig`] and runs it.
 //!
-//! * [`cli`]: the command line. * [`settings`]: the configuration file. * [`guest`]: which kernel and what command line.
+//! * [`cli`]: the command line. * [`doctor`]: what this host can do. * [`settings`]: the configuration file. * [`guest`]: which kernel and what command line.
 
 #![forbid(unsafe_code)]
 
 mod cli;
+mod doctor;
 mod guest;
 mod settings;
 
@@ -73,6 +74,7 @@ fn arguments(given: impl Iterator<Item = OsString>) -> Vec<OsString> {
 fn execute(cli: Cli, started: Instant) -> Result<i32> {
     match cli.command {
         Command::Run(args) => run(&args, started),
+        Command::Doctor { json } => doctor::run(json),
         Command::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tightrope", &mut text);

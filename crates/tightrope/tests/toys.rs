@@ -23,7 +23,10 @@ fn triple_fault_is_exit_code_3_with_registers() {
     let kernel = Kernel::new(Code::new().print("bye").raw(&[0x48, 0xb8, 1, 2, 3, 4, 5, 6, 7, 8]).triple_fault());
     let done = finish(kernel.run(&[]), b"");
     assert_eq!((done.code(), done.out.as_str()), (Some(3), "bye"), "{}", done.err);
-    for part in ["triple fault on vCPU 0", "RAX: 0807060504030201", "<0f> 0b", "CR3: ", "64-bit, CPL 0"] {
+    // Some CPUs keep no registers; then it says so.
+    let exact: &[&str] =
+        if done.err.contains("AMD-V keeps no registers") { &[] } else { &["RAX: 0807060504030201", "<0f> 0b"] };
+    for part in [&["triple fault on vCPU 0", "CR3: ", "64-bit, CPL 0"], exact].concat() {
         assert!(done.err.contains(part), "{part} is missing in {}", done.err);
     }
 }
@@ -139,7 +142,9 @@ fn trace_of_exits() {
         "exit read port 0x79 ff (no device)",
         "exit write port 0x604 3400 acpi",
     ];
-    assert_eq!(lines, expected);
+    // Where the engine has the interrupt chips, no access to them comes out of it.
+    let own_chips = common::engine() == "kvm";
+    assert_eq!(lines, expected.into_iter().filter(|line| !own_chips || !line.ends_with("ioapic")).collect::<Vec<_>>());
 }
 
 /// Several kinds at once, in one file, or to standard error without one.

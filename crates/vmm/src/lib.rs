@@ -10,6 +10,7 @@
 //! * [`inputs`]: the user's files, opened, locked and checked.
 //! * [`serial`], [`console`], [`terminal`], [`signals`]: the console and the user's terminal.
 //! * [`gdb`]: the gdb stub. [`crash`], [`stats`]: reports. [`sandbox`]: Landlock and seccomp.
+//! * [`doctor`]: what this host can do.
 //!
 //! What is not here: devices (crate `machine`, `virtio`), instructions (the engines), where images come from (`image`).
 
@@ -17,6 +18,7 @@ mod board;
 mod config;
 mod console;
 mod crash;
+pub mod doctor;
 mod engine;
 mod error;
 mod events;

@@ -281,7 +281,8 @@ impl Vm {
         let report = self.cpus.threads.get(index as usize).and_then(|thread| {
             thread.ask(move |vcpu| {
                 let state = vcpu.state();
-                crash::report(index, &why, &state, &mut |address, data| vcpu.read_virtual(address, data))
+                let report = crash::report(index, &why, &state, &mut |address, data| vcpu.read_virtual(address, data));
+                report + &vcpu.remark().map_or(String::new(), |remark| format!("({remark})\n"))
             })
         });
         terminal::message(&report.unwrap_or_else(|| format!("tightrope: vCPU {index} failed: {exit:?}")));

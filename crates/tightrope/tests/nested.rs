@@ -1,0 +1,257 @@
+//! The engine `kvm` where no KVM works: QEMU without hardware support emulates a machine with AMD-V and nested paging, boots Debian's own
+//! kernel on it, and that kernel's `kvm-amd` gives a working `/dev/kvm`. There the whole-machine tests run with engine `kvm`.
+//!
+//! Needs `qemu-system-x86_64` (Debian package `qemu-system-x86`); missing it is a failure where `CI` is set, and said loudly elsewhere.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use image::{Flavour, cpio, initramfs};
+
+const QEMU: &str = "qemu-system-x86_64";
+/// Marks lines of ours on the console.
+const MARK: &str = "@@";
+
+/// The outer guest's first program. What it runs is in `/run-tests`.
+const INIT: &str = r#"#!/bin/sh
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TIGHTROPE_TEST_ENGINE=kvm
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mkdir -p /dev/pts && mount -t devpts devpts /dev/pts
+ip link set lo up 2>/dev/null || ifconfig lo up
+ulimit -c 0
+modprobe kvm_amd || echo "@@ failed modprobe"
+[ -c /dev/kvm ] || echo "@@ failed no /dev/kvm"
+. /run-tests
+echo "@@ end"
+poweroff -f
+"#;
+
+/// Is QEMU there? Without it the test fails in CI and is left out elsewhere.
+fn qemu_is_there() -> bool {
+    if Command::new(QEMU).arg("--version").output().is_ok_and(|output| output.status.success()) {
+        return true;
+    }
+    assert!(std::env::var_os("CI").is_none(), "{QEMU} is missing: install the Debian package qemu-system-x86");
+    eprintln!("NOT TESTED: {QEMU} is missing (Debian package qemu-system-x86); engine kvm goes untested");
+    false
+}
+
+/// Test programs of this package by name, built as they are in this very test run.
+fn test_programs(names: &[&str]) -> BTreeMap<String, PathBuf> {
+    let own = std::env::current_exe().expect("a path");
+    let target = own.ancestors().nth(3).expect("target directory");
+    let mut cargo = Command::new(env!("CARGO"));
+    // Of the whole workspace, so that dependencies have the features that they have already.
+    cargo.args(["test", "--workspace", "--no-run", "--message-format=json", "--target-dir"]).arg(target);
+    for name in names {
+        cargo.args(["--test", name]);
+    }
+    let output = cargo.stderr(Stdio::inherit()).stdin(Stdio::null()).output().expect("cargo");
+    assert!(output.status.success(), "the test programs cannot be built");
+    let messages = output.stdout.split(|byte| *byte == b'\n');
+    let programs: BTreeMap<String, PathBuf> = messages
+        .filter_map(|line| serde_json::from_slice::<serde_json::Value>(line).ok())
+        .filter_map(|message| {
+            let name = message["target"]["name"].as_str()?.to_string();
+            let path = message["executable"].as_str()?;
+            names.contains(&name.as_str()).then(|| (name, path.into()))
+        })
+        .collect();
+    assert_eq!(programs.len(), names.len(), "{programs:?}");
+    programs
+}
+
+/// Shared libraries that a program needs, by the paths at which it finds them.
+fn libraries(program: &Path) -> BTreeSet<PathBuf> {
+    let output = Command::new("ldd").arg(program).output().expect("ldd");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.split_ascii_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect()
+}
+
+/// A program without its debugging information, which would fill the outer guest's memory.
+fn stripped(program: &Path) -> Vec<u8> {
+    let file = tempfile::NamedTempFile::new().expect("temporary file");
+    let strip = Command::new("strip").arg("-o").arg(file.path()).arg(program).status();
+    let path = if strip.is_ok_and(|status| status.success()) { file.path() } else { program };
+    std::fs::read(path).expect("program")
+}
+
+/// An archive of files on top of the initramfs.
+#[derive(Default)]
+struct Overlay {
+    files: BTreeMap<PathBuf, (u32, Vec<u8>)>,
+}
+
+impl Overlay {
+    fn put(&mut self, path: impl Into<PathBuf>, mode: u32, data: Vec<u8>) {
+        self.files.insert(path.into(), (mode, data));
+    }
+
+    /// A program with its libraries, at its own path.
+    fn program(&mut self, path: &Path) {
+        for library in libraries(path) {
+            let data = std::fs::read(&library).expect("library");
+            self.put(library, 0o755, data);
+        }
+        self.put(path, 0o755, stripped(path));
+    }
+
+    /// All files under a directory, at their own names under `to`.
+    fn tree(&mut self, from: &Path, to: &Path) {
+        for entry in std::fs::read_dir(from).expect("directory") {
+            let entry = entry.expect("entry");
+            let to = to.join(entry.file_name());
+            if entry.file_type().expect("type").is_dir() {
+                self.tree(&entry.path(), &to);
+            } else {
+                self.put(to, 0o644, std::fs::read(entry.path()).expect("file"));
+            }
+        }
+    }
+
+    fn archive(&self) -> Vec<u8> {
+        let mut writer = cpio::Writer::new();
+        let mut made = BTreeSet::new();
+        for (path, (mode, data)) in &self.files {
+            let name = path.strip_prefix("/").unwrap_or(path);
+            for parent in name.ancestors().skip(1).collect::<Vec<_>>().into_iter().rev() {
+                if !parent.as_os_str().is_empty() && made.insert(parent.to_path_buf()) {
+                    writer.dir(&parent.display().to_string());
+                }
+            }
+            writer.file(&name.display().to_string(), *mode, data);
+        }
+        writer.finish()
+    }
+}
+
+/// The package of `version`'s kernel and BusyBox's: from the cache, or fetched.
+fn packages(image: &image::GuestImage, options: &image::Options) -> [PathBuf; 2] {
+    let kernel = format!("linux-image-{}", image.kernel_version);
+    let cache = image.kernel.ancestors().nth(3).expect("cache").join("packages");
+    let cached = |name: &str| {
+        let wanted = format!("-{name}_");
+        let entries = std::fs::read_dir(&cache).ok()?;
+        entries.filter_map(|entry| Some(entry.ok()?.path())).find(|path| path.to_string_lossy().contains(&wanted))
+    };
+    if let (Some(kernel), Some(busybox)) = (cached(&kernel), cached("busybox-static")) {
+        return [kernel, busybox];
+    }
+    let names = [kernel.as_str(), "busybox-static"];
+    let found = image::fetch_packages(image::DEFAULT_SUITE, &names, options).unwrap_or_else(|error| panic!("{error}"));
+    found.try_into().expect("two packages")
+}
+
+/// Boots the outer guest, which runs the shell script `script`; returns all it printed.
+fn outer_guest(script: &str, programs: &[&Path], limit: Duration) -> String {
+    let options = image::Options { progress: image::Progress::Quiet, ..image::Options::default() };
+    let image =
+        image::default_image(image::DEFAULT_SUITE, Flavour::Cloud, &options).unwrap_or_else(|error| panic!("{error}"));
+    let [kernel_deb, busybox_deb] = packages(&image, &options);
+    let kernel = initramfs::Kernel::read(&kernel_deb).unwrap_or_else(|error| panic!("{error}"));
+    let extra = ["kvm_amd".to_string()];
+    let mut archive =
+        initramfs::build(&kernel, &kernel_deb, &busybox_deb, &extra).unwrap_or_else(|error| panic!("{error}"));
+    let mut overlay = Overlay::default();
+    overlay.put("/init", 0o755, INIT.into());
+    overlay.put("/run-tests", 0o644, script.into());
+    overlay.program(Path::new(env!("CARGO_BIN_EXE_tightrope")));
+    for program in programs {
+        overlay.program(program);
+    }
+    // The inner guests' image, as the command finds it in its cache.
+    let images = image.kernel.ancestors().nth(2).expect("images");
+    overlay.tree(images, Path::new("/root/.cache/tightrope/images"));
+    archive.extend(overlay.archive());
+
+    let dir = tempfile::tempdir().expect("directory");
+    let initrd = dir.path().join("initrd");
+    std::fs::write(&initrd, &archive).expect("initrd");
+    let mut qemu = Command::new(QEMU);
+    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-monitor", "none"])
+        .args(["-no-reboot", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC,+svm,+npt", "-smp", "2"])
+        .args(["-m", "3072", "-append", "console=ttyS0 quiet panic=-1 random.trust_cpu=on", "-kernel"])
+        .arg(&image.kernel)
+        .arg("-initrd")
+        .arg(&initrd)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
+    let mut child = qemu.spawn().expect("QEMU");
+    let output = child.stdout.take().expect("piped");
+    let (to, lines) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
+            if to.send(String::from_utf8_lossy(&line).trim_end().to_string()).is_err() {
+                return;
+            }
+        }
+    });
+    let deadline = Instant::now() + limit;
+    let mut seen = String::new();
+    let end = loop {
+        match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(line) => {
+                let _ = writeln!(std::io::stdout(), "{line}");
+                seen.push_str(&line);
+                seen.push('\n');
+            }
+            Err(why) => break why,
+        }
+    };
+    if end == std::sync::mpsc::RecvTimeoutError::Timeout {
+        let _ = child.kill();
+        let _ = child.wait();
+        panic!("the outer guest does not end within {} s:\n{seen}", limit.as_secs());
+    }
+    let _ = child.wait();
+    assert!(seen.contains("@@ end"), "the outer guest ended early:\n{seen}");
+    seen
+}
+
+/// Runs test programs with filters, `(name, arguments)`, in the outer guest; all must pass.
+fn pass(runs: &[(&str, &str)], limit: Duration) {
+    if !qemu_is_there() {
+        return;
+    }
+    let names: BTreeSet<&str> = runs.iter().map(|(name, _)| *name).collect();
+    let programs = test_programs(&names.into_iter().collect::<Vec<_>>());
+    let mut script = format!(
+        "export XDG_CACHE_HOME=/root/.cache\n{0} doctor --json >/tmp/doctor; echo \"{MARK} doctor exit=$?\"; cat /tmp/doctor\n",
+        env!("CARGO_BIN_EXE_tightrope")
+    );
+    for (name, arguments) in runs {
+        let program = programs[*name].display();
+        script.push_str(&format!(
+            "cd {}; {program} --test-threads=2 {arguments}; echo \"{MARK} {name} exit=$?\"\n",
+            env!("CARGO_MANIFEST_DIR")
+        ));
+        script.insert_str(0, &format!("mkdir -p {}\n", env!("CARGO_MANIFEST_DIR")));
+    }
+    let paths: Vec<&Path> = programs.values().map(PathBuf::as_path).collect();
+    let seen = outer_guest(&script, &paths, limit);
+    let exits: Vec<&str> = seen.lines().filter(|line| line.starts_with(MARK) && line.contains("exit=")).collect();
+    assert_eq!(exits.len(), runs.len() + 1, "{exits:?}");
+    assert!(exits.iter().all(|line| line.ends_with("exit=0")), "{exits:?}");
+    assert!(!seen.contains("@@ failed"));
+}
+
+/// The most of it that takes a minute or two.
+#[test]
+fn tiny_kernels_and_debian() {
+    pass(&[("toys", ""), ("debian", "boots_to_a_shell reboots")], Duration::from_secs(300));
+}
+
+#[test]
+#[ignore = "takes many minutes"]
+fn all_whole_machine_tests() {
+    pass(
+        &[("toys", ""), ("terminal", ""), ("debian", "--skip stock --skip generic --skip cloud")],
+        Duration::from_secs(3600),
+    );
+}
