@@ -10,5 +10,6 @@ mod lockstep;
 mod mappings;
 mod modified;
 mod sensitive;
+mod smp;
 mod trace;
 mod traps;
