@@ -270,6 +270,10 @@ fn chunk_mask(start: u16, end: u16) -> u64 {
     (start / 64..=end.saturating_sub(1) / 64).fold(0, |mask, chunk| mask | 1 << chunk)
 }
 
+/// How far [`Cache::shift`] may move the parts of a block.
+const HOT_SHIFT: usize = 48;
+const COLD_SHIFT: usize = 15;
+
 /// Templates kept over a flush, in bytes.
 const MAX_TEMPLATE_BYTES: usize = 96 << 20;
 
@@ -516,13 +520,20 @@ impl Cache {
     fn insert(&mut self, key: Key, template: &Template, how: &str) -> Result<BlockId, Full> {
         let output = &template.output;
         // Room: everything of this block, and a thunk for each slot.
-        let hot_len = (output.hot.len() + 15) & !15;
-        let cold_len = output.cold.len() + 16 * output.slots.len() + 16;
-        if self.hot + hot_len > self.memory.size() / 5 * 2
-            || self.cold + cold_len > self.memory.size()
+        let mut hot_len = (output.hot.len() + 15) & !15;
+        let mut cold_len = output.cold.len() + 16 * output.slots.len() + 16;
+        if self.hot + hot_len + HOT_SHIFT > self.memory.size() / 5 * 2
+            || self.cold + cold_len + COLD_SHIFT > self.memory.size()
             || self.sites.slots.len() as usize + output.slots.len() > crate::block::MAX_SLOTS
         {
             return Err(Full);
+        }
+        if self.vcpus.len() > 1 {
+            let (hot, cold) = self.shift(output);
+            self.hot += hot;
+            self.cold += cold;
+            hot_len += hot;
+            cold_len += cold;
         }
         let id = self.blocks.len() as BlockId;
         let block = self.place(id, key, template);
@@ -550,6 +561,18 @@ impl Cache {
         self.blocks.push(block);
         self.map.insert(key, id);
         Ok(id)
+    }
+
+    /// By how much to move a block's two parts so that no jump to be linked lies in two cache lines, or few do: linking those stops the
+    /// other vCPUs.
+    fn shift(&self, output: &Output) -> (usize, usize) {
+        let split = |part: Part, start: usize| {
+            output.links.iter().filter(|l| l.part == part && CodeMemory::two_lines(start + l.at)).count()
+        };
+        let best = |part: Part, start: usize, step: usize, limit: usize| {
+            (0..=limit).step_by(step).min_by_key(|&by| split(part, start + by)).unwrap_or(0)
+        };
+        (best(Part::Hot, self.hot, 16, HOT_SHIFT), best(Part::Cold, self.cold, 5, COLD_SHIFT))
     }
 
     fn place(&mut self, id: BlockId, key: Key, template: &Template) -> Block {
