@@ -105,6 +105,8 @@ pub struct VcpuBlock {
     pub exit_target: u64,
     /// A value kept across the checks of one instruction.
     pub scratch: u64,
+    /// RAX and RCX while a stub uses them.
+    pub lent: [u64; 2],
     /// Host RIP of a signal in translated code.
     pub fault_pc: u64,
     /// Signal number.
@@ -172,6 +174,10 @@ pub mod off {
     pub const HOST_FLAGS: i32 = offset_of!(VcpuBlock, host_flags) as i32;
     pub const EXIT_TARGET: i32 = offset_of!(VcpuBlock, exit_target) as i32;
     pub const SCRATCH: i32 = offset_of!(VcpuBlock, scratch) as i32;
+    pub const fn lent(index: usize) -> i32 {
+        (offset_of!(VcpuBlock, lent) + 8 * index) as i32
+    }
+    pub const SITES: i32 = offset_of!(VcpuBlock, sites) as i32;
     pub const HOST_RSP: i32 = offset_of!(VcpuBlock, host_rsp) as i32;
     pub const CALL_RSP: i32 = offset_of!(VcpuBlock, call_rsp) as i32;
     pub const USER_RSP: i32 = offset_of!(VcpuBlock, user_rsp) as i32;

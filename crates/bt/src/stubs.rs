@@ -9,7 +9,7 @@
 //! block (`flags`), and the target loads them if it reads them.
 
 use crate::asm::{Asm, Mem, R8, R9, R10, R11, R12, R13, R14, R15, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, cc};
-use crate::block::{IBTC_ENTRIES, off, reason};
+use crate::block::{IBTC_ENTRIES, MAX_SITES, TLB_ENTRIES, off, reason};
 
 /// `(host register, guest register)` of all guest registers that live in host registers.
 pub const MAPPED: [(u8, usize); 13] = [
@@ -28,6 +28,33 @@ pub const MAPPED: [(u8, usize); 13] = [
     (R15, 15),
 ];
 
+/// A check site whose prediction has failed, as the stub [`Stubs::failed`] wants it in R10D.
+#[derive(Clone, Copy, Debug)]
+pub struct Failed {
+    pub site: u32,
+    pub user: bool,
+    pub write: bool,
+    pub size: u16,
+    /// The site stands for a group: a range across a page is told by CF.
+    pub group: bool,
+}
+
+impl Failed {
+    const TABLE: u8 = 13;
+    const SIZE: u8 = 15;
+    const GROUP: i32 = 1 << 30;
+
+    pub fn pack(self) -> i32 {
+        (self.site as i32 & (MAX_SITES as i32 - 1))
+            | i32::from(self.write) << Self::TABLE
+            | i32::from(self.user) << (Self::TABLE + 1)
+            | i32::from(self.size) << Self::SIZE
+            | if self.group { Self::GROUP } else { 0 }
+    }
+}
+
+const _: () = assert!(MAX_SITES == 1 << Failed::TABLE);
+
 /// Positions of the stubs in the code cache.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Stubs {
@@ -37,6 +64,8 @@ pub struct Stubs {
     pub exits: [usize; 10],
     /// Slow path of a memory check: R11 = address, R10D = descriptor; returns R10 = delta.
     pub slow_access: usize,
+    /// A wrong prediction: R11 = address, R10D = [`Failed`], the access's number in the NOP behind the call; returns R10 = delta, R11 = address.
+    pub failed: usize,
     /// Indirect jump to R11, flags in the block: kernel, user.
     pub indirect: [usize; 2],
     /// An indirect jump to R11 that missed the target cache.
@@ -144,7 +173,10 @@ pub fn assemble(slow_access: u64) -> (Vec<u8>, Stubs) {
     let at = asm.jmp();
     link(&mut asm, at, stubs.indirect[0]);
 
+    let to_monitor = failed(&mut asm, &mut stubs);
+
     // The slow path of memory checks.
+    asm.patch32(to_monitor);
     stubs.slow_access = asm.len();
     save_registers(&mut asm);
     for i in 0..16 {
@@ -198,6 +230,69 @@ pub fn assemble(slow_access: u64) -> (Vec<u8>, Stubs) {
     transitions(&mut asm, &mut stubs);
     stubs.end = asm.len();
     (asm.bytes, stubs)
+}
+
+/// A wrong prediction. Falls through nowhere; returns the jump to the slow path.
+fn failed(asm: &mut Asm, stubs: &mut Stubs) -> usize {
+    stubs.failed = asm.len();
+    asm.store(Mem::gs(off::lent(0)), RAX);
+    asm.store(Mem::gs(off::lent(1)), RCX);
+    asm.mov32(RCX, R10);
+    asm.and32_imm(RCX, MAX_SITES as i32 - 1);
+    asm.raw(&[0xc4, 0xc3, 0x7b, 0xf0, 0xc3, 8]); // rorx eax, r11d, 8
+    asm.and32_imm(RAX, 0xfff0);
+    let site = |field| Mem { base: None, index: Some((RCX, 8)), disp: off::SITES + field, gs: true, addr32: false };
+    asm.rm(false, &[0x3b], RAX, site(0)); // cmp
+    let same = asm.jcc(cc::E);
+    asm.store32(site(0), RAX);
+    asm.rm(false, &[0xff], 0, site(4)); // inc: too often?
+    let often = asm.jcc(cc::E);
+    // The entry.
+    asm.mov32(RCX, R10);
+    asm.shr32(RCX, Failed::TABLE);
+    asm.and32_imm(RCX, 3);
+    asm.shl32(RCX, (TLB_ENTRIES * 16).trailing_zeros() as u8);
+    asm.lea(RCX, Mem::sum(RCX, RAX, 0));
+    asm.load(RAX, Mem::gs_base(RCX, off::tlb(false, false)));
+    asm.rr(true, &[0x31], R11, RAX); // xor
+    asm.shr32(R10, Failed::SIZE);
+    asm.and32_imm(R10, 0x1fff);
+    asm.rr(true, &[0xf7], 3, R10); // neg
+    asm.lea(R10, Mem::base(R10, 4096));
+    asm.cmp(RAX, R10);
+    let unknown = asm.jcc(cc::A);
+    asm.load(R10, Mem::gs_base(RCX, off::tlb(false, false) + 8));
+    asm.load(RAX, Mem::gs(off::lent(0)));
+    asm.load(RCX, Mem::gs(off::lent(1)));
+    asm.u8(0xf8); // clc
+    asm.ret();
+
+    for at in [same, often, unknown] {
+        asm.patch32(at);
+    }
+    // Does a group cross the page?
+    asm.raw(&[0x48, 0x8b, 0x04, 0x24]); // mov rax, [rsp]: behind the call
+    asm.load32(RCX, Mem::base(RAX, -9)); // Failed
+    asm.load32(R10, Mem::base(RAX, 3)); // the access's number
+    asm.rr(false, &[0xf7], 0, RCX); // test
+    asm.i32(Failed::GROUP);
+    let single = asm.jcc(cc::E);
+    asm.shr32(RCX, Failed::SIZE);
+    asm.and32_imm(RCX, 0x1fff);
+    asm.mov32(RAX, R11);
+    asm.and32_imm(RAX, 0xfff);
+    asm.lea(RCX, Mem::sum(RCX, RAX, 0));
+    asm.cmp_imm(RCX, 4096);
+    let inside = asm.jcc(cc::BE);
+    asm.load(RAX, Mem::gs(off::lent(0)));
+    asm.load(RCX, Mem::gs(off::lent(1)));
+    asm.u8(0xf9); // stc
+    asm.ret();
+    asm.patch32(single);
+    asm.patch32(inside);
+    asm.load(RAX, Mem::gs(off::lent(0)));
+    asm.load(RCX, Mem::gs(off::lent(1)));
+    asm.jmp()
 }
 
 /// Loads YMM0 to YMM15. Upper halves that are all zero are left in the state after VZEROUPPER: otherwise every SSE instruction of the

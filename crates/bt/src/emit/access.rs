@@ -12,6 +12,7 @@ use super::{host, number, spilled};
 use crate::analyze::Insn;
 use crate::asm::{Asm, Mem, R9, R10, R11, RCX, RDI, RSI, Reg, cc};
 use crate::block::{MAX_SITES, off, reason, tlb_index};
+use crate::stubs::Failed;
 
 /// An address computed by [`Emitter::address`].
 #[derive(Clone, Copy)]
@@ -37,12 +38,10 @@ fn search(asm: &mut Asm) {
     asm.touch(R10);
 }
 
-/// What a check site does on a miss besides its own address.
+/// What a check site does when its prediction fails.
 struct Miss {
-    size: u16,
-    table: i32,
-    /// Displacement of the site's prediction.
-    prediction: i32,
+    /// For the stub, see [`crate::stubs::Failed`].
+    site: Failed,
     access: Access,
 }
 
@@ -137,21 +136,21 @@ impl Emitter<'_> {
                 let compute = move |asm: &mut Asm| address_of(asm, base, disp);
                 let miss = self.probe(insn, size, write, &compute);
                 self.hot.load(R10, Mem::gs_base(R10, table + 8));
-                self.probe_miss(&miss, &compute, false);
+                self.probe_miss(&miss, &compute);
                 Ok(Mem::sum(base, R10, disp))
             }
             Address::Sum => {
                 let miss = self.probe(insn, size, write, compute);
                 compute(&mut self.hot);
                 self.hot.load(R10, Mem::gs_base(R10, table + 8));
-                self.probe_miss(&miss, compute, true);
+                self.probe_miss(&miss, compute);
                 Ok(Mem::sum(R11, R10, 0))
             }
             Address::Computed => {
                 let miss = self.probe(insn, size, write, compute);
                 self.hot.xor_mem(R11, Mem::gs_base(R10, table));
                 self.hot.load(R10, Mem::gs_base(R10, table + 8));
-                self.probe_miss(&miss, compute, true);
+                self.probe_miss(&miss, compute);
                 Ok(Mem::sum(R11, R10, 0))
             }
         }
@@ -174,12 +173,11 @@ impl Emitter<'_> {
         let table = off::tlb(self.context.mode.user, write);
         let site = self.context.first_site.wrapping_add(self.sites) % MAX_SITES as u32;
         self.sites += 1;
-        let prediction = off::site(site);
         compute(&mut self.hot);
         let at = self.hot.len();
         // Repeated prefixes, so that SEARCH fits into its place.
         self.hot.raw(&[0x65; SEARCH.len() - 9]);
-        self.hot.load32(R10, Mem::gs(prediction));
+        self.hot.load32(R10, Mem::gs(off::site(site)));
         debug_assert_eq!(self.hot.len() - at, SEARCH.len());
         self.hot.xor_mem(R11, Mem::gs_base(R10, table));
         self.hot.cmp_imm(R11, 4096 - i32::from(size));
@@ -187,44 +185,28 @@ impl Emitter<'_> {
         self.fix(Part::Hot, slow, Target::Own(Part::Cold, self.cold.len()));
         let mut access = self.access(insn, size, write);
         access.site = Some((site as u16, at as u32));
-        Miss { size, table, prediction, access }
+        let site = Failed { site, user: self.context.mode.user, write, size, group: false };
+        Miss { site, access }
     }
 
-    /// The cold part of a check by prediction: tries the entry that belongs to the address, then the monitor. Comes back with the delta in R10
-    /// and, if `keep`, the address in R11.
-    fn probe_miss(&mut self, miss: &Miss, compute: &dyn Fn(&mut Asm), keep: bool) {
+    /// The cold part of a check by prediction: the stub tries the entry that belongs to the address, then the monitor. Comes back with the
+    /// delta in R10 and the address in R11.
+    fn probe_miss(&mut self, miss: &Miss, compute: &dyn Fn(&mut Asm)) {
         let back = self.hot.len();
-        let monitor = self.retry(miss, compute, |cold| {
-            if keep {
-                cold.xor_mem(R11, Mem::gs_base(R10, miss.table));
-            }
-        });
-        self.back(back);
-        for at in monitor {
-            self.cold.patch32(at);
-        }
         compute(&mut self.cold);
-        self.ask(miss.access);
+        self.failed(miss.site, miss.access);
         self.back(back);
     }
 
-    /// Looks the right entry up and notes it as the prediction. Falls through with the delta in R10 after `found`; the jumps
-    /// returned are for what the table does not know.
-    fn retry(&mut self, miss: &Miss, compute: &dyn Fn(&mut Asm), found: impl FnOnce(&mut Asm)) -> [usize; 3] {
-        let cold = &mut self.cold;
-        compute(cold);
-        search(cold);
-        cold.rm(false, &[0x3b], R10, Mem::gs(miss.prediction)); // cmp
-        let same = cold.jcc(cc::E);
-        cold.store32(Mem::gs(miss.prediction), R10);
-        cold.rm(false, &[0xff], 0, Mem::gs(miss.prediction + 4)); // inc: too often?
-        let often = cold.jcc(cc::E);
-        cold.xor_mem(R11, Mem::gs_base(R10, miss.table));
-        cold.cmp_imm(R11, 4096 - i32::from(miss.size));
-        let unknown = cold.jcc(cc::A);
-        found(cold);
-        cold.load(R10, Mem::gs_base(R10, miss.table + 8));
-        [same, often, unknown]
+    /// Calls the stub for a wrong prediction: the address is in R11.
+    fn failed(&mut self, site: Failed, access: Access) {
+        self.cold.raw(&[0x41, 0xba]); // mov r10d, imm32
+        self.cold.i32(site.pack());
+        let at = self.cold.call();
+        self.fix(Part::Cold, at, Target::Fixed(self.context.stubs.failed));
+        self.cold.raw(&[0x0f, 0x1f, 0x80, 0, 0, 0, 0]); // nop [rax + imm32], which the stub reads
+        self.out.numbers.push((self.cold.len() - 4, Number::Access(self.out.accesses.len())));
+        self.out.accesses.push(access);
     }
 
     /// Calls the slow path for the address in R11.
@@ -294,23 +276,16 @@ impl Emitter<'_> {
         self.flags_to_block(insn.live_before);
         let first = disp.wrapping_add(group.start);
         let range = move |asm: &mut Asm| address_of(asm, base, first);
-        let miss = self.probe(insn, group.span, write, &range);
-        self.hot.load(R10, Mem::gs_base(R10, miss.table + 8));
+        let Miss { mut site, access } = self.probe(insn, group.span, write, &range);
+        self.hot.load(R10, Mem::gs_base(R10, off::tlb(self.context.mode.user, write) + 8));
         let back = self.hot.len();
         self.hot.store(Mem::gs(off::delta(group.slot)), R10);
         self.at_hand(group.slot);
-        let monitor = self.retry(&miss, &range, |_| {});
-        self.back(back);
-        for at in monitor {
-            self.cold.patch32(at);
-        }
-        // A miss, or a range across a page?
+        // A wrong prediction, a miss, or a range across a page?
+        site.group = true;
         range(&mut self.cold);
-        self.cold.mov32(R10, R11);
-        self.cold.and32_imm(R10, 0xfff);
-        self.cold.cmp_imm(R10, 4096 - i32::from(group.span));
-        let crosses = self.cold.jcc(cc::A);
-        self.ask(miss.access);
+        self.failed(site, access);
+        let crosses = self.cold.jcc(cc::B);
         self.back(back);
         self.cold.patch32(crosses);
         if self.flags == Flags::Block {
