@@ -88,6 +88,8 @@ pub struct Block {
     /// Entry with flags in the vCPU block.
     pub indirect: usize,
     stale: usize,
+    /// See [`Output::indirect_stale`].
+    indirect_stale: Option<usize>,
     /// Bytes of the page: first and behind the last.
     start: u16,
     end: u16,
@@ -653,6 +655,7 @@ impl Cache {
             body: hot + output.body,
             indirect: if output.indirect.1 { hot + output.indirect.0 } else { cold + output.indirect.0 },
             stale: cold + output.stale,
+            indirect_stale: output.indirect_stale.map(|at| cold + at),
             start: (key.address & 0xfff) as u16,
             end: template.end,
             ahead: template.ahead,
@@ -804,10 +807,14 @@ impl Cache {
         forgotten.slots.append(&mut block.slots);
         let incoming = std::mem::take(&mut block.incoming);
         let (hot, body, stale) = (block.hot, block.body, block.stale);
+        let (indirect, indirect_stale) = (block.indirect, block.indirect_stale);
         let pads = std::mem::take(&mut block.pads);
         self.memory.write_jump(hot, stale);
         self.memory.write_jump(body, stale);
-        // The entry for indirect jumps leads to `hot` in the end.
+        // Else the entry for indirect jumps leads to `hot` in the end.
+        if let Some(stale) = indirect_stale {
+            self.memory.write_jump(indirect, stale);
+        }
         for &(at, address) in &pads {
             forgotten.targets.push((address, user));
             self.memory.write_jump(at, self.stubs.indirect[usize::from(user)]);

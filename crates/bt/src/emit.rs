@@ -157,6 +157,8 @@ pub struct Output {
     pub indirect: (usize, bool),
     /// Cold offset of code that reports the block as stale.
     pub stale: usize,
+    /// The same for the entry for indirect jumps, if that does not lead to the first one.
+    pub indirect_stale: Option<usize>,
     /// Number of check sites.
     pub sites: u32,
 }
@@ -208,6 +210,27 @@ pub struct Unsupported;
 
 type Done = Result<(), Unsupported>;
 
+/// Does a block whose flags are live at its start move them to the vCPU block before anything reads or changes them?
+fn saves_first(insns: &[Insn]) -> bool {
+    for insn in insns {
+        match insn.class {
+            Class::Ret
+            | Class::JmpIndirect
+            | Class::Call
+            | Class::CallIndirect
+            | Class::Memory { .. }
+            | Class::Push
+            | Class::PushMemory
+            | Class::Pop
+            | Class::Leave => return true,
+            Class::Skip | Class::Lea => {}
+            Class::Plain if insn.reads == 0 && insn.ins.rflags_modified() & ALL_FLAGS == 0 => {}
+            _ => return false,
+        }
+    }
+    false
+}
+
 /// Is this guest register kept in the block?
 const fn spilled(reg: u8) -> bool {
     reg >= 9 && reg <= 11
@@ -256,7 +279,11 @@ impl<'a> Emitter<'a> {
             delta_at_hand: None,
             encoder,
         };
-        emitter.entry(&insns[0]);
+        if insns[0].live_before != 0 && saves_first(insns) {
+            emitter.entry_saved(&insns[0]);
+        } else {
+            emitter.entry(&insns[0]);
+        }
         let mut open = true;
         for (i, insn) in insns.iter().enumerate() {
             emitter.meta(insn, [0xff; 3]);
@@ -358,6 +385,27 @@ impl<'a> Emitter<'a> {
             self.hot.mov(RCX, R11);
         }
         self.out.body = self.hot.len();
+    }
+
+    /// The entry of a block that would move the flags to the vCPU block anyway: calls and indirect jumps, which leave them there, enter
+    /// behind that.
+    fn entry_saved(&mut self, first: &Insn) {
+        let exit = self.exit_number(first.offset, true);
+        self.out.stale = self.cold.len();
+        self.cold_exit(exit, reason::STALE);
+        self.out.indirect_stale = Some(self.cold.len());
+        self.cold.restore_flags(off::FLAGS, R10);
+        self.cold_exit(exit, reason::STALE);
+        let poll_exit = self.cold.len();
+        self.cold.restore_flags(off::FLAGS, R10);
+        self.cold_exit(exit, reason::POLL);
+        self.hot.save_flags(off::FLAGS, R10);
+        self.out.indirect = (self.hot.len(), true);
+        self.hot.cmp32_mem_imm8(Mem::gs(off::KICK), 0);
+        let at = self.hot.jcc(cc::NE);
+        self.fix(Part::Hot, at, Target::Own(Part::Cold, poll_exit));
+        self.out.body = 0;
+        self.flags = Flags::Block;
     }
 
     fn meta(&mut self, insn: &Insn, borrowed: [u8; 3]) {
