@@ -13,7 +13,7 @@ pub const TLB_ENTRIES: usize = 4096;
 pub const IBTC_ENTRIES: usize = 4096;
 /// Cross-page jump slots per vCPU.
 pub const MAX_SLOTS: usize = 1 << 18;
-/// Groups of accesses with a common check, per block.
+/// Groups of accesses with a common check, per block. Their deltas lie below the host's stack pointer, behind what stubs put there.
 pub const MAX_GROUPS: usize = 12;
 /// Bytes of the stack that host CALL and RET use for guest calls.
 pub const CALL_STACK: usize = 256 << 10;
@@ -42,14 +42,15 @@ pub struct IbtcEntry {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Site {
-    /// Offset of the entry in the software TLB that the site used last.
-    pub entry: u32,
+    /// Host address of the entry of the site's software TLB that it used last.
+    pub entry: u64,
     /// Wrong predictions, counted up from minus [`WRONG_PREDICTIONS`].
     pub wrong: i32,
+    _pad: u32,
 }
 
-/// Check sites with a prediction of their own; further ones share.
-pub const MAX_SITES: usize = 8192;
+/// Check sites with a prediction of their own, for each software TLB; further ones share.
+pub const MAX_SITES: usize = 2048;
 /// Wrong predictions in a second after which a site predicts no more.
 pub const WRONG_PREDICTIONS: i32 = 4_000;
 
@@ -105,8 +106,8 @@ pub struct VcpuBlock {
     pub exit_target: u64,
     /// A value kept across the checks of one instruction.
     pub scratch: u64,
-    /// RAX and RCX while a stub uses them.
-    pub lent: [u64; 2],
+    /// RAX and RCX while a stub uses them, and a value of its own.
+    pub lent: [u64; 3],
     /// Host RIP of a signal in translated code.
     pub fault_pc: u64,
     /// Signal number.
@@ -125,8 +126,6 @@ pub struct VcpuBlock {
     pub fast_syscall: u32,
     /// CS and SS after SYSCALL, CS and SS after SYSRET.
     pub fast_segments: [cpu::Segment; 4],
-    /// Deltas of groups of accesses.
-    pub deltas: [u64; MAX_GROUPS],
     /// Host registers lent to an instruction.
     pub borrowed: [u64; 4],
     /// The runtime of this vCPU, for the slow path.
@@ -137,8 +136,10 @@ pub struct VcpuBlock {
     pub ymm: [[u8; 32]; 16],
     /// Software TLBs: kernel read, kernel write, user read, user write.
     pub tlb: [[TlbEntry; TLB_ENTRIES]; 4],
-    /// Predictions of check sites.
-    pub sites: [Site; MAX_SITES],
+    /// Host addresses of the software TLBs.
+    pub tables: [u64; 4],
+    /// Predictions of check sites, by software TLB: a site must never be led to the table of other rights.
+    pub sites: [[Site; MAX_SITES]; 4],
     /// Indirect-branch target caches: kernel, user.
     pub ibtc: [[IbtcEntry; IBTC_ENTRIES]; 2],
     /// Host addresses of cross-page jump targets.
@@ -177,7 +178,7 @@ pub mod off {
     pub const fn lent(index: usize) -> i32 {
         (offset_of!(VcpuBlock, lent) + 8 * index) as i32
     }
-    pub const SITES: i32 = offset_of!(VcpuBlock, sites) as i32;
+    pub const SCRATCH_TABLE: i32 = lent(2);
     pub const HOST_RSP: i32 = offset_of!(VcpuBlock, host_rsp) as i32;
     pub const CALL_RSP: i32 = offset_of!(VcpuBlock, call_rsp) as i32;
     pub const USER_RSP: i32 = offset_of!(VcpuBlock, user_rsp) as i32;
@@ -191,9 +192,6 @@ pub mod off {
     pub const NMI_BLOCKED: i32 = offset_of!(VcpuBlock, state.nmi_blocked) as i32;
     pub const LSTAR: i32 = offset_of!(VcpuBlock, state.lstar) as i32;
     pub const ENTRY: i32 = offset_of!(VcpuBlock, entry) as i32;
-    pub const fn delta(slot: u8) -> i32 {
-        (offset_of!(VcpuBlock, deltas) + 8 * slot as usize) as i32
-    }
     pub const fn borrowed(index: usize) -> i32 {
         (offset_of!(VcpuBlock, borrowed) + 8 * index) as i32
     }
@@ -210,7 +208,10 @@ pub mod off {
         (offset_of!(VcpuBlock, ibtc) + (user as usize) * super::IBTC_ENTRIES * 16) as i32
     }
     pub const fn site(index: u32) -> i32 {
-        (offset_of!(VcpuBlock, sites) + 8 * index as usize) as i32
+        (offset_of!(VcpuBlock, sites) + size_of::<super::Site>() * index as usize) as i32
+    }
+    pub const fn table(index: usize) -> i32 {
+        (offset_of!(VcpuBlock, tables) + 8 * index) as i32
     }
     pub const fn slot(index: u32) -> i32 {
         (offset_of!(VcpuBlock, slots) + 8 * index as usize) as i32

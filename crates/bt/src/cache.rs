@@ -349,11 +349,16 @@ impl Cache {
         self.map.get(key).copied()
     }
 
-    /// Makes the check site whose load of the prediction is at `position` compute its entry of the software TLB instead. Other vCPUs must be
-    /// parked.
-    pub fn stop_predicting(&mut self, position: usize) {
+    /// Makes the check site of number `site` whose load of the prediction is at `position` search its entry of the software TLB instead. Other
+    /// vCPUs must be parked.
+    pub fn stop_predicting(&mut self, site: u16, position: usize) {
         self.counters.unpredictable += 1;
-        self.memory.write(position, &crate::emit::SEARCH);
+        let table = usize::from(site) / crate::block::MAX_SITES;
+        let mut code = [0xe8, 0, 0, 0, 0, 0x0f, 0x1f, 0x40, 0]; // call; nop [rax + 0]
+        let displacement = (self.stubs.search[table] as i64 - position as i64 - 5) as i32;
+        code[1..5].copy_from_slice(&displacement.to_le_bytes());
+        const { assert!(crate::emit::LOAD == 9) };
+        self.memory.write(position, &code);
     }
 
     /// Target of link `number`.

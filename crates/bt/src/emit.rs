@@ -10,7 +10,7 @@ use iced_x86::{Code, Encoder, Instruction, OpKind, Register};
 use interp::GPR64;
 
 use self::access::Address;
-pub use self::access::SEARCH;
+pub use self::access::LOAD;
 
 use crate::analyze::{ALL_FLAGS, Class, Insn, Mode};
 use crate::asm::{Asm, Mem, R9, R10, R11, RBP, RCX, Reg, cc};

@@ -9,7 +9,7 @@
 //! block (`flags`), and the target loads them if it reads them.
 
 use crate::asm::{Asm, Mem, R8, R9, R10, R11, R12, R13, R14, R15, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, cc};
-use crate::block::{IBTC_ENTRIES, MAX_SITES, TLB_ENTRIES, off, reason};
+use crate::block::{IBTC_ENTRIES, MAX_SITES, off, reason};
 
 /// `(host register, guest register)` of all guest registers that live in host registers.
 pub const MAPPED: [(u8, usize); 13] = [
@@ -31,29 +31,24 @@ pub const MAPPED: [(u8, usize); 13] = [
 /// A check site whose prediction has failed, as the stub [`Stubs::failed`] wants it in R10D.
 #[derive(Clone, Copy, Debug)]
 pub struct Failed {
+    /// Number of the site: index of its software TLB times [`MAX_SITES`], plus the number there.
     pub site: u32,
-    pub user: bool,
-    pub write: bool,
     pub size: u16,
     /// The site stands for a group: a range across a page is told by CF.
     pub group: bool,
 }
 
 impl Failed {
-    const TABLE: u8 = 13;
+    const SITES: i32 = 4 * MAX_SITES as i32 - 1;
     const SIZE: u8 = 15;
     const GROUP: i32 = 1 << 30;
 
     pub fn pack(self) -> i32 {
-        (self.site as i32 & (MAX_SITES as i32 - 1))
-            | i32::from(self.write) << Self::TABLE
-            | i32::from(self.user) << (Self::TABLE + 1)
-            | i32::from(self.size) << Self::SIZE
-            | if self.group { Self::GROUP } else { 0 }
+        (self.site as i32 & Self::SITES) | i32::from(self.size) << Self::SIZE | if self.group { Self::GROUP } else { 0 }
     }
 }
 
-const _: () = assert!(MAX_SITES == 1 << Failed::TABLE);
+const _: () = assert!(Failed::SITES < 1 << Failed::SIZE);
 
 /// Positions of the stubs in the code cache.
 #[derive(Clone, Copy, Debug, Default)]
@@ -66,6 +61,8 @@ pub struct Stubs {
     pub slow_access: usize,
     /// A wrong prediction: R11 = address, R10D = [`Failed`], the access's number in the NOP behind the call; returns R10 = delta, R11 = address.
     pub failed: usize,
+    /// R11 = address; returns R10 = host address of its entry in the software TLB. For each table.
+    pub search: [usize; 4],
     /// Indirect jump to R11, flags in the block: kernel, user.
     pub indirect: [usize; 2],
     /// An indirect jump to R11 that missed the target cache.
@@ -173,6 +170,7 @@ pub fn assemble(slow_access: u64) -> (Vec<u8>, Stubs) {
     let at = asm.jmp();
     link(&mut asm, at, stubs.indirect[0]);
 
+    search(&mut asm, &mut stubs);
     let to_monitor = failed(&mut asm, &mut stubs);
 
     // The slow path of memory checks.
@@ -232,28 +230,41 @@ pub fn assemble(slow_access: u64) -> (Vec<u8>, Stubs) {
     (asm.bytes, stubs)
 }
 
+/// Looks the entry up by the address. Clobbers flags.
+fn search(asm: &mut Asm, stubs: &mut Stubs) {
+    for (table, place) in stubs.search.iter_mut().enumerate() {
+        *place = asm.len();
+        asm.raw(&[0xc4, 0x43, 0x7b, 0xf0, 0xd3, 8]); // rorx r10d, r11d, 8
+        asm.and32_imm(R10, 0xfff0);
+        asm.add_mem(R10, Mem::gs(off::table(table)));
+        asm.ret();
+    }
+}
+
 /// A wrong prediction. Falls through nowhere; returns the jump to the slow path.
 fn failed(asm: &mut Asm, stubs: &mut Stubs) -> usize {
     stubs.failed = asm.len();
     asm.store(Mem::gs(off::lent(0)), RAX);
     asm.store(Mem::gs(off::lent(1)), RCX);
     asm.mov32(RCX, R10);
-    asm.and32_imm(RCX, MAX_SITES as i32 - 1);
+    asm.and32_imm(RCX, Failed::SITES);
+    asm.mov32(RAX, RCX);
+    asm.shr32(RAX, MAX_SITES.trailing_zeros() as u8);
+    let tables = Mem { base: None, index: Some((RAX, 8)), disp: off::table(0), gs: true, addr32: false };
+    asm.load(RAX, tables);
+    asm.store(Mem::gs(off::SCRATCH_TABLE), RAX);
     asm.raw(&[0xc4, 0xc3, 0x7b, 0xf0, 0xc3, 8]); // rorx eax, r11d, 8
     asm.and32_imm(RAX, 0xfff0);
-    let site = |field| Mem { base: None, index: Some((RCX, 8)), disp: off::SITES + field, gs: true, addr32: false };
-    asm.rm(false, &[0x3b], RAX, site(0)); // cmp
+    asm.add_mem(RAX, Mem::gs(off::SCRATCH_TABLE));
+    asm.shl32(RCX, size_of::<crate::block::Site>().trailing_zeros() as u8);
+    let site = |field| Mem::gs_base(RCX, off::site(0) + field);
+    asm.cmp_mem(RAX, site(0));
     let same = asm.jcc(cc::E);
-    asm.store32(site(0), RAX);
-    asm.rm(false, &[0xff], 0, site(4)); // inc: too often?
+    asm.store(site(0), RAX);
+    asm.rm(false, &[0xff], 0, site(8)); // inc: too often?
     let often = asm.jcc(cc::E);
-    // The entry.
-    asm.mov32(RCX, R10);
-    asm.shr32(RCX, Failed::TABLE);
-    asm.and32_imm(RCX, 3);
-    asm.shl32(RCX, (TLB_ENTRIES * 16).trailing_zeros() as u8);
-    asm.lea(RCX, Mem::sum(RCX, RAX, 0));
-    asm.load(RAX, Mem::gs_base(RCX, off::tlb(false, false)));
+    asm.mov(RCX, RAX);
+    asm.load(RAX, Mem::base(RCX, 0));
     asm.rr(true, &[0x31], R11, RAX); // xor
     asm.shr32(R10, Failed::SIZE);
     asm.and32_imm(R10, 0x1fff);
@@ -261,7 +272,7 @@ fn failed(asm: &mut Asm, stubs: &mut Stubs) -> usize {
     asm.lea(R10, Mem::base(R10, 4096));
     asm.cmp(RAX, R10);
     let unknown = asm.jcc(cc::A);
-    asm.load(R10, Mem::gs_base(RCX, off::tlb(false, false) + 8));
+    asm.load(R10, Mem::base(RCX, 8));
     asm.load(RAX, Mem::gs(off::lent(0)));
     asm.load(RCX, Mem::gs(off::lent(1)));
     asm.u8(0xf8); // clc

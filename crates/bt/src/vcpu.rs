@@ -149,8 +149,8 @@ pub struct BtVcpu {
     /// The guest-physical page that `page` holds, and the epoch of the copy.
     page_copied: Option<(u64, u64)>,
     sites_forgiven: Instant,
-    /// Where check sites shall stop predicting, as positions in the cache.
-    unpredictable: Vec<u32>,
+    /// Check sites that shall stop predicting: number, position in the cache.
+    unpredictable: Vec<(u16, u32)>,
 }
 
 /// PAUSEs until a spinning vCPU lets others have its core: some microseconds.
@@ -223,8 +223,12 @@ impl BtVcpu {
         block.runtime = pointer as u64;
         block.host_mxcsr = 0x1f80;
         block.pauses = PAUSES;
-        for site in &mut block.sites {
-            site.wrong = -WRONG_PREDICTIONS;
+        for (table, sites) in block.sites.iter_mut().enumerate() {
+            block.tables[table] = block.tlb[table].as_ptr() as u64;
+            for site in sites {
+                site.entry = block.tables[table];
+                site.wrong = -WRONG_PREDICTIONS;
+            }
         }
         vcpu.flush_everything();
         Ok(vcpu)
@@ -312,8 +316,8 @@ impl BtVcpu {
         }
         self.exclusive(Cause::Predict, |vcpu| {
             // Emptied if the cache has been flushed meanwhile.
-            for position in std::mem::take(&mut vcpu.unpredictable) {
-                vcpu.shared.cache().stop_predicting(position as usize);
+            for (site, position) in std::mem::take(&mut vcpu.unpredictable) {
+                vcpu.shared.cache().stop_predicting(site, position as usize);
             }
         });
     }
@@ -323,7 +327,7 @@ impl BtVcpu {
         let now = Instant::now();
         if now.duration_since(self.sites_forgiven) >= Duration::from_secs(1) {
             self.sites_forgiven = now;
-            for site in &mut self.block().sites {
+            for site in self.block().sites.as_flattened_mut() {
                 site.wrong = -WRONG_PREDICTIONS;
             }
         }
@@ -955,10 +959,10 @@ impl BtVcpu {
         let site = self.shared.sites.accesses.get(descriptor)?;
         let (access, user) = (site.access, site.user);
         if let Some((number, position)) = access.site {
-            let learned = &mut self.block().sites[usize::from(number)];
+            let learned = &mut self.block().sites.as_flattened_mut()[usize::from(number)];
             if learned.wrong >= 0 {
                 learned.wrong = -WRONG_PREDICTIONS;
-                self.unpredictable.push(position);
+                self.unpredictable.push((number, position));
                 self.handle.memory.kick_word().store(1, Ordering::SeqCst);
             }
         }

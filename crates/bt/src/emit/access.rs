@@ -1,17 +1,17 @@
 //! Checked access to guest memory.
 //!
-//! Each check site predicts the entry of the software TLB: the entry that the site used last, whose offset is in the vCPU
-//! block ([`crate::block::Site`]). So the address is not on the way to the delta, and the look-up costs one load. A prediction is only
-//! an index: what it leads to is compared like any other entry, so flushes need not know of sites. A site whose predictions fail often
-//! computes the entry from the address instead: its load of the prediction is overwritten ([`SEARCH`]).
+//! Each check site predicts the entry of the software TLB: the one that it used last, whose host address is in the vCPU
+//! block ([`crate::block::Site`]). So the address is not on the way to the delta, and the look-up costs one load. What a prediction leads to
+//! is compared like any other entry, so flushes need not know of sites. A site whose predictions fail often
+//! searches the entry by the address instead: its load of the prediction becomes a call.
 
 use iced_x86::{Instruction, Register};
 
 use super::{Access, Emitter, Flags, LinkKind, Number, Part, Relocation, RelocationKind, Target, Unsupported};
 use super::{host, number, spilled};
 use crate::analyze::Insn;
-use crate::asm::{Asm, Mem, R9, R10, R11, RCX, RDI, RSI, Reg, cc};
-use crate::block::{MAX_SITES, off, reason, tlb_index};
+use crate::asm::{Asm, Mem, R9, R10, R11, RCX, RDI, RSI, RSP, Reg, cc};
+use crate::block::{MAX_GROUPS, MAX_SITES, off, reason, tlb_index};
 use crate::stubs::Failed;
 
 /// An address computed by [`Emitter::address`].
@@ -29,14 +29,15 @@ pub(super) enum Address {
     Sum,
 }
 
-/// Computes the TLB entry's offset from the address: `rorx r10d, r11d, 8; and r10d, 0xfff0`. As long as the load of the prediction, which
-/// it replaces.
-pub const SEARCH: [u8; 13] = [0xc4, 0x43, 0x7b, 0xf0, 0xd3, 0x08, 0x41, 0x81, 0xe2, 0xf0, 0xff, 0x00, 0x00];
+/// Length of the load of a prediction.
+pub const LOAD: usize = 9;
 
-fn search(asm: &mut Asm) {
-    asm.raw(&SEARCH);
-    asm.touch(R10);
+/// Where the delta of a group is kept.
+fn delta(slot: u8) -> Mem {
+    Mem::base(RSP, -0x18 - 8 * i32::from(slot))
 }
+
+const _: () = assert!(0x18 + 8 * MAX_GROUPS <= 128);
 
 /// What a check site does when its prediction fails.
 struct Miss {
@@ -128,28 +129,27 @@ impl Emitter<'_> {
             return Ok(self.check_group(insn, group, base, disp, write));
         }
         self.flags_to_block(insn.live_before);
-        let table = off::tlb(self.context.mode.user, write);
         match address {
             Address::Small(value) => self.check_small(insn, value, size, write),
             Address::Relocatable(value) => Ok(self.check_constant(insn, value, size, write)),
             Address::Simple(base, disp) => {
                 let compute = move |asm: &mut Asm| address_of(asm, base, disp);
                 let miss = self.probe(insn, size, write, &compute);
-                self.hot.load(R10, Mem::gs_base(R10, table + 8));
+                self.hot.load(R10, Mem::base(R10, 8));
                 self.probe_miss(&miss, &compute);
                 Ok(Mem::sum(base, R10, disp))
             }
             Address::Sum => {
                 let miss = self.probe(insn, size, write, compute);
                 compute(&mut self.hot);
-                self.hot.load(R10, Mem::gs_base(R10, table + 8));
+                self.hot.load(R10, Mem::base(R10, 8));
                 self.probe_miss(&miss, compute);
                 Ok(Mem::sum(R11, R10, 0))
             }
             Address::Computed => {
                 let miss = self.probe(insn, size, write, compute);
-                self.hot.xor_mem(R11, Mem::gs_base(R10, table));
-                self.hot.load(R10, Mem::gs_base(R10, table + 8));
+                self.hot.xor_mem(R11, Mem::base(R10, 0));
+                self.hot.load(R10, Mem::base(R10, 8));
                 self.probe_miss(&miss, compute);
                 Ok(Mem::sum(R11, R10, 0))
             }
@@ -167,25 +167,24 @@ impl Emitter<'_> {
         }
     }
 
-    /// The hot part of a check by prediction; falls through with the entry's offset in R10. The jump to the cold part is not bound yet: it
+    /// The hot part of a check by prediction; falls through with the entry's address in R10. The jump to the cold part is not bound yet: it
     /// leads to the cold part's present end.
     fn probe(&mut self, insn: &Insn, size: u16, write: bool, compute: &dyn Fn(&mut Asm)) -> Miss {
-        let table = off::tlb(self.context.mode.user, write);
-        let site = self.context.first_site.wrapping_add(self.sites) % MAX_SITES as u32;
+        let table = u32::from(self.context.mode.user) * 2 + u32::from(write);
+        let number = self.context.first_site.wrapping_add(self.sites) % MAX_SITES as u32;
+        let site = table * MAX_SITES as u32 + number;
         self.sites += 1;
         compute(&mut self.hot);
         let at = self.hot.len();
-        // Repeated prefixes, so that SEARCH fits into its place.
-        self.hot.raw(&[0x65; SEARCH.len() - 9]);
-        self.hot.load32(R10, Mem::gs(off::site(site)));
-        debug_assert_eq!(self.hot.len() - at, SEARCH.len());
-        self.hot.xor_mem(R11, Mem::gs_base(R10, table));
+        self.hot.load(R10, Mem::gs(off::site(site)));
+        debug_assert_eq!(self.hot.len() - at, LOAD);
+        self.hot.xor_mem(R11, Mem::base(R10, 0));
         self.hot.cmp_imm(R11, 4096 - i32::from(size));
         let slow = self.hot.jcc(cc::A);
         self.fix(Part::Hot, slow, Target::Own(Part::Cold, self.cold.len()));
         let mut access = self.access(insn, size, write);
         access.site = Some((site as u16, at as u32));
-        let site = Failed { site, user: self.context.mode.user, write, size, group: false };
+        let site = Failed { site, size, group: false };
         Miss { site, access }
     }
 
@@ -268,7 +267,7 @@ impl Emitter<'_> {
         let operand = Mem::sum(base, R10, disp);
         if !group.leader {
             if self.delta_at_hand != Some(group.slot) || self.hot.touched(R10) {
-                self.hot.load(R10, Mem::gs(off::delta(group.slot)));
+                self.hot.load(R10, delta(group.slot));
                 self.at_hand(group.slot);
             }
             return operand;
@@ -277,9 +276,9 @@ impl Emitter<'_> {
         let first = disp.wrapping_add(group.start);
         let range = move |asm: &mut Asm| address_of(asm, base, first);
         let Miss { mut site, access } = self.probe(insn, group.span, write, &range);
-        self.hot.load(R10, Mem::gs_base(R10, off::tlb(self.context.mode.user, write) + 8));
+        self.hot.load(R10, Mem::base(R10, 8));
         let back = self.hot.len();
-        self.hot.store(Mem::gs(off::delta(group.slot)), R10);
+        self.hot.store(delta(group.slot), R10);
         self.at_hand(group.slot);
         // A wrong prediction, a miss, or a range across a page?
         site.group = true;
@@ -378,7 +377,8 @@ impl Emitter<'_> {
     fn string_operand(&mut self, insn: &Insn, pointer: Reg, write: bool, rep: bool, size: u8, step: usize) {
         let table = off::tlb(self.context.mode.user, write);
         self.hot.mov(R11, pointer);
-        search(&mut self.hot);
+        self.hot.raw(&[0xc4, 0x43, 0x7b, 0xf0, 0xd3, 8]); // rorx r10d, r11d, 8
+        self.hot.and32_imm(R10, 0xfff0);
         self.hot.xor_mem(R11, Mem::gs_base(R10, table));
         self.hot.cmp_imm(R11, 4095);
         let slow = self.hot.jcc(cc::A);
