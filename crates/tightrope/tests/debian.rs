@@ -147,3 +147,44 @@ fn cloud_kernel_of_debian_12() {
 fn generic_kernel_of_debian_12() {
     stock_kernel("bookworm", Flavour::Generic, "6.1");
 }
+
+/// All vCPUs come up, do work together with right results, and are stopped by the power-off.
+#[test]
+fn several_vcpus() {
+    if common::engine() == "interp" {
+        return;
+    }
+    for cpus in ["2", "4", "8", "64"] {
+        // Each process hashes the same bytes; then all are to be found equal.
+        let input = format!(
+            "nproc; cat /proc/cpuinfo | grep -c ^processor; dmesg | grep -c -E 'BUG|WARNING|soft lockup|stall|not responding'\n\
+             for i in $(seq {cpus}) 1 2 3 4; do (seq 3000 | sha256sum > /tmp/sum.$i) & done; wait\n\
+             cat /tmp/sum.* | sort -u | wc -l; echo sums-checked; poweroff\n"
+        );
+        let done = finish(run(&["--cpus", cpus, "--memory", "1G"]), input.as_bytes());
+        assert_eq!(done.code(), Some(0), "{cpus}: {}\n{}", done.out, done.err);
+        let wanted = format!("\r\n{cpus}\r\n{cpus}\r\n0\r\n");
+        assert!(done.out.contains(&wanted), "{cpus}: {}", done.out);
+        assert!(done.out.contains("\n1\r\nsums-checked"), "{cpus}: {}", done.out);
+    }
+}
+
+/// A reset and a crash stop all vCPUs, and NMIs reach those that run.
+#[test]
+fn several_vcpus_reboot_and_crash() {
+    if common::engine() == "interp" {
+        return;
+    }
+    let mut session = Session::start(run(&["--cpus", "2"]));
+    session.expect(PROMPT);
+    session.send(b"reboot\n");
+    session.expect(PROMPT);
+    session.send(b"echo l > /proc/sysrq-trigger; dmesg | grep -c 'NMI backtrace for cpu'; echo traced\n");
+    session.expect("2\r\ntraced");
+    session.send(b"echo 1 > /proc/sys/kernel/panic; echo c > /proc/sysrq-trigger\n");
+    session.expect("Kernel panic");
+    session.expect(PROMPT);
+    session.send(b"nproc; poweroff\n");
+    session.expect("2\r\n");
+    assert_eq!(session.finish().code(), Some(0));
+}
