@@ -78,7 +78,7 @@ pub enum Exit {
     Stopped,
     /// Triple fault: the guest crashed.
     TripleFault,
-    /// HLT with interrupts off and nothing that could wake it.
+    /// HLT with interrupts off and nothing that could wake it. Engine `bt` says so only when no vCPU can be woken, on all of them.
     Stuck,
     /// A debugger's breakpoint or single step.
     Debug,

@@ -265,11 +265,11 @@ pub fn update_clock(env: &MsrEnv<'_>, state: &CpuState) {
     if !env.ram.write(gpa, &version.to_le_bytes()) {
         return;
     }
-    let now = tsc::read();
     let scale = tsc::scale(env.model.tsc_khz);
     let mut info = [0u8; 28];
-    info[4..12].copy_from_slice(&now.wrapping_add(state.tsc_offset).to_le_bytes());
-    info[12..20].copy_from_slice(&system_time(env, now).to_le_bytes());
+    // The same base on all vCPUs: with bases of their own, their clocks would differ by rounding, and "stable" forbids that.
+    info[4..12].copy_from_slice(&tsc::origin().wrapping_add(state.tsc_offset).to_le_bytes());
+    info[12..20].copy_from_slice(&0_u64.to_le_bytes());
     info[20..24].copy_from_slice(&scale.0.to_le_bytes());
     info[24] = scale.1 as u8;
     info[25] = STABLE;

@@ -87,7 +87,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "SIZE", env = "TIGHTROPE_MEMORY", value_parser = vmm::parse_memory)]
     pub memory: Option<u64>,
 
-    /// Number of virtual CPUs
+    /// Number of virtual CPUs, up to 64; more than the host has cores is possible
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(vmm::MAX_CPUS)))]
     pub cpus: u32,
 

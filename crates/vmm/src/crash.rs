@@ -25,6 +25,27 @@ pub(crate) fn report(
     text
 }
 
+/// Where vCPU `index` stands, in one line.
+pub(crate) fn place(index: u32, state: &CpuState) -> String {
+    let cs = state.segments[SegmentIndex::Cs as usize];
+    format!(
+        "vCPU {index}: RIP {:04x}:{:016x} RSP {:016x} CR3 {:x} [{}], CPL {}{}\n",
+        cs.selector,
+        state.rip,
+        state.gpr[gpr::RSP],
+        state.cr3,
+        flags(state.rflags),
+        state.cpl(),
+        if state.wait_for_sipi {
+            ", waits for its start"
+        } else if state.halted {
+            ", halted"
+        } else {
+            ""
+        }
+    )
+}
+
 /// All registers of `state`.
 pub(crate) fn registers(state: &CpuState) -> String {
     let mut text = String::new();
@@ -188,6 +209,9 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} is missing in\n{text}");
         }
+        state.halted = true;
+        let line = place(2, &state);
+        assert_eq!(line, "vCPU 2: RIP 0010:0000000001000000 RSP 0000000000000010 CR3 1000 [ZF IF], CPL 0, halted\n");
         assert!(report(0, &Exit::Internal("why".into()), &state, &mut read).contains("why"));
         assert!(report(0, &Exit::Stuck, &state, &mut read).contains("no progress"));
     }

@@ -285,7 +285,11 @@ impl Vm {
                 report + &vcpu.remark().map_or(String::new(), |remark| format!("({remark})\n"))
             })
         });
-        terminal::message(&report.unwrap_or_else(|| format!("tightrope: vCPU {index} failed: {exit:?}")));
+        let mut report = report.unwrap_or_else(|| format!("tightrope: vCPU {index} failed: {exit:?}\n"));
+        if self.cpus.threads.len() > 1 {
+            report.push_str(&self.places());
+        }
+        terminal::message(&report);
         match &mut self.debugger {
             Some(debugger) if debugger.session.is_some() => {
                 debugger.crashed = true;
@@ -356,9 +360,21 @@ impl Vm {
         let stopped = self.pause();
         let stats = self.collect_stats();
         terminal::message(&stats.render(format));
+        if matches!(format, StatsFormat::Text) {
+            terminal::message(&self.places());
+        }
         for index in stopped {
             self.go_on(index);
         }
+    }
+
+    /// Where each vCPU stands. All are stopped, unless one hangs in the monitor.
+    fn places(&self) -> String {
+        let line = |thread: &VcpuThread| match thread.ask(|vcpu| vcpu.state()) {
+            Some(state) => crash::place(thread.index(), &state),
+            None => format!("vCPU {}: does not stop\n", thread.index()),
+        };
+        self.cpus.threads.iter().map(line).collect()
     }
 
     fn collect_stats(&self) -> Stats {
