@@ -19,8 +19,6 @@ use crate::{chroot, files, rows};
 
 /// Debian's code name of the guest user land.
 const SUITE: &str = "trixie";
-/// Size of the image's file system; the file is sparse.
-const IMAGE_SIZE: &str = "2G";
 /// What is installed besides the essential packages and apt.
 const PACKAGES: &[&str] = &[
     "bc",
@@ -55,8 +53,80 @@ const PACKAGES: &[&str] = &[
     "xz-utils",
     "zstd",
 ];
+/// What the large user land has besides: for the rows of kind `b`.
+const LARGE_PACKAGES: &[&str] = &[
+    "aom-tools",
+    "apache2-utils",
+    "dav1d",
+    "libpython3.13-testsuite",
+    "luajit",
+    "nginx-light",
+    "nodejs",
+    "openjdk-21-jdk-headless",
+    "redis-server",
+    "redis-tools",
+    "vpx-tools",
+];
+/// The source package that the large user land compiles.
+const SOURCE: &str = "gawk";
+/// Packages that a guest installs, with all they need: the local repository of the row `apt`.
+const INSTALLED: &[&str] = &["jq", "less", "lua5.4", "rsync", "tcl8.6", "tmux", "tree", "vim-tiny", "xmlstarlet"];
+/// What compiles the Go program; only the program gets into the user land.
+const GO_PACKAGES: &[&str] = &["golang-go"];
 /// What the `qemu` user land has: Debian's newest QEMU, for hosts whose own is older.
 const QEMU_PACKAGES: &[&str] = &["qemu-system-x86"];
+
+/// Which user land.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Land {
+    /// For most rows and the correctness suite.
+    Usual,
+    /// The same and more, for the rows of kind `b`: built only when one is asked for.
+    Large,
+}
+
+impl Land {
+    fn packages(self) -> Vec<&'static str> {
+        match self {
+            Self::Usual => PACKAGES.to_vec(),
+            Self::Large => [PACKAGES, LARGE_PACKAGES].concat(),
+        }
+    }
+
+    /// Names the archive of packages.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Usual => "trixie",
+            Self::Large => "large",
+        }
+    }
+
+    /// Size of the image's file system; the file is sparse.
+    fn image_size(self) -> &'static str {
+        match self {
+            Self::Usual => "2G",
+            Self::Large => "6G",
+        }
+    }
+
+    /// What is fetched besides, by a program that runs after the packages are installed: `$1` is the root directory.
+    fn fetch(self) -> Option<String> {
+        let installed = INSTALLED.join(" ");
+        (self == Self::Large).then(|| {
+            format!(
+                r#"set -e
+export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
+mkdir -p "$1/opt/bench/source" "$1/opt/bench/repository"
+cd "$1/opt/bench/source"
+apt-get -q source --download-only {SOURCE}
+cd "$1/opt/bench/repository"
+needed=$(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances {installed} |
+    grep '^[a-z0-9]' | grep -v ':' | sort -u)
+apt-get -q download $needed"#
+            )
+        })
+    }
+}
 
 /// A built user land.
 #[derive(Debug, Clone)]
@@ -109,35 +179,67 @@ fn mirror_from(listing: &str) -> Option<String> {
     })
 }
 
-/// Finds the built user land, or builds it.
+/// Finds a built user land, or builds it.
 ///
 /// # Errors
 /// A tool is missing, the mirror does not answer, the disk is full; the message names the remedy.
-pub fn build(mirror: Option<&str>) -> Result<Disk> {
+pub fn build(mirror: Option<&str>, land: Land) -> Result<Disk> {
     let cache = cache_dir()?;
     let _lock = lock(&cache)?;
-    let key = key(PACKAGES, true)?;
+    let keys = [Land::Usual, Land::Large].map(|land| key(&land.packages(), Some(land)));
+    let key = key(&land.packages(), Some(land))?;
     let disk = Disk {
         root: cache.join(format!("root-{key}")),
         image: cache.join(format!("disk-{key}.raw")),
         key: key.clone(),
     };
     if !disk.root.is_dir() {
-        let archive = archive(&cache, "trixie", PACKAGES, mirror)?;
+        let go = if land == Land::Large { Some(go_program(&cache, mirror)?) } else { None };
+        let archive = archive(&cache, land.name(), &land.packages(), land.fetch().as_deref(), mirror)?;
         say("unpacking the user land and building the workloads in it");
         let fresh = cache.join(format!("root-{key}.new"));
         unpack(&archive, &fresh)?;
         furnish(&fresh)?;
+        if let Some(program) = go {
+            fs::copy(&program, fresh.join("opt/bench/bin/goroutines"))
+                .with_context(|| format!("cannot copy {}", program.display()))?;
+            let status =
+                chroot::command(&fresh, &["sh", "/opt/bench/large/build.sh"]).stdout(std::io::stderr()).status()?;
+            ensure!(status.success(), "the large workloads could not be built in {}", fresh.display());
+        }
         fs::rename(&fresh, &disk.root)?;
     }
     if !disk.image.is_file() {
         say("making the disk image");
         let fresh = cache.join(format!("disk-{key}.new"));
-        make_image(&disk.root, &fresh)?;
+        make_image(&disk.root, &fresh, land.image_size())?;
         fs::rename(&fresh, &disk.image)?;
     }
-    remove_old(&cache, &key);
+    remove_old(&cache, &keys.into_iter().collect::<Result<Vec<_>>>()?);
     Ok(disk)
+}
+
+/// Finds or builds the Go program, by a compiler in a user land of its own that is thrown away.
+fn go_program(cache: &Path, mirror: Option<&str>) -> Result<PathBuf> {
+    let source = files::FILES.iter().find(|f| f.path.ends_with("/goroutines.go")).context("no Go program")?;
+    let mut hash = Sha256::new();
+    hash.update(format!("{SUITE} {GO_PACKAGES:?} {}", source.text));
+    let program = cache.join(format!("goroutines-{}", hex(hash)));
+    if program.is_file() {
+        return Ok(program);
+    }
+    let archive = archive(cache, "go", GO_PACKAGES, None, mirror)?;
+    let root = cache.join("go.new");
+    unpack(&archive, &root)?;
+    put(&root, "build/goroutines.go", 0o644, source.text)?;
+    say("compiling the Go program");
+    let script = "cd /build && GO111MODULE=off CGO_ENABLED=0 GOCACHE=/tmp/go go build -trimpath goroutines.go";
+    let status = chroot::command(&root, &["sh", "-c", script]).stdout(std::io::stderr()).status()?;
+    ensure!(status.success(), "the Go program could not be compiled in {}", root.display());
+    fs::copy(root.join("build/goroutines"), &program)?;
+    let _ = fs::remove_dir_all(&root);
+    let _ = fs::remove_file(&archive);
+    Ok(program)
 }
 
 /// Finds or builds a directory with Debian's newest QEMU in it.
@@ -147,9 +249,9 @@ pub fn build(mirror: Option<&str>) -> Result<Disk> {
 pub fn build_qemu(mirror: Option<&str>) -> Result<PathBuf> {
     let cache = cache_dir()?;
     let _lock = lock(&cache)?;
-    let root = cache.join(format!("qemu-{}", key(QEMU_PACKAGES, false)?));
+    let root = cache.join(format!("qemu-{}", key(QEMU_PACKAGES, None)?));
     if !root.is_dir() {
-        let archive = archive(&cache, "qemu", QEMU_PACKAGES, mirror)?;
+        let archive = archive(&cache, "qemu", QEMU_PACKAGES, None, mirror)?;
         let fresh = root.with_extension("new");
         unpack(&archive, &fresh)?;
         fs::rename(&fresh, &root)?;
@@ -173,10 +275,13 @@ fn lock(cache: &Path) -> Result<File> {
     Ok(file)
 }
 
-fn key(packages: &[&str], with_files: bool) -> Result<String> {
+/// Names a set of packages or, with a user land, its whole contents.
+fn key(packages: &[&str], land: Option<Land>) -> Result<String> {
     let mut hash = Sha256::new();
-    hash.update(format!("{SUITE} {IMAGE_SIZE} {packages:?}"));
-    if with_files {
+    hash.update(format!("{SUITE} {packages:?}"));
+    if let Some(land) = land {
+        hash.update(land.image_size());
+        hash.update(land.fetch().unwrap_or_default());
         for file in files::FILES {
             hash.update(format!("{} {:o} {} ", file.path, file.mode, file.text.len()));
             hash.update(file.text);
@@ -185,16 +290,20 @@ fn key(packages: &[&str], with_files: bool) -> Result<String> {
             hash.update(format!("{} {}", row.name, row.command));
         }
     }
-    Ok(hash.finalize().iter().take(6).map(|b| format!("{b:02x}")).collect())
+    Ok(hex(hash))
+}
+
+fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().take(6).map(|b| format!("{b:02x}")).collect()
 }
 
 /// Removes directories and images of earlier versions of the bench's files; failures only cost space.
-fn remove_old(cache: &Path, key: &str) {
+fn remove_old(cache: &Path, keys: &[String]) {
     let Ok(entries) = fs::read_dir(cache) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let ours = ["root-", "disk-", "sums-"].iter().any(|p| name.starts_with(p));
-        if ours && !name.contains(key) {
+        if ours && !keys.iter().any(|key| name.contains(key)) {
             let _ =
                 if entry.path().is_dir() { fs::remove_dir_all(entry.path()) } else { fs::remove_file(entry.path()) };
         }
@@ -212,8 +321,10 @@ fn run<S: AsRef<OsStr>>(program: &str, args: &[S], remedy: &str) -> Result<()> {
     Ok(())
 }
 
-fn archive(cache: &Path, name: &str, packages: &[&str], mirror: Option<&str>) -> Result<PathBuf> {
-    let path = cache.join(format!("{name}-{}.tar", key(packages, false)?));
+fn archive(cache: &Path, name: &str, packages: &[&str], fetch: Option<&str>, mirror: Option<&str>) -> Result<PathBuf> {
+    let mut hash = Sha256::new();
+    hash.update(format!("{} {}", key(packages, None)?, fetch.unwrap_or_default()));
+    let path = cache.join(format!("{name}-{}.tar", hex(hash)));
     if path.is_file() {
         return Ok(path);
     }
@@ -233,10 +344,18 @@ fn archive(cache: &Path, name: &str, packages: &[&str], mirror: Option<&str>) ->
     for dir in ["doc", "man", "info", "locale"] {
         args.push(format!("--dpkgopt=path-exclude=/usr/share/{dir}/*"));
     }
+    // Alternatives of some packages have manual pages that link into this directory.
+    args.push("--essential-hook=mkdir -p \"$1/usr/share/man/man1\"".into());
     args.push(format!("--include={}", packages.join(",")));
+    if let Some(program) = fetch {
+        args.push(format!("--customize-hook={program}"));
+    }
     args.push(SUITE.into());
     args.push(fresh.display().to_string());
     args.push(format!("deb [signed-by={}] {mirror} {SUITE} main", keyring.display()));
+    if fetch.is_some() {
+        args.push(format!("deb-src [signed-by={}] {mirror} {SUITE} main", keyring.display()));
+    }
     let made = run("mmdebstrap", &args, "apt install mmdebstrap");
     if !chroot::is_root() {
         made.context(
@@ -329,7 +448,7 @@ fn furnish(root: &Path) -> Result<()> {
     Ok(())
 }
 
-fn make_image(root: &Path, image: &Path) -> Result<()> {
+fn make_image(root: &Path, image: &Path, size: &str) -> Result<()> {
     let _ = fs::remove_file(image);
     let mut args: Vec<&OsStr> = Vec::new();
     let mut program = "mkfs.ext4";
@@ -339,7 +458,7 @@ fn make_image(root: &Path, image: &Path) -> Result<()> {
         args.extend(["--map-root-user", "mkfs.ext4"].map(OsStr::new));
     }
     args.extend(["-q", "-F", "-L", "bench", "-E", "lazy_itable_init=0,lazy_journal_init=0", "-d"].map(OsStr::new));
-    args.extend([root.as_os_str(), image.as_os_str(), OsStr::new(IMAGE_SIZE)]);
+    args.extend([root.as_os_str(), image.as_os_str(), OsStr::new(size)]);
     run(program, &args, "apt install e2fsprogs util-linux")
 }
 
@@ -394,8 +513,10 @@ mod tests {
 
     #[test]
     fn keys_follow_the_contents() {
-        assert_eq!(key(PACKAGES, true).unwrap(), key(PACKAGES, true).unwrap());
-        assert_ne!(key(PACKAGES, true).unwrap(), key(PACKAGES, false).unwrap());
-        assert_ne!(key(PACKAGES, false).unwrap(), key(QEMU_PACKAGES, false).unwrap());
+        let of = |packages, land| key(packages, land).unwrap();
+        assert_eq!(of(PACKAGES, Some(Land::Usual)), of(PACKAGES, Some(Land::Usual)));
+        assert_ne!(of(PACKAGES, Some(Land::Usual)), of(PACKAGES, Some(Land::Large)));
+        assert_ne!(of(PACKAGES, Some(Land::Usual)), of(PACKAGES, None));
+        assert_ne!(of(PACKAGES, None), of(QEMU_PACKAGES, None));
     }
 }

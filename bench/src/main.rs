@@ -29,6 +29,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use disk::Land;
 use session::{Engine, Machine, Qemu, Setup};
 
 #[derive(Parser)]
@@ -49,6 +50,9 @@ enum Sub {
         /// Also copy the image there
         #[arg(long)]
         copy_to: Option<PathBuf>,
+        /// The large one, of the rows that need it
+        #[arg(long)]
+        large: bool,
     },
     /// List the rows and the cases of the correctness suite
     List,
@@ -96,13 +100,20 @@ enum EngineName {
     Native,
     /// QEMU TCG
     Qemu,
+    /// QEMU TCG with two CPUs
+    #[value(name = "qemu-2")]
+    Qemu2,
     /// Tightrope
     Tightrope,
+    /// Tightrope with two CPUs
+    #[value(name = "tightrope-2")]
+    Tightrope2,
 }
 
 #[derive(Args)]
 struct MeasureArgs {
-    /// Rows by name, comma-separated; `facts` and `all` are groups, `none` measures only starting up
+    /// Rows by name, comma-separated; groups are `facts`, `all`, `large` (needs the large user land) and `every`; `none` measures
+    /// only starting up
     #[arg(long, default_value = "facts")]
     rows: String,
     /// Runs of each engine, interleaved
@@ -183,13 +194,24 @@ fn run(cli: &Cli) -> Result<bool> {
     match &cli.command {
         Some(Sub::List) => {
             for row in rows::all()? {
-                println!("{:10} {:5} {}", row.name, if row.fact { "fact" } else { "" }, row.title);
+                println!(
+                    "{:10} {:5} {}",
+                    row.name,
+                    if row.fact {
+                        "fact"
+                    } else if row.large {
+                        "large"
+                    } else {
+                        ""
+                    },
+                    row.title
+                );
             }
             println!("verify: {}", files::verify_cases().join(" "));
             Ok(true)
         }
-        Some(Sub::Disk { copy_to }) => {
-            let disk = disk::build(common.mirror.as_deref())?;
+        Some(Sub::Disk { copy_to, large }) => {
+            let disk = disk::build(common.mirror.as_deref(), if *large { Land::Large } else { Land::Usual })?;
             println!("directory {}\nimage     {}", disk.root.display(), disk.image.display());
             if let Some(to) = copy_to {
                 disk::copy(&disk.image, to)?;
@@ -202,19 +224,19 @@ fn run(cli: &Cli) -> Result<bool> {
             if let Some(wrong) = cases.iter().find(|c| !known.contains(&c.as_str())) {
                 bail!("no case is called {wrong}; there are {}", known.join(", "));
             }
-            let (disk, setup) = prepare(common)?;
+            let (disk, setup) = prepare(common, Land::Usual)?;
             let engines = engines.iter().map(|n| engine(*n, common)).collect::<Result<Vec<_>>>()?;
             verify::run(&disk, &setup, &engines, cases, *systemd)
         }
         Some(Sub::Soak { minutes, workers, engine: name }) => {
             ensure!(*name != EngineName::Native, "a soak writes to its disk and drops caches: it needs a guest");
             ensure!(*minutes > 0 && *workers > 0, "--minutes and --workers must be at least 1");
-            let (disk, setup) = prepare(common)?;
+            let (disk, setup) = prepare(common, Land::Usual)?;
             endure::soak(&disk, &setup, &engine(*name, common)?, *minutes, *workers)
         }
         Some(Sub::Boots { count, engine: name, direct }) => {
             ensure!(*name != EngineName::Native, "the host itself is not booted here");
-            let (disk, setup) = prepare(common)?;
+            let (disk, setup) = prepare(common, Land::Usual)?;
             endure::boots(&disk, &setup, &engine(*name, common)?, *count, *direct)
         }
         None => measure_or_compare(&cli.measure, common),
@@ -233,19 +255,20 @@ fn measure_or_compare(args: &MeasureArgs, common: &Common) -> Result<bool> {
         [a, b] => {
             let mut list = vec![Engine::Native];
             list.retain(|_| args.engines.contains(&EngineName::Native));
-            list.push(tightrope("A", a, common)?);
-            list.push(tightrope("B", b, common)?);
+            list.push(tightrope("A", a, common, None)?);
+            list.push(tightrope("B", b, common, None)?);
             list
         }
         _ => args.engines.iter().map(|n| engine(*n, common)).collect::<Result<Vec<_>>>()?,
     };
-    let (disk, setup) = prepare(common)?;
+    let land = if rows.iter().any(|row| row.large) { Land::Large } else { Land::Usual };
+    let (disk, setup) = prepare(common, land)?;
     let plan = measure::Plan { rows, runs: args.runs, login: args.login };
     measure::run(&disk, &setup, &engines, &plan, args.json.as_deref())
 }
 
-fn prepare(common: &Common) -> Result<(disk::Disk, Setup)> {
-    let disk = disk::build(common.mirror.as_deref())?;
+fn prepare(common: &Common, land: Land) -> Result<(disk::Disk, Setup)> {
+    let disk = disk::build(common.mirror.as_deref(), land)?;
     let (kernel, initrd) = match (&common.kernel, &common.initrd) {
         (Some(k), Some(i)) => (k.clone(), i.clone()),
         _ => guest_kernel(common)?,
@@ -269,18 +292,22 @@ fn guest_kernel(common: &Common) -> Result<(PathBuf, PathBuf)> {
 fn engine(name: EngineName, common: &Common) -> Result<Engine> {
     match name {
         EngineName::Native => Ok(Engine::Native),
-        EngineName::Qemu => qemu(common).map(Engine::Qemu),
-        EngineName::Tightrope => {
+        EngineName::Qemu => Ok(Engine::Qemu(qemu(common)?, None)),
+        EngineName::Qemu2 => Ok(Engine::Qemu(qemu(common)?, Some(2))),
+        EngineName::Tightrope | EngineName::Tightrope2 => {
             let path = match &common.tightrope {
                 Some(p) => p.clone(),
                 None => std::env::current_exe()?.with_file_name("tightrope"),
             };
-            tightrope("tightrope", &path, common)
+            match name {
+                EngineName::Tightrope => tightrope("tightrope", &path, common, None),
+                _ => tightrope("tightrope-2", &path, common, Some(2)),
+            }
         }
     }
 }
 
-fn tightrope(label: &str, path: &Path, common: &Common) -> Result<Engine> {
+fn tightrope(label: &str, path: &Path, common: &Common, cpus: Option<u32>) -> Result<Engine> {
     ensure!(
         path.is_file(),
         "{} is not there: build it by `cargo build --release -p tightrope`, name another by --tightrope, or leave it out \
@@ -289,7 +316,7 @@ fn tightrope(label: &str, path: &Path, common: &Common) -> Result<Engine> {
     );
     let args = common.tightrope_args.split_ascii_whitespace().map(str::to_owned).collect();
     // A path without a slash would be looked for in $PATH.
-    Ok(Engine::Tightrope { label: label.to_owned(), path: std::path::absolute(path)?, args })
+    Ok(Engine::Tightrope { label: label.to_owned(), path: std::path::absolute(path)?, args, cpus })
 }
 
 fn qemu(common: &Common) -> Result<Qemu> {
@@ -297,7 +324,7 @@ fn qemu(common: &Common) -> Result<Qemu> {
         return Ok(Qemu::Host(common.qemu.clone()));
     }
     let host = Qemu::Host("qemu-system-x86_64".into());
-    let version = session::version(&Engine::Qemu(host.clone())).unwrap_or_default();
+    let version = session::version(&Engine::Qemu(host.clone(), None)).unwrap_or_default();
     if major(&version).is_some_and(|m| m >= 10) {
         return Ok(host);
     }

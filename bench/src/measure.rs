@@ -76,6 +76,7 @@ fn one_run(engine: &Engine, setup: &Setup, disk: &Disk, plan: &Plan, column: &mu
         let task = if left.is_empty() { Task::Login } else { Task::Rows(left.clone()) };
         let out = session::run(engine, setup, Boot::Direct, &disk.image, &task, |_, line, _| {
             if let Some(name) = line.strip_prefix("start row=") {
+                eprintln!("bench:   {name}");
                 current = Some(name.to_owned());
             } else if let Some((name, result)) = rows::result(line)? {
                 left.retain(|n| *n != name);

@@ -13,10 +13,25 @@ pub struct Row {
     pub name: &'static str,
     /// Whether it belongs to the project's table of facts, whose geometric mean is printed.
     pub fact: bool,
+    /// Whether it needs the large user land.
+    pub large: bool,
     /// What it does.
     pub title: &'static str,
     /// Shell command in `/opt/bench` that prints the result line.
     pub command: &'static str,
+}
+
+impl Row {
+    /// Is it in the group of this name?
+    fn is_in(&self, group: &str) -> bool {
+        match group {
+            "facts" => self.fact,
+            "all" => !self.large,
+            "large" => self.large,
+            "every" => true,
+            _ => false,
+        }
+    }
 }
 
 /// All rows, in the order of the table.
@@ -35,14 +50,14 @@ fn parse(table: &'static str) -> Result<Vec<Row>> {
         let [name, kind, _, _, title, command] = fields[..] else {
             bail!("rows.txt: six fields are needed: {line}");
         };
-        ensure!(kind == "f" || kind == "x", "rows.txt: kind {kind} in: {line}");
+        ensure!(matches!(kind, "f" | "x" | "b"), "rows.txt: kind {kind} in: {line}");
         ensure!(rows.iter().all(|r| r.name != name), "rows.txt: {name} is there twice");
-        rows.push(Row { name, fact: kind == "f", title, command });
+        rows.push(Row { name, fact: kind == "f", large: kind == "b", title, command });
     }
     Ok(rows)
 }
 
-/// Picks rows by a comma-separated list of names; `facts` and `all` are names of groups.
+/// Picks rows by a comma-separated list of names; `facts`, `all` (of the usual user land), `large` and `every` are names of groups.
 ///
 /// # Errors
 /// A name that is not in the table.
@@ -50,11 +65,10 @@ pub fn pick(list: &str) -> Result<Vec<Row>> {
     let all = all()?;
     let mut picked: Vec<Row> = Vec::new();
     for name in list.split(',').map(str::trim).filter(|n| !n.is_empty()) {
-        let group: Vec<&Row> =
-            all.iter().filter(|r| name == "all" || name == "facts" && r.fact || r.name == name).collect();
+        let group: Vec<&Row> = all.iter().filter(|r| r.name == name || r.is_in(name)).collect();
         if group.is_empty() {
             let known: Vec<_> = all.iter().map(|r| r.name).collect();
-            bail!("no row is called {name}; there are facts, all, {}", known.join(", "));
+            bail!("no row is called {name}; there are facts, all, large, every, {}", known.join(", "));
         }
         for row in group {
             if picked.iter().all(|p| p.name != row.name) {
@@ -134,6 +148,8 @@ mod tests {
         let names = |l: &str| pick(l).unwrap().iter().map(|r| r.name).collect::<Vec<_>>();
         assert_eq!(names("fib, getppid,fib"), ["fib", "getppid"]);
         assert_eq!(names("facts").len(), 26);
+        assert_eq!(names("every").len(), names("all").len() + names("large").len());
+        assert!(names("large").contains(&"cc-j2"));
         assert!(pick("fibb").unwrap_err().to_string().contains("fibb"));
         assert!(pick("").is_err());
     }

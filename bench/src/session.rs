@@ -16,8 +16,8 @@ use crate::console::{Console, Event};
 pub enum Engine {
     /// The host itself, in a chroot.
     Native,
-    /// QEMU without hardware support.
-    Qemu(Qemu),
+    /// QEMU without hardware support, with so many CPUs if not as many as the machine.
+    Qemu(Qemu, Option<u32>),
     /// Tightrope; the label tells two builds apart.
     Tightrope {
         /// Column title.
@@ -26,6 +26,8 @@ pub enum Engine {
         path: PathBuf,
         /// More arguments of `tightrope run`.
         args: Vec<String>,
+        /// CPUs, if not as many as the machine's.
+        cpus: Option<u32>,
     },
 }
 
@@ -43,7 +45,8 @@ impl Engine {
     pub fn label(&self) -> &str {
         match self {
             Self::Native => "native",
-            Self::Qemu(_) => "qemu",
+            Self::Qemu(_, None) => "qemu",
+            Self::Qemu(_, Some(_)) => "qemu-2",
             Self::Tightrope { label, .. } => label,
         }
     }
@@ -172,8 +175,8 @@ pub fn run(
             words.extend(args.iter().map(String::as_str));
             chroot::command(&setup.root, &words)
         }
-        Engine::Qemu(qemu) => qemu_command(qemu, setup, boot, image, task)?,
-        Engine::Tightrope { path, args, .. } => tightrope_command(path, args, setup, boot, image, task),
+        Engine::Qemu(qemu, cpus) => qemu_command(qemu, *cpus, setup, boot, image, task)?,
+        Engine::Tightrope { path, args, cpus, .. } => tightrope_command(path, args, *cpus, setup, boot, image, task),
     };
     let mut console = Console::start(&mut tied(&command), setup.echo)?;
     let mut out = Outcome::default();
@@ -291,19 +294,27 @@ fn kernel_line(setup: &Setup, boot: Boot, task: &Task) -> String {
     line.trim_end().to_owned()
 }
 
-fn qemu_command(qemu: &Qemu, setup: &Setup, boot: Boot, image: &Path, task: &Task) -> Result<Command> {
+fn qemu_command(
+    qemu: &Qemu,
+    cpus: Option<u32>,
+    setup: &Setup,
+    boot: Boot,
+    image: &Path,
+    task: &Task,
+) -> Result<Command> {
     let m = &setup.machine;
+    let cpus = cpus.unwrap_or(m.cpus);
     let read_only = if boot == Boot::Direct { "on" } else { "off" };
     // QEMU's commas are doubled inside values.
     let file = absolute(image)?.display().to_string().replace(',', ",,");
-    let accel = if m.cpus > 1 { "tcg,thread=multi,tb-size=512" } else { "tcg,tb-size=512" };
+    let accel = if cpus > 1 { "tcg,thread=multi,tb-size=512" } else { "tcg,tb-size=512" };
     let args: Vec<String> = [
         "-nodefaults -no-user-config -display none -serial stdio -monitor none -no-reboot -cpu max -device virtio-rng-pci",
     ]
     .iter()
     .flat_map(|s| s.split(' ').map(str::to_owned))
     .chain(["-accel".to_owned(), accel.to_owned()])
-    .chain(["-m".to_owned(), m.memory.to_string(), "-smp".to_owned(), m.cpus.to_string()])
+    .chain(["-m".to_owned(), m.memory.to_string(), "-smp".to_owned(), cpus.to_string()])
     .chain(["-kernel".to_owned(), absolute(&m.kernel)?.display().to_string()])
     .chain(["-initrd".to_owned(), absolute(&m.initrd)?.display().to_string()])
     .chain(["-append".to_owned(), kernel_line(setup, boot, task)])
@@ -329,12 +340,21 @@ fn qemu_command(qemu: &Qemu, setup: &Setup, boot: Boot, image: &Path, task: &Tas
     })
 }
 
-fn tightrope_command(path: &Path, more: &[String], setup: &Setup, boot: Boot, image: &Path, task: &Task) -> Command {
+fn tightrope_command(
+    path: &Path,
+    more: &[String],
+    cpus: Option<u32>,
+    setup: &Setup,
+    boot: Boot,
+    image: &Path,
+    task: &Task,
+) -> Command {
     let m = &setup.machine;
+    let cpus = cpus.unwrap_or(m.cpus);
     let disk = if boot == Boot::Direct { format!("{},ro", image.display()) } else { image.display().to_string() };
     let mut c = Command::new(path);
     c.arg("run").arg("--kernel").arg(&m.kernel).arg("--initrd").arg(&m.initrd);
-    c.arg("--disk").arg(disk).arg("--memory").arg(format!("{}M", m.memory)).arg("--cpus").arg(m.cpus.to_string());
+    c.arg("--disk").arg(disk).arg("--memory").arg(format!("{}M", m.memory)).arg("--cpus").arg(cpus.to_string());
     c.arg("--append").arg(kernel_line(setup, boot, task)).args(more);
     c
 }
@@ -354,12 +374,12 @@ pub fn version(engine: &Engine) -> Result<String> {
             c.args(["-s", "-r", "-m"]);
             c
         }
-        Engine::Qemu(Qemu::Host(path)) => {
+        Engine::Qemu(Qemu::Host(path), _) => {
             let mut c = Command::new(path);
             c.arg("--version");
             c
         }
-        Engine::Qemu(Qemu::Chroot(root)) => chroot::command(root, &["qemu-system-x86_64", "--version"]),
+        Engine::Qemu(Qemu::Chroot(root), _) => chroot::command(root, &["qemu-system-x86_64", "--version"]),
         Engine::Tightrope { path, .. } => {
             let mut c = Command::new(path);
             c.arg("--version");
@@ -421,7 +441,7 @@ mod tests {
             std::fs::write(path.with_extension("new"), format!("#!/bin/sh\n{text}\n")).unwrap();
             std::fs::set_permissions(path.with_extension("new"), std::fs::Permissions::from_mode(0o755)).unwrap();
             std::fs::rename(path.with_extension("new"), &path).unwrap();
-            Engine::Tightrope { label: "t".into(), path, args: Vec::new() }
+            Engine::Tightrope { label: "t".into(), path, args: Vec::new(), cpus: None }
         };
         let go = |text: &str| {
             let mut lines = Vec::new();

@@ -1,6 +1,6 @@
 /*
- * `work run [-n MOST] [-i STDIN] [-o OUTFILE] -- CMD ARGS…`: an external command as a workload. The time is from before
- * vfork to after wait; the checksum is over the command's standard output and, with -o, over a file it wrote (read
+ * `work run [-n MOST] [-p SCRIPT] [-i STDIN] [-o OUTFILE] -- CMD ARGS…`: an external command as a workload. With -p, sh runs the
+ * script before each repetition, outside the measured time. The time is from before vfork to after wait; the checksum is over the command's standard output and, with -o, over a file it wrote (read
  * outside the measured time). Standard error goes to the console, which must stay quiet on success.
  */
 #define _GNU_SOURCE
@@ -13,7 +13,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-static struct { char **argv; const char *in, *out; } command = {NULL, "/dev/null", NULL};
+static struct { char **argv; const char *in, *out, *prepare; } command = {NULL, "/dev/null", NULL, NULL};
 
 static char out_path[4096];
 
@@ -66,6 +66,24 @@ static uint64_t command_body(void)
     return 0;
 }
 
+static void prepare(void)
+{
+    if (!command.prepare)
+        return;
+    pid_t child = fork();
+    if (child < 0)
+        fail("fork");
+    if (!child) {
+        /* The result line must stay alone on the standard output. */
+        dup2(2, 1);
+        execlp("sh", "sh", command.prepare, (char *)NULL);
+        _exit(127);
+    }
+    int status;
+    if (waitpid(child, &status, 0) != child || status)
+        fail("prepare");
+}
+
 /* The outputs of the latest repetition: equal in all of them, and equal between machines. */
 static uint64_t outputs(void)
 {
@@ -87,13 +105,15 @@ static uint64_t outputs(void)
 
 int run_command(int argc, char **argv)
 {
-    struct plan plan = {2, 7, 2000000000ull};
+    struct plan plan = {2, 7, 2000000000ull, prepare};
     const char *row = getenv("ROW"), *dir = getenv("TMPDIR");
     int o;
     snprintf(out_path, sizeof out_path, "%s/work.%ld", dir ? dir : "/tmp", (long)getpid());
-    while ((o = getopt(argc, argv, "+n:i:o:")) != -1) {
+    while ((o = getopt(argc, argv, "+n:p:i:o:")) != -1) {
         if (o == 'n')
             plan.most = (unsigned)atoi(optarg);
+        else if (o == 'p')
+            command.prepare = optarg;
         else if (o == 'i')
             command.in = optarg;
         else if (o == 'o')

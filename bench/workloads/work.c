@@ -72,6 +72,8 @@ int measure(const char *name, struct plan plan, const struct work *w)
     if (plan.most > MOST_REPS)
         plan.most = MOST_REPS;
     while (n < plan.most && (n < plan.least || spent < plan.budget_ns)) {
+        if (plan.before)
+            plan.before();
         uint64_t start = now_ns(), s = w->body();
         t[n] = now_ns() - start;
         if (w->check)
@@ -102,7 +104,7 @@ int main(int argc, char **argv)
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++)
         for (const struct work *w = tables[i]; w->name; w++)
             if (!strcmp(argv[1], w->name)) {
-                struct plan plan = {3, 15, 1500000000ull};
+                struct plan plan = {3, 15, 1500000000ull, NULL};
                 const char *row = getenv("ROW");
                 if (w->prepare)
                     w->prepare();

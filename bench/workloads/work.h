@@ -21,8 +21,8 @@ uint64_t hash_bytes(uint64_t h, const void *p, size_t n); /* FNV-1a, 64 bit; sta
 uint64_t rng(uint64_t *state); /* xorshift64*; the state must not be 0 */
 _Noreturn void fail(const char *what);
 
-/* Repetitions: at least `least`, then until `most` or the time budget is used up. */
-struct plan { unsigned least, most; uint64_t budget_ns; };
+/* Repetitions: at least `least`, then until `most` or the time budget is used up; `before` each, untimed, unless NULL. */
+struct plan { unsigned least, most; uint64_t budget_ns; void (*before)(void); };
 enum { MOST_REPS = 64 };
 /* Runs a workload by a plan and prints `row=NAME ns=MIN med=MEDIAN first=FIRST reps=N sum=HEX`. */
 int measure(const char *name, struct plan plan, const struct work *w);
