@@ -347,7 +347,12 @@ impl Analyzer {
     }
 
     fn classify(&mut self, ins: Instruction, offset: u16, mode: Mode) -> Insn {
-        let class = self.class(&ins, mode);
+        let mut class = self.class(&ins, mode);
+        if matches!(class, Class::Jmp | Class::Jcc | Class::CountJump | Class::Call)
+            && !cpu::paging::is_canonical(ins.near_branch64())
+        {
+            class = Class::Step; // #GP at the jump
+        }
         let (reads, kills) = match class {
             Class::Step
             | Class::JmpIndirect

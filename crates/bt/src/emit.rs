@@ -599,6 +599,7 @@ impl<'a> Emitter<'a> {
                 }
                 self.flags_to_block(ALL_FLAGS);
                 lookup_indirect(&mut self.hot, self.context.mode.user);
+                self.name_instruction(insn);
                 let at = self.hot.jmp();
                 self.fix(Part::Hot, at, Target::Fixed(self.context.stubs.indirect_miss));
             }
@@ -608,6 +609,7 @@ impl<'a> Emitter<'a> {
                 self.hot.load(R11, top);
                 let extra = if ins.code() == Code::Retnq_imm16 { i32::from(ins.immediate16()) } else { 0 };
                 self.hot.lea(R9, Mem::base(R9, 8 + extra));
+                self.name_instruction(insn);
                 self.hot.ret();
             }
             Class::Cli => self.hot.store32_imm(Mem::gs(off::IF_FLAG), 0),
@@ -715,6 +717,13 @@ impl<'a> Emitter<'a> {
     fn jump_fixed(&mut self, position: usize) {
         let at = self.hot.jmp();
         self.fix(Part::Hot, at, Target::Fixed(position));
+    }
+
+    /// Puts the number of an exit at the instruction into R10: an indirect jump whose target turns out not to be canonical faults there.
+    fn name_instruction(&mut self, insn: &Insn) {
+        let exit = self.exit_number(insn.offset, false);
+        self.hot.raw(&[0x41, 0xba, 0, 0, 0, 0]); // mov r10d, imm32
+        self.out.hot_numbers.push((self.hot.len() - 4, exit));
     }
 
     /// Leaves the number of the exit to the interpreter in the block, for the case that the stub cannot do it.
@@ -929,8 +938,13 @@ impl<'a> Emitter<'a> {
         match i32::try_from(address as i64) {
             Ok(small) if !self.context.mode.user => self.hot.cmp_imm(R11, small),
             _ => {
-                self.move_address(R10, address, true);
-                self.hot.cmp(R11, R10);
+                // The constant lies in the cold part; R10 names the RET.
+                let constant = self.cold.len();
+                self.cold.raw(&address.to_le_bytes());
+                let kind = RelocationKind::Address;
+                self.out.relocations.push(Relocation { part: Part::Cold, at: constant, value: address, kind });
+                self.hot.raw(&[0x4c, 0x3b, 0x1d, 0, 0, 0, 0]); // cmp r11, [rip + disp32]
+                self.fix(Part::Hot, self.hot.len() - 4, Target::Own(Part::Cold, constant));
             }
         }
         let at = self.hot.jcc(cc::NE);
@@ -966,6 +980,17 @@ impl<'a> Emitter<'a> {
             self.load_guest(R11, number(ins.op0_register()));
         }
         self.hot.store(Mem::gs(off::SCRATCH), R11);
+        // A target in the other half, or in none, is for the interpreter: it may have to fault before anything is pushed.
+        self.flags_to_block(ALL_FLAGS);
+        self.hot.sar(R11, 47);
+        if !self.context.mode.user {
+            self.hot.rr(true, &[0xff], 0, R11); // inc
+        }
+        let elsewhere = self.hot.jcc(cc::NE);
+        self.fix(Part::Hot, elsewhere, Target::Own(Part::Cold, self.cold.len()));
+        self.cold.restore_flags(off::FLAGS, R10);
+        let exit = self.exit_number(insn.offset, false);
+        self.cold_exit(exit, reason::STEP);
         let address = self.push_return(insn)?;
         self.hot.load(R11, Mem::gs(off::SCRATCH));
         let at = self.hot.call();

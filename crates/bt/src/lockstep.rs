@@ -177,6 +177,12 @@ impl BtVcpu {
                 reason::INDIRECT => {
                     self.leave(true);
                     block.state.rip = block.exit_target;
+                    if !cpu::paging::is_canonical(block.exit_target) {
+                        if !self.undo_jump(argument) {
+                            return corrupt("exit");
+                        }
+                        step = Some(false);
+                    }
                 }
                 reason::STEP | reason::POLL | reason::STALE => {
                     let site = self.shared.sites.exits.get(argument);
@@ -214,6 +220,7 @@ impl BtVcpu {
             }
             if let Some(ahead) = ahead {
                 self.save_x87();
+                let why = if step.is_some() { reason::STEP } else { why };
                 if let Err(report) = self.compare(&ahead, why) {
                     if !self.code_changed(epoch) {
                         return Next::Leave(Exit::Internal(report));
@@ -436,8 +443,7 @@ impl BtVcpu {
             }
         }
         let Some((number, found)) = best.filter(|_| !ahead.open) else {
-            // A jump to an address that is not canonical is noticed there, not at the jump.
-            if ahead.open || !paging::is_canonical(state.rip) {
+            if ahead.open {
                 self.lockstep().counters[2] += 1;
                 return Ok(());
             }

@@ -63,7 +63,7 @@ pub struct Stubs {
     pub failed: usize,
     /// R11 = address; returns R10 = host address of its entry in the software TLB. For each table.
     pub search: [usize; 4],
-    /// Indirect jump to R11, flags in the block: kernel, user.
+    /// Indirect jump to R11, flags in the block: kernel, user. R10D = number of an exit at the jump, needed if R11 is not canonical.
     pub indirect: [usize; 2],
     /// An indirect jump to R11 that missed the target cache.
     pub indirect_miss: usize,
@@ -155,7 +155,9 @@ pub fn assemble(slow_access: u64) -> (Vec<u8>, Stubs) {
     link(&mut asm, at, stubs.exits[reason::INDIRECT as usize]);
     for user in [false, true] {
         stubs.indirect[usize::from(user)] = asm.len();
+        asm.store32(Mem::gs(off::EXIT_ARG), R10);
         lookup_indirect(&mut asm, user);
+        asm.load32(R10, Mem::gs(off::EXIT_ARG));
         let at = asm.jmp();
         link(&mut asm, at, stubs.indirect_miss);
     }

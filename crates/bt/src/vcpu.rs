@@ -879,6 +879,9 @@ impl BtVcpu {
                 reason::INDIRECT => {
                     self.leave(true);
                     let target = block.exit_target;
+                    if !paging::is_canonical(target) {
+                        return if self.undo_jump(argument) { self.interpret(false) } else { corrupt("exit") };
+                    }
                     block.state.rip = target;
                     let Some((next, global)) = self.find(target) else { return self.without_block(target) };
                     if next != STEP_ONLY {
@@ -946,6 +949,24 @@ impl BtVcpu {
                 vcpu.shared.cache().link(link, block, true);
             }
         });
+    }
+
+    /// Goes back to before an indirect jump or return to an address that is not canonical, of which exit site `argument` tells: it faults
+    /// at the instruction, before it moves the stack pointer (Intel SDM Vol. 2, JMP, RET).
+    fn undo_jump(&mut self, argument: u32) -> bool {
+        let Some(address) = self.shared.sites.exits.get(argument).map(|site| site.address) else { return false };
+        let mut bytes = [0; 15];
+        let length = (1..=bytes.len()).rev().find(|&n| self.read_virtual(address, &mut bytes[..n])).unwrap_or(0);
+        let ins = iced_x86::Decoder::with_ip(64, &bytes[..length], address, iced_x86::DecoderOptions::NONE).decode();
+        let state = &mut self.block().state;
+        let moved = match ins.code() {
+            iced_x86::Code::Retnq => -8_i64,
+            iced_x86::Code::Retnq_imm16 => -8 - i64::from(ins.immediate16()),
+            _ => 0,
+        };
+        state.gpr[4] = state.gpr[4].wrapping_add_signed(moved);
+        state.rip = address;
+        true
     }
 
     /// On at `address`, which has no block: a breakpoint, which [`Vcpu::run`] sees, or something for the interpreter.

@@ -129,6 +129,7 @@ impl Emitter<'_> {
             return Ok(self.check_group(insn, group, base, disp, write));
         }
         self.flags_to_block(insn.live_before);
+        self.note_flags(insn);
         match address {
             Address::Small(value) => self.check_small(insn, value, size, write),
             Address::Relocatable(value) => Ok(self.check_constant(insn, value, size, write)),
@@ -153,6 +154,14 @@ impl Emitter<'_> {
                 self.probe_miss(&miss, compute);
                 Ok(Mem::sum(R11, R10, 0))
             }
+        }
+    }
+
+    /// Notes where the flags are from here on. An empty entry's tag is an address that is not canonical; a program that uses just that one is
+    /// let through, and the access faults on the host.
+    fn note_flags(&mut self, insn: &Insn) {
+        if self.out.meta.last().is_some_and(|m| m.flags_saved != (self.flags == Flags::Block)) {
+            self.meta(insn, [0xff; 3]);
         }
     }
 
@@ -273,6 +282,7 @@ impl Emitter<'_> {
             return operand;
         }
         self.flags_to_block(insn.live_before);
+        self.note_flags(insn);
         let first = disp.wrapping_add(group.start);
         let range = move |asm: &mut Asm| address_of(asm, base, first);
         let Miss { mut site, access } = self.probe(insn, group.span, write, &range);
