@@ -38,12 +38,14 @@ pub struct Options {
     pub model: CpuidModel,
     /// Leave vCPUs that are in the parking code asleep until the mailbox calls them, instead of letting them spin.
     pub parking: Option<Parking>,
+    /// Note which pages the guest writes: see [`KvmEngine::take_dirty`].
+    pub dirty_log: bool,
 }
 
 impl Options {
     /// The usual settings for a guest with this CPUID model.
     pub fn new(model: CpuidModel) -> Self {
-        Self { model, parking: None }
+        Self { model, parking: None, dirty_log: false }
     }
 }
 
@@ -107,7 +109,7 @@ impl KvmEngine {
         for (slot, (start, address, len)) in (0..).zip(ram.pieces()) {
             let region = b::kvm_userspace_memory_region {
                 slot,
-                flags: 0,
+                flags: if options.dirty_log { b::KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
                 guest_phys_addr: start,
                 memory_size: len,
                 userspace_addr: address as u64,
@@ -128,6 +130,43 @@ impl KvmEngine {
             loses_registers: host_is_amd(),
             parking: options.parking,
         })
+    }
+}
+
+/// Pages that the guest wrote in one piece of RAM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dirty {
+    /// Guest-physical address of the first page.
+    pub start: u64,
+    /// A bit a page of 4 KiB, the first in bit 0 of the first word.
+    pub bitmap: Vec<u64>,
+}
+
+impl Dirty {
+    /// The guest-physical addresses of the pages.
+    pub fn pages(&self) -> impl Iterator<Item = u64> {
+        let set = |bits: u64| (0..64_u64).filter(move |bit| bits >> bit & 1 != 0);
+        (0..)
+            .zip(&self.bitmap)
+            .flat_map(move |(word, bits): (u64, _)| set(*bits).map(move |bit| word * 64 + bit))
+            .map(|page| self.start + page * memory::PAGE_SIZE)
+    }
+}
+
+impl KvmEngine {
+    /// The pages that vCPUs have written since the last call, with [`Options::dirty_log`]. What devices and the monitor write is not
+    /// among them: they write through this process's mapping.
+    ///
+    /// # Errors
+    /// One line why not.
+    pub fn take_dirty(&self) -> Result<Vec<Dirty>, String> {
+        let take = |(slot, (start, _, len)): (u32, (u64, *mut u8, u64))| {
+            let bitmap = self.vm.get_dirty_log(slot, len as usize);
+            bitmap
+                .map(|bitmap| Dirty { start, bitmap })
+                .map_err(|error| format!("KVM does not tell what was written: {}", std::io::Error::from(error)))
+        };
+        (0..).zip(self.ram.pieces()).map(take).collect()
     }
 }
 

@@ -22,6 +22,6 @@ mod registers;
 mod vcpu;
 mod watch;
 
-pub use engine::{KvmEngine, Options, Parking};
+pub use engine::{Dirty, KvmEngine, Options, Parking};
 pub use host::{Capabilities, Host, Unusable};
 pub use ioctls::after_start;

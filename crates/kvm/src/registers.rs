@@ -337,6 +337,8 @@ pub fn set(fd: &VcpuFd, features: &Features, state: &CpuState) -> Result<()> {
     events.interrupt.shadow = if state.interrupt_shadow { b::KVM_X86_SHADOW_INT_STI as u8 } else { 0 };
     events.nmi.masked = state.nmi_blocked.into();
     fd.set_vcpu_events(&events).map_err(told("these pending events"))?;
+    // The guest's watchdogs should not take the time it stood still for its own fault. It fails where the guest has no kvmclock.
+    let _ = fd.kvmclock_ctrl();
     let run_state = match (state.wait_for_sipi, state.halted) {
         (true, _) => b::KVM_MP_STATE_INIT_RECEIVED,
         (false, true) => b::KVM_MP_STATE_HALTED,

@@ -320,12 +320,9 @@ impl Pc {
     }
 
     fn own_chips(&self) -> ChipStates {
-        ChipStates {
-            lapics: self.lapics.save(),
-            ioapic: self.ioapic.save(),
-            pic: self.pic.save(),
-            pit: self.pit.save(),
-        }
+        let pit = self.pit.save();
+        let (pic, ioapic) = (self.pic.save(), self.ioapic.save());
+        ChipStates { lapics: self.lapics.save(), ioapic, pic, pit }
     }
 
     /// The state of all devices. No vCPU may run.
@@ -333,23 +330,17 @@ impl Pc {
     /// # Errors
     /// The engine does not give its chips' state.
     pub fn save(&self) -> Result<PcState, StateError> {
+        // Timers still run, and console input may come: what interrupts is saved before what it interrupts, so that an interrupt may be
+        // saved twice but is never lost.
         let clock = self.clock().now();
+        let (rtc, acpi_pm, reset_ports) = (self.rtc.save(), self.acpi_pm.save(), self.reset_ports.save());
+        let (serial, pci) = (self.serial.save(), self.pci.save());
         let chips = match &self.chips {
             Some(chips) => chips.save(clock)?,
             None => self.own_chips(),
         };
-        Ok(PcState {
-            clock,
-            lapics: chips.lapics,
-            ioapic: chips.ioapic,
-            pic: chips.pic,
-            pit: chips.pit,
-            rtc: self.rtc.save(),
-            acpi_pm: self.acpi_pm.save(),
-            reset_ports: self.reset_ports.save(),
-            serial: self.serial.save(),
-            pci: self.pci.save(),
-        })
+        let ChipStates { lapics, ioapic, pic, pit } = chips;
+        Ok(PcState { clock, lapics, ioapic, pic, pit, rtc, acpi_pm, reset_ports, serial, pci })
     }
 
     /// Takes over a state of a machine made alike. No vCPU may run; set the local APICs' TSC offsets before.

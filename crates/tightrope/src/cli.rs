@@ -124,6 +124,14 @@ pub struct RunArgs {
     #[arg(long, hide = true)]
     pub lockstep: bool,
 
+    /// Where SIGUSR2 saves the VM, which then ends
+    #[arg(long, hide = true, value_name = "FILE")]
+    pub save_to: Option<PathBuf>,
+
+    /// Go on with a VM that was saved, instead of booting; all else must be given as it was
+    #[arg(long, hide = true, value_name = "FILE")]
+    pub restore: Option<PathBuf>,
+
     /// Do not confine the process (for debuggers and profilers)
     #[arg(long, hide = true, env = "TIGHTROPE_NO_SANDBOX", value_parser = clap::builder::FalseyValueParser::new())]
     pub no_sandbox: bool,

@@ -32,6 +32,8 @@ pub fn configure(args: &RunArgs, settings: &Settings) -> Result<VmConfig> {
     config.trace = args.trace.clone();
     config.gdb = args.gdb.clone();
     config.lockstep = args.lockstep;
+    config.save_to = args.save_to.clone();
+    config.restore = args.restore.clone();
     config.sandbox = match (args.no_sandbox, args.sandbox_debug) {
         (true, _) => SandboxMode::Off,
         (_, true) => SandboxMode::Debug,
@@ -60,7 +62,8 @@ fn default_image(args: &RunArgs, settings: &Settings, config: &mut VmConfig) -> 
     config.trusted_image = true;
     // A disk of the user's as root has its own shell and prompt.
     let own_root = |text: &String| text.split_whitespace().any(|word| word.contains("root="));
-    config.ready_marker = (!args.append.iter().any(own_root)).then(|| image::PROMPT.to_string());
+    config.ready_marker =
+        (args.restore.is_none() && !args.append.iter().any(own_root)).then(|| image::PROMPT.to_string());
     let mut words = vec![CONSOLE.to_string(), image.cmdline, DEFAULT_IMAGE.to_string()];
     words.extend(terminal_words());
     Ok(words.join(" "))

@@ -245,14 +245,16 @@ fn pass(runs: &[(&str, &str)], limit: Duration) {
 /// The most of it that takes a minute or two.
 #[test]
 fn tiny_kernels_and_debian() {
-    pass(&[("toys", ""), ("debian", "boots_to_a_shell reboots")], Duration::from_secs(300));
+    pass(
+        &[("engine", ""), ("toys", ""), ("debian", "boots_to_a_shell reboots"), ("moves", "")],
+        Duration::from_secs(300),
+    );
 }
 
 #[test]
 #[ignore = "takes many minutes"]
 fn all_whole_machine_tests() {
-    pass(
-        &[("toys", ""), ("terminal", ""), ("debian", "--skip stock --skip generic --skip cloud")],
-        Duration::from_secs(3600),
-    );
+    let debian = "--skip generic --skip cloud";
+    let runs = [("engine", ""), ("toys", ""), ("terminal", ""), ("moves", ""), ("debian", debian)];
+    pass(&runs, Duration::from_secs(3600));
 }

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use cpu::{Bus, Chips, CpuState, Kick, LocalApic};
+use machine::PcState;
 use memory::GuestRam;
 
 use crate::console::{Input, Output};
@@ -20,6 +21,14 @@ pub(crate) trait Board: Send {
     fn attach(&mut self, index: u32, kick: Arc<dyn Kick>);
     /// All vCPUs have been made, or the machine was built anew around them: chips that are the engine's get their state.
     fn start_chips(&self) -> Result<(), Error>;
+    /// Stops what devices do for the guest by themselves; each request they have taken is answered on return.
+    fn pause_devices(&self);
+    /// They go on.
+    fn resume_devices(&self);
+    /// The devices' state, paused and with no vCPU running.
+    fn save(&self) -> Result<PcState, Error>;
+    /// Takes it over, after the vCPUs' states were set; devices are paused afterwards.
+    fn restore(&self, state: &PcState) -> Result<(), Error>;
     /// The state in which vCPU `index` starts.
     fn start_state(&self, index: u32) -> CpuState;
     /// The guest's end of console input.

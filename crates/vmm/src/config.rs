@@ -45,6 +45,10 @@ pub struct VmConfig {
     pub sandbox: SandboxMode,
     /// Run the translator beside the interpreter and stop at the first difference.
     pub lockstep: bool,
+    /// Where SIGUSR2 saves the VM, which then ends.
+    pub save_to: Option<PathBuf>,
+    /// A saved VM that goes on instead of a boot. Everything else must be as it was for that VM.
+    pub restore: Option<PathBuf>,
     /// A text that the guest prints once on its console when its shell is ready; the time until then is reported.
     pub ready_marker: Option<String>,
 }
@@ -69,6 +73,8 @@ impl VmConfig {
             gdb: None,
             sandbox: SandboxMode::On,
             lockstep: false,
+            save_to: None,
+            restore: None,
             ready_marker: None,
         }
     }

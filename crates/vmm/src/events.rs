@@ -17,6 +17,8 @@ pub(crate) enum Event {
     Quit(i32),
     /// Somebody wants to see the counters.
     Stats,
+    /// Somebody wants the VM saved and ended.
+    Save,
     /// A debugger connected, sent bytes or went away.
     Debugger(DebuggerEvent),
 }

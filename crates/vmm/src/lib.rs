@@ -9,7 +9,7 @@
 //! * [`engine`]: which engine runs the guest.
 //! * [`inputs`]: the user's files, opened, locked and checked.
 //! * [`serial`], [`console`], [`terminal`], [`signals`]: the console and the user's terminal.
-//! * [`gdb`]: the gdb stub. [`crash`], [`stats`]: reports. [`sandbox`]: Landlock and seccomp.
+//! * [`gdb`]: the gdb stub. [`crash`], [`stats`]: reports. [`state`]: a stopped VM in a file. [`sandbox`]: Landlock and seccomp.
 //! * [`doctor`]: what this host can do.
 //!
 //! What is not here: devices (crate `machine`, `virtio`), instructions (the engines), where images come from (`image`).
@@ -28,6 +28,7 @@ mod pc;
 mod sandbox;
 mod serial;
 mod signals;
+mod state;
 mod stats;
 pub mod terminal;
 mod vcpu;

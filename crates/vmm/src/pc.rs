@@ -11,7 +11,7 @@ use machine::bus::{Access, Space};
 use machine::pci::PciDevice;
 use machine::power::PowerEvent;
 use machine::serial::Serial;
-use machine::{Pc, PcConfig};
+use machine::{Pc, PcConfig, PcState};
 use memory::GuestRam;
 use virtio::{Block, Console, ConsoleHandle, Disk, Entropy, Reporter, VirtioDevice, VirtioPci};
 
@@ -49,6 +49,7 @@ pub(crate) fn maker(config: &VmConfig, files: Files, tsc_khz: u64, exits: Option
         exits,
         pc: None,
         input: None,
+        virtio: Vec::new(),
     })
 }
 
@@ -69,6 +70,7 @@ struct PcMaker {
     /// After the first build.
     pc: Option<Arc<Pc>>,
     input: Option<Arc<SerialInput>>,
+    virtio: Vec<Arc<VirtioPci>>,
 }
 
 fn engine_error(error: impl std::fmt::Display) -> Error {
@@ -113,13 +115,11 @@ impl PcMaker {
             slot.set(Arc::new(VirtioInput(handle)));
             devices.push(("console".into(), Box::new(console)));
         }
-        devices
-            .into_iter()
-            .map(|(name, device)| {
-                let device = VirtioPci::new(&name, device, ram.shared(), Some(reporter.clone()));
-                Ok(Arc::new(device.map_err(engine_error)?) as Arc<dyn PciDevice>)
-            })
-            .collect()
+        for (name, device) in devices {
+            let device = VirtioPci::new(&name, device, ram.shared(), Some(reporter.clone())).map_err(engine_error)?;
+            self.virtio.push(Arc::new(device));
+        }
+        Ok(self.virtio.iter().map(|device| device.clone() as Arc<dyn PciDevice>).collect())
     }
 
     fn first_build(
@@ -202,12 +202,13 @@ impl BoardMaker for PcMaker {
         };
         pc.prepare_boot().map_err(|error| Error::Input(error.to_string()))?;
         let loaded = boot::load(ram, &source).map_err(|error| Error::Input(error.to_string()))?;
-        Ok(Box::new(PcBoard { pc, input, entry: loaded.entry }))
+        Ok(Box::new(PcBoard { pc, virtio: self.virtio.clone(), input, entry: loaded.entry }))
     }
 }
 
 struct PcBoard {
     pc: Arc<Pc>,
+    virtio: Vec<Arc<VirtioPci>>,
     input: Arc<SerialInput>,
     entry: u64,
 }
@@ -229,6 +230,22 @@ impl Board for PcBoard {
 
     fn start_chips(&self) -> Result<(), Error> {
         self.pc.start_chips().map_err(engine_error)
+    }
+
+    fn pause_devices(&self) {
+        self.virtio.iter().for_each(|device| device.pause());
+    }
+
+    fn resume_devices(&self) {
+        self.virtio.iter().for_each(|device| device.resume());
+    }
+
+    fn save(&self) -> Result<PcState, Error> {
+        self.pc.save().map_err(|error| Error::Host(error.to_string()))
+    }
+
+    fn restore(&self, state: &PcState) -> Result<(), Error> {
+        self.pc.restore(state).map_err(|error| Error::Input(error.to_string()))
     }
 
     fn start_state(&self, index: u32) -> CpuState {

@@ -7,8 +7,16 @@ use std::sync::OnceLock;
 use crate::events::{Event, Events};
 use crate::terminal;
 
-const HANDLED: [i32; 7] =
-    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGTSTP, libc::SIGCONT];
+const HANDLED: [i32; 8] = [
+    libc::SIGINT,
+    libc::SIGTERM,
+    libc::SIGHUP,
+    libc::SIGQUIT,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGTSTP,
+    libc::SIGCONT,
+];
 const FATAL: [i32; 5] = [libc::SIGABRT, libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE];
 
 static OLD_ACTIONS: OnceLock<Vec<(i32, libc::sigaction)>> = OnceLock::new();
@@ -51,6 +59,7 @@ pub(crate) fn start(events: Events) -> std::io::Result<()> {
                     Ok(())
                 }
                 libc::SIGUSR1 => events.send(Event::Stats),
+                libc::SIGUSR2 => events.send(Event::Save),
                 signal if signal > 0 => events.send(Event::Quit(128 + signal)),
                 _ => Ok(()), // interrupted by another signal's handler
             };

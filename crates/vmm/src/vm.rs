@@ -1,6 +1,8 @@
 //! The supervisor: builds a VM, lets its vCPUs run, and decides on everything that happens to it until it ends.
 
 use std::collections::VecDeque;
+use std::fs::File;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -21,6 +23,7 @@ use crate::gdb::{Listener, Stream};
 use crate::pc::Files;
 use crate::sandbox::{self, Needs};
 use crate::serial::{Gate, InputSlot, Serial};
+use crate::state::{self, Saved};
 use crate::stats::Stats;
 use crate::vcpu::VcpuThread;
 use crate::{crash, engine, inputs, signals, terminal};
@@ -48,6 +51,9 @@ pub struct Vm {
     debugger: Option<Debugger>,
     /// vCPUs that have halted for good. (The others may still run.)
     stuck: Vec<bool>,
+    /// The host's TSC rate in kHz.
+    tsc_khz: u64,
+    save_to: Option<File>,
 }
 
 /// A debugger may connect, or has.
@@ -63,6 +69,12 @@ pub(crate) struct Parts {
     pub ram: GuestRam,
     pub serial: Serial,
     pub listener: Option<Listener>,
+    /// The host's TSC rate in kHz.
+    pub tsc_khz: u64,
+    /// What SIGUSR2 writes to.
+    pub save_to: Option<File>,
+    /// What is read instead of booting.
+    pub restore: Option<File>,
     pub maker: Box<dyn BoardMaker>,
 }
 
@@ -100,6 +112,12 @@ impl Vm {
         };
         let unpacked = config.unpacked_kernel.as_ref().and_then(|path| std::fs::File::open(path).ok());
         let trace = engine::open_trace(config)?;
+        let open = |path: &Option<PathBuf>, what, options: &std::fs::OpenOptions| {
+            path.as_deref().map(|path| options.open(path).map_err(|error| Error::file(what, path, error))).transpose()
+        };
+        let create = std::fs::OpenOptions::new().write(true).create(true).truncate(true).clone();
+        let save_to = open(&config.save_to, "file for the saved VM", &create)?;
+        let restore = open(&config.restore, "saved VM", std::fs::OpenOptions::new().read(true))?;
         let kvm = engine::open_kvm(config)?;
         let needs = Needs {
             kvm: matches!(kvm, engine::KvmState::Works(_)),
@@ -118,7 +136,8 @@ impl Vm {
         }
         let exits = trace.filter(|_| config.trace.as_ref().is_some_and(|trace| trace.exits));
         let maker = crate::pc::maker(config, Files { kernel, unpacked, initrd, disks, console }, tsc_khz, exits);
-        let vm = Self::assemble(config, engine, Parts { ram, serial, listener, maker }, started)?;
+        let vm =
+            Self::assemble(config, engine, Parts { ram, serial, listener, tsc_khz, save_to, restore, maker }, started)?;
         sandbox::close(config.sandbox, needs)?;
         Ok(vm)
     }
@@ -161,8 +180,13 @@ impl Vm {
             resets: 0,
             debugger: None,
             stuck: Vec::new(),
+            tsc_khz: parts.tsc_khz,
+            save_to: parts.save_to,
         };
         vm.make_vcpus(config.cpus)?;
+        if let Some(file) = &parts.restore {
+            vm.restore(file)?;
+        }
         signals::start(vm.events.clone()).map_err(threads)?;
         if let Some(listener) = parts.listener {
             listener.start(vm.events.clone()).map_err(threads)?;
@@ -230,8 +254,67 @@ impl Vm {
                 self.show_stats(self.stats.unwrap_or(StatsFormat::Text));
                 None
             }
+            Event::Save => self.save(),
             Event::Debugger(event) => self.debugger_event(event),
         }
+    }
+
+    /// Saves the VM and ends it; it goes on where it cannot be saved.
+    fn save(&mut self) -> Option<i32> {
+        let Some(file) = self.save_to.take() else {
+            terminal::message("tightrope: nobody said where to save this VM to");
+            return None;
+        };
+        let stopped = self.pause();
+        self.board.pause_devices();
+        let result = self.saved().and_then(|saved| crate::state::write(&file, &saved, self.engine.ram()));
+        match result {
+            Ok(()) => Some(0),
+            Err(error) => {
+                terminal::message(&format!("tightrope: {error}"));
+                self.board.resume_devices();
+                for index in stopped {
+                    self.go_on(index);
+                }
+                None
+            }
+        }
+    }
+
+    /// All of the stopped VM but its memory.
+    fn saved(&self) -> Result<Saved, Error> {
+        // Devices first: what they still have to say to the vCPUs is said then.
+        let machine = self.board.save()?;
+        let failed = || Error::Host("a vCPU does not give its state".into());
+        let states = self.cpus.threads.iter().map(|thread| thread.ask(|vcpu| vcpu.state()).ok_or_else(failed));
+        Ok(Saved {
+            ram: self.engine.ram().size(),
+            tsc_khz: self.tsc_khz,
+            host_tsc: machine::clock::host_tsc(),
+            clock: self.engine.clock(),
+            cpus: states.collect::<Result<_, _>>()?,
+            machine,
+        })
+    }
+
+    /// Takes over a saved VM in place of the one just built.
+    fn restore(&mut self, file: &File) -> Result<(), Error> {
+        let (reader, mut saved) = state::Reader::open(file)?;
+        let ram = self.engine.ram();
+        saved.check(ram.size(), self.cpus.threads.len(), self.tsc_khz)?;
+        self.board.pause_devices();
+        ram.clear().map_err(|error| Error::Host(format!("the guest's memory cannot be cleared: {error}")))?;
+        reader.ram(ram)?;
+        saved.rebase(machine::clock::host_tsc());
+        self.engine.set_clock(saved.clock);
+        for (thread, state) in self.cpus.threads.iter().zip(saved.cpus) {
+            thread
+                .ask(move |vcpu| vcpu.set_state(&state))
+                .ok_or_else(|| Error::Host("a vCPU does not take its state".into()))?;
+        }
+        self.board.restore(&saved.machine)?;
+        self.board.resume_devices();
+        Ok(())
     }
 
     fn vcpu_exit(&mut self, index: u32, exit: Exit) -> Option<i32> {

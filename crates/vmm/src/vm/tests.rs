@@ -201,6 +201,14 @@ impl Board for ToyBoard {
     fn start_chips(&self) -> Result<(), Error> {
         Ok(())
     }
+    fn pause_devices(&self) {}
+    fn resume_devices(&self) {}
+    fn save(&self) -> Result<machine::PcState, Error> {
+        Err(Error::Host("a toy has no devices".into()))
+    }
+    fn restore(&self, _: &machine::PcState) -> Result<(), Error> {
+        self.save().map(|_| ())
+    }
     fn start_state(&self, _: u32) -> CpuState {
         let mut state = CpuState::default();
         state.enter_long_mode(0, 0x10, 0x18);
@@ -265,6 +273,9 @@ impl Toy {
         change(&mut config);
         let ram = GuestRam::new(64 << 20).unwrap();
         let parts = Parts {
+            tsc_khz: 1_000_000,
+            save_to: None,
+            restore: None,
             ram: ram.clone(),
             serial: Serial::open(&config.serial).unwrap().0,
             listener: config.gdb.as_ref().map(|address| Listener::open(address).unwrap().0),

@@ -1,0 +1,312 @@
+//! The engine by itself, with pieces of machine code. Where KVM does not run they say so; `TIGHTROPE_TEST_ENGINE=kvm` makes that a failure.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use cpu::cpuid::CpuidModel;
+use cpu::{
+    Bus, CpuState, Engine, Exit, FpState, InterruptStatus, LocalApic, MsrError, TableRegister, Vcpu, VcpuSetup, gpr,
+};
+use kvm::{Host, KvmEngine, Options};
+use memory::GuestRam;
+
+const PML4: u64 = 0x1000;
+const CODE: u64 = 0x1_0000;
+
+struct NoLapic;
+
+impl LocalApic for NoLapic {
+    fn read_msr(&self, _: u32) -> Result<u64, MsrError> {
+        Err(MsrError)
+    }
+    fn write_msr(&self, _: u32, _: u64) -> Result<(), MsrError> {
+        Err(MsrError)
+    }
+    fn cr8(&self) -> u8 {
+        0
+    }
+    fn set_cr8(&self, _: u8) {}
+    fn status(&self) -> InterruptStatus {
+        InterruptStatus::default()
+    }
+    fn acknowledge(&self) -> Option<u8> {
+        None
+    }
+    fn acknowledge_nmi(&self) {}
+    fn acknowledge_init(&self) {}
+    fn eoi(&self) {}
+}
+
+/// Keeps what is written; reads give the address's low bytes.
+#[derive(Default)]
+struct Log(Mutex<Vec<(u64, Vec<u8>)>>);
+
+impl Bus for Log {
+    fn pio_read(&self, port: u16, data: &mut [u8]) {
+        data.fill(port as u8);
+    }
+    fn pio_write(&self, port: u16, data: &[u8]) {
+        self.0.lock().unwrap().push((port.into(), data.to_vec()));
+    }
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        assert!(gpa % 8 + data.len() as u64 <= 8, "{gpa:#x}, {}", data.len());
+        for (at, byte) in data.iter_mut().enumerate() {
+            *byte = gpa as u8 + at as u8;
+        }
+    }
+    fn mmio_write(&self, gpa: u64, data: &[u8]) {
+        assert!(gpa % 8 + data.len() as u64 <= 8, "{gpa:#x}, {}", data.len());
+        self.0.lock().unwrap().push((gpa, data.to_vec()));
+    }
+}
+
+struct Rig {
+    engine: KvmEngine,
+    vcpu: Box<dyn Vcpu>,
+    ram: GuestRam,
+    log: Arc<Log>,
+}
+
+/// A vCPU in 64-bit mode at `code`, with 4 GiB mapped onto themselves; `None` without a KVM that works.
+fn rig(code: &[u8], dirty_log: bool) -> Option<Rig> {
+    let host = match kvm::probe::usable() {
+        Ok(host) => host,
+        Err(why) => {
+            assert!(std::env::var("TIGHTROPE_TEST_ENGINE").as_deref() != Ok("kvm"), "{why}");
+            eprintln!("NOT TESTED: {why}");
+            return None;
+        }
+    };
+    let ram = GuestRam::new(64 << 20).unwrap();
+    let mut options = Options::new(CpuidModel::new(1, 1_000_000));
+    options.dirty_log = dirty_log;
+    let engine = KvmEngine::new(&host, ram.clone(), options).unwrap();
+    let log = Arc::new(Log::default());
+    let mut vcpu = engine.create_vcpu(VcpuSetup { index: 0, lapic: Arc::new(NoLapic), bus: log.clone() }).unwrap();
+    let put = |address: u64, value: u64| assert!(ram.write(address, &value.to_le_bytes()));
+    put(PML4, 0x2003);
+    for gib in 0..4 {
+        put(0x2000 + gib * 8, (0x3000 + gib * 0x1000) | 3);
+        for page in 0..512 {
+            put(0x3000 + gib * 0x1000 + page * 8, gib << 30 | page << 21 | 0x83);
+        }
+    }
+    put(0x8008, 0x00af_9b00_0000_ffff);
+    put(0x8010, 0x00cf_9300_0000_ffff);
+    assert!(ram.write(CODE, code));
+    vcpu.set_state(&start());
+    Some(Rig { engine, vcpu, ram, log })
+}
+
+fn start() -> CpuState {
+    let mut state = CpuState::default();
+    state.enter_long_mode(PML4, 8, 16);
+    state.gdtr = TableRegister { base: 0x8000, limit: 23 };
+    state.gpr = [0; 16];
+    state.gpr[gpr::RSP] = 0x2_0000;
+    state.rip = CODE;
+    state
+}
+
+/// Runs for a while, then stops it.
+fn run_for(vcpu: &mut dyn Vcpu, time: Duration) -> Exit {
+    let stop = vcpu.stop_handle();
+    let thread = std::thread::spawn(move || {
+        std::thread::sleep(time);
+        stop.kick();
+    });
+    let exit = vcpu.run();
+    thread.join().unwrap();
+    exit
+}
+
+#[test]
+fn state_there_and_back() {
+    let Some(mut rig) = rig(&[0xf4], false) else { return };
+    let first = rig.vcpu.state();
+    let mut state = start();
+    for (at, register) in state.gpr.iter_mut().enumerate() {
+        *register = 0x0101_0101_0101_0101_u64.wrapping_mul(at as u64);
+    }
+    state.rip = 0x1_2345;
+    state.rflags = 0x2 | 0x8d5;
+    for (at, byte) in state.fp.bytes[FpState::XMM..FpState::XMM + 256].iter_mut().enumerate() {
+        *byte = at as u8;
+    }
+    state.cr4 = first.cr4 | cpu::cr4::OSFXSR;
+    (state.star, state.lstar, state.sfmask) = (0x23_0010_0000_0000, 0xffff_8000_0000_1000, 0x4_7700);
+    (state.kernel_gs_base, state.tsc_aux, state.cr2) = (0xffff_8880_0000_0000, 7, 0xdead_b000);
+    (state.sysenter, state.tsc_offset, state.tsc_adjust) = ([0x10, 0x2000, 0x3000], 1 << 40, 5);
+    (state.dr[0], state.interrupt_shadow, state.nmi_blocked) = (0x1234, true, true);
+    state.mtrr[12] = 0x8000_0006;
+    rig.vcpu.set_state(&state);
+    assert_eq!(rig.vcpu.state(), state);
+    state.halted = true;
+    (state.interrupt_shadow, state.nmi_blocked) = (false, false);
+    rig.vcpu.set_state(&state);
+    assert_eq!(rig.vcpu.state(), state);
+    (state.halted, state.wait_for_sipi) = (false, true);
+    rig.vcpu.set_state(&state);
+    assert_eq!(rig.vcpu.state(), state);
+}
+
+#[test]
+fn a_state_that_cannot_be_is_told() {
+    let Some(mut rig) = rig(&[0xf4], false) else { return };
+    let mut state = start();
+    // Long mode active without paging.
+    state.cr0 &= !cpu::cr0::PG;
+    rig.vcpu.set_state(&state);
+    assert!(matches!(rig.vcpu.run(), Exit::Internal(why) if why.contains("system registers")));
+    rig.vcpu.set_state(&start());
+    assert_eq!(run_for(&mut *rig.vcpu, Duration::from_millis(20)), Exit::Stopped);
+}
+
+#[test]
+fn stopped_again_and_again() {
+    // 1: inc rax; jmp 1b
+    let Some(mut rig) = rig(&[0x48, 0xff, 0xc0, 0xeb, 0xfb], false) else { return };
+    let mut last = 0;
+    for _ in 0..50 {
+        assert_eq!(run_for(&mut *rig.vcpu, Duration::from_millis(2)), Exit::Stopped);
+        let state = rig.vcpu.state();
+        assert!(state.gpr[gpr::RAX] > last && (CODE..CODE + 5).contains(&state.rip));
+        last = state.gpr[gpr::RAX];
+    }
+    // A stop that was asked for before.
+    rig.vcpu.stop_handle().kick();
+    assert_eq!(rig.vcpu.run(), Exit::Stopped);
+}
+
+#[test]
+fn io_of_all_kinds() {
+    let code = [
+        0x66, 0xba, 0x34, 0x12, // mov dx, 0x1234
+        0xec, // in al, dx
+        0x88, 0xc3, // mov bl, al
+        0xbe, 0, 0, 2, 0, // mov esi, 0x20000
+        0xc7, 0x06, 1, 2, 3, 4, // mov dword [rsi], 0x04030201
+        0xb9, 2, 0, 0, 0, // mov ecx, 2
+        0xf3, 0x66, 0x6f, // rep outsw
+        0xbf, 0x06, 0, 0, 0xd0, // mov edi, 0xd0000006
+        0x8b, 0x07, // mov eax, [rdi] (crosses a unit)
+        0x48, 0x89, 0x07, // mov [rdi], rax
+        0xf4, // hlt
+    ];
+    let Some(mut rig) = rig(&code, false) else { return };
+    assert_eq!(rig.vcpu.run(), Exit::Stuck, "HLT with interrupts off");
+    let state = rig.vcpu.state();
+    assert_eq!((state.gpr[gpr::RBX], state.gpr[gpr::RAX]), (0x34, 0x0908_0706));
+    assert!(state.halted);
+    let log = rig.log.0.lock().unwrap();
+    assert_eq!(
+        *log,
+        [(0x1234, vec![1, 2]), (0x1234, vec![3, 4]), (0xd000_0006, vec![6, 7]), (0xd000_0008, vec![8, 9, 0, 0, 0, 0]),]
+    );
+}
+
+#[test]
+fn steps_and_breakpoints() {
+    // Ten NOPs, then back.
+    let code = [[0x90; 10].as_slice(), &[0xeb, 0xf4]].concat();
+    let Some(mut rig) = rig(&code, false) else { return };
+    for n in 1..=3 {
+        assert_eq!(rig.vcpu.step(), Exit::Debug);
+        assert_eq!(rig.vcpu.state().rip, CODE + n);
+    }
+    for breakpoints in [&[5_u64][..], &[1, 5, 7, 9], &[0, 1, 2, 4, 6, 8]] {
+        let addresses: Vec<u64> = breakpoints.iter().map(|at| CODE + at).collect();
+        rig.vcpu.set_breakpoints(&addresses);
+        let mut met = std::collections::BTreeSet::new();
+        for _ in 0..2 * addresses.len() {
+            assert_eq!(rig.vcpu.run(), Exit::Debug);
+            met.insert(rig.vcpu.state().rip);
+        }
+        assert_eq!(met.into_iter().collect::<Vec<_>>(), addresses);
+    }
+    rig.vcpu.set_breakpoints(&[]);
+    assert_eq!(run_for(&mut *rig.vcpu, Duration::from_millis(20)), Exit::Stopped);
+}
+
+#[test]
+fn memory_by_linear_address() {
+    let Some(mut rig) = rig(&[0xf4], false) else { return };
+    assert!(rig.ram.write(0x2f_fffc, b"across a page"));
+    let mut bytes = [0; 13];
+    assert!(rig.vcpu.read_virtual(0x2f_fffc, &mut bytes));
+    assert_eq!(&bytes, b"across a page");
+    assert!(rig.vcpu.write_virtual(0x30_0000, b"x"));
+    assert!(!rig.vcpu.read_virtual(1 << 40, &mut bytes), "not mapped");
+    assert!(!rig.vcpu.read_virtual(0xd000_0000, &mut bytes), "no RAM");
+}
+
+/// MSRs outside the model are `#GP`, which without an IDT is a triple fault; a few have an answer.
+#[test]
+fn msrs_are_filtered() {
+    let read = |number: u32| [&[0xb9], &number.to_le_bytes()[..], &[0x0f, 0x32, 0xf4]].concat();
+    // FEATURE_CONTROL: the monitor's answer. IA32_PMC0, a Hyper-V register, KVM's steal time, the AMD VM_CR: not there.
+    let Some(mut rig) = rig(&read(0x3a), false) else { return };
+    assert_eq!(rig.vcpu.run(), Exit::Stuck);
+    assert_eq!(rig.vcpu.state().gpr[gpr::RAX], 1);
+    for number in [0xc1, 0x4000_0000, 0x4b56_4d03, 0xc001_0114] {
+        assert!(rig.ram.write(CODE, &read(number)));
+        rig.vcpu.set_state(&start());
+        assert_eq!(rig.vcpu.run(), Exit::TripleFault, "{number:#x}");
+    }
+}
+
+#[test]
+fn written_pages_are_noted() {
+    // mov [0x300000], eax; mov [0x3fff000], eax; hlt
+    let code = [0x89, 0x04, 0x25, 0, 0, 0x30, 0, 0x89, 0x04, 0x25, 0, 0xf0, 0xff, 0x03, 0xf4];
+    let Some(mut rig) = rig(&code, true) else { return };
+    rig.engine.take_dirty().unwrap();
+    assert_eq!(rig.vcpu.run(), Exit::Stuck);
+    let pages: Vec<u64> =
+        rig.engine.take_dirty().unwrap().iter().flat_map(|dirty| dirty.pages().collect::<Vec<_>>()).collect();
+    for page in [0x30_0000, 0x3ff_f000] {
+        assert!(pages.contains(&page), "{pages:x?}");
+    }
+    assert!(!pages.contains(&0x31_0000));
+    let again = rig.engine.take_dirty().unwrap();
+    assert_eq!(again.iter().map(|dirty| dirty.pages().count()).sum::<usize>(), 0);
+}
+
+#[test]
+fn clock_goes_on_from_where_it_is_set() {
+    let Some(rig) = rig(&[0xf4], false) else { return };
+    rig.engine.set_clock(3_600_000_000_000);
+    let now = rig.engine.clock();
+    assert!(now.wrapping_sub(3_600_000_000_000) < 1_000_000_000, "{now}");
+}
+
+/// Kicks from many threads while the guest runs, halts and does I/O: none is lost, nothing hangs.
+#[test]
+fn a_storm_of_kicks() {
+    // 1: out 0x80, al; inc rbx; jmp 1b
+    let Some(mut rig) = rig(&[0xe6, 0x80, 0x48, 0xff, 0xc3, 0xeb, 0xf9], false) else { return };
+    let done = Arc::new(AtomicU64::new(0));
+    let threads: Vec<_> = (0..3)
+        .map(|_| {
+            let (kick, done) = (rig.vcpu.kick_handle(), done.clone());
+            std::thread::spawn(move || {
+                while done.load(Ordering::SeqCst) == 0 {
+                    kick.kick();
+                    std::thread::sleep(Duration::from_micros(300));
+                }
+            })
+        })
+        .collect();
+    for _ in 0..20 {
+        assert_eq!(run_for(&mut *rig.vcpu, Duration::from_millis(5)), Exit::Stopped);
+    }
+    done.store(1, Ordering::SeqCst);
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+    // Every OUT that the guest counted has come out, and none twice.
+    let state = rig.vcpu.state();
+    let outs = rig.log.0.lock().unwrap().len() as u64;
+    let finished = state.gpr[gpr::RBX] + u64::from(state.rip == CODE + 2);
+    assert_eq!(outs, finished);
+    drop(Host::open());
+}

@@ -1,0 +1,275 @@
+//! A stopped VM in a file: memory, vCPUs, devices. What one engine saved every engine restores.
+//!
+//! ```text
+//! magic (8 bytes)  version (4)  length of the body (4)  CRC-32 of the body (4)
+//! body: [`Saved`], by postcard
+//! pieces of RAM that are not all zero: guest-physical address (8), length (8), bytes; the last has length 0
+//! ```
+//!
+//! Numbers are little-endian. The file is untrusted: sizes are bounded, the body is checked, and each device checks its own part.
+//!
+//! Time stands still meanwhile: the guest's TSC, kvmclock and the machine's clock go on from where they were, on the new host's TSC.
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Read, Write};
+
+use cpu::CpuState;
+use machine::PcState;
+use memory::GuestRam;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+
+const MAGIC: [u8; 8] = *b"TIGHTROP";
+const VERSION: u32 = 1;
+/// No machine's body is longer.
+const MAX_BODY: u32 = 64 << 20;
+/// RAM is written in pieces of this size where there is something in them.
+const PIECE: usize = 64 << 10;
+/// How far TSC rates may differ, in millionths: what measuring them is good to, and what Linux bears.
+const TSC_TOLERANCE: u64 = 250;
+
+/// All but RAM.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Saved {
+    /// Bytes of RAM.
+    pub ram: u64,
+    /// Rate of the TSC in kHz.
+    pub tsc_khz: u64,
+    /// The host's TSC when the VM was saved.
+    pub host_tsc: u64,
+    /// kvmclock's system time in nanoseconds.
+    pub clock: u64,
+    /// The vCPUs.
+    pub cpus: Vec<CpuState>,
+    /// The devices.
+    pub machine: PcState,
+}
+
+impl Saved {
+    /// Moves all that counts in the host's TSC from the old host's to a new one's, `now`.
+    pub fn rebase(&mut self, now: u64) {
+        let passed = now.wrapping_sub(self.host_tsc);
+        for cpu in &mut self.cpus {
+            cpu.tsc_offset = cpu.tsc_offset.wrapping_sub(passed);
+        }
+        for lapic in &mut self.machine.lapics {
+            if lapic.tsc_deadline != 0 {
+                lapic.tsc_deadline = lapic.tsc_deadline.wrapping_add(passed).max(1);
+            }
+        }
+        self.host_tsc = now;
+    }
+
+    /// Does it fit a VM with so much RAM and so many vCPUs on a host with this TSC?
+    pub fn check(&self, ram: u64, cpus: usize, tsc_khz: u64) -> Result<(), Error> {
+        let refuse = |text: String| Err(Error::Input(format!("the saved VM does not fit: {text}")));
+        if self.ram != ram {
+            return refuse(format!("it has {} MiB of memory: give as much with --memory", self.ram >> 20));
+        }
+        if self.cpus.len() != cpus || self.machine.lapics.len() != cpus {
+            return refuse(format!("it has {} vCPUs: give as many with --cpus", self.cpus.len()));
+        }
+        if self.tsc_khz.abs_diff(tsc_khz).saturating_mul(1_000_000) > tsc_khz.saturating_mul(TSC_TOLERANCE) {
+            return refuse(format!("its TSC runs at {} kHz, this host's at {tsc_khz} kHz", self.tsc_khz));
+        }
+        Ok(())
+    }
+}
+
+fn cannot(what: &str) -> impl FnOnce(std::io::Error) -> Error {
+    move |error| Error::Host(format!("the VM's state cannot be {what}: {error}"))
+}
+
+/// Writes a stopped VM.
+pub(crate) fn write(file: &File, saved: &Saved, ram: &GuestRam) -> Result<(), Error> {
+    let body = postcard::to_stdvec(saved).map_err(|error| Error::Host(format!("the VM's state: {error}")))?;
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(cannot("written"));
+    put(&MAGIC)?;
+    put(&VERSION.to_le_bytes())?;
+    put(&u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes())?;
+    put(&crc(&body).to_le_bytes())?;
+    put(&body)?;
+    let mut piece = vec![0; PIECE];
+    for (start, _, len) in ram.pieces() {
+        let mut at = 0;
+        while at < len {
+            let size = (len - at).min(PIECE as u64);
+            let bytes = piece.get_mut(..size as usize).unwrap_or_default();
+            if !ram.read(start + at, bytes) {
+                return Err(Error::Host("the VM's memory cannot be read".into()));
+            }
+            if bytes.iter().any(|byte| *byte != 0) {
+                put(&(start + at).to_le_bytes())?;
+                put(&size.to_le_bytes())?;
+                put(bytes)?;
+            }
+            at += size;
+        }
+    }
+    put(&[0; 16])?;
+    out.flush().map_err(cannot("written"))?;
+    file.sync_all().map_err(cannot("written"))
+}
+
+fn crc(bytes: &[u8]) -> u32 {
+    let mut crc = flate2::Crc::new();
+    crc.update(bytes);
+    crc.sum()
+}
+
+/// A file that is being read.
+pub(crate) struct Reader<'a>(BufReader<&'a File>);
+
+impl<'a> Reader<'a> {
+    /// Reads all but RAM.
+    pub fn open(file: &'a File) -> Result<(Self, Saved), Error> {
+        let bad = |text: &str| Error::Input(format!("the saved VM cannot be restored: {text}"));
+        let mut reader = Self(BufReader::with_capacity(1 << 20, file));
+        if reader.array::<8>()? != MAGIC {
+            return Err(bad("the file is none that Tightrope saved"));
+        }
+        let [version, len, sum] = [reader.array()?, reader.array()?, reader.array()?].map(u32::from_le_bytes);
+        if version != VERSION {
+            return Err(bad(&format!("its format has version {version}, this Tightrope knows {VERSION}")));
+        }
+        if len > MAX_BODY {
+            return Err(bad("it is damaged"));
+        }
+        let mut body = vec![0; len as usize];
+        reader.fill(&mut body)?;
+        if crc(&body) != sum {
+            return Err(bad("it is damaged"));
+        }
+        let saved = postcard::from_bytes(&body).map_err(|_| bad("it is damaged"))?;
+        Ok((reader, saved))
+    }
+
+    /// Reads RAM, which is all zero, and ends.
+    pub fn ram(mut self, ram: &GuestRam) -> Result<(), Error> {
+        let bad = || Error::Input("the saved VM cannot be restored: its memory is damaged".into());
+        let mut piece = vec![0; PIECE];
+        loop {
+            let (start, len) = (u64::from_le_bytes(self.array()?), u64::from_le_bytes(self.array()?));
+            if len == 0 {
+                return Ok(());
+            }
+            let bytes = usize::try_from(len).ok().and_then(|len| piece.get_mut(..len)).ok_or_else(bad)?;
+            self.fill(bytes)?;
+            if !ram.write(start, bytes) {
+                return Err(bad());
+            }
+        }
+    }
+
+    fn fill(&mut self, bytes: &mut [u8]) -> Result<(), Error> {
+        self.0.read_exact(bytes).map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => {
+                Error::Input("the saved VM cannot be restored: the file is too short".into())
+            }
+            _ => cannot("read")(error),
+        })
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], Error> {
+        let mut bytes = [0; N];
+        self.fill(&mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Seek, SeekFrom};
+
+    fn saved() -> Saved {
+        let pc = machine::Pc::new(machine::PcConfig {
+            ram: GuestRam::new(32 << 20).unwrap(),
+            vcpus: 1,
+            tsc_khz: 2_000_000,
+            chips: None,
+            serial_output: Box::new(std::io::sink()),
+            pci_devices: Vec::new(),
+            power: std::sync::Arc::new(|_| ()),
+        })
+        .unwrap();
+        let mut machine = pc.save().unwrap();
+        machine.lapics[0].tsc_deadline = 500;
+        let cpus = vec![CpuState { tsc_offset: 10, ..CpuState::default() }];
+        Saved { ram: 32 << 20, tsc_khz: 2_000_000, host_tsc: 1000, clock: 7, cpus, machine }
+    }
+
+    fn file(ram: &GuestRam) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        write(&file, &saved(), ram).unwrap();
+        file.seek(SeekFrom::Start(0)).unwrap();
+        file
+    }
+
+    #[test]
+    fn there_and_back() {
+        let ram = GuestRam::new(32 << 20).unwrap();
+        assert!(ram.write(0x12345, b"memory") && ram.write((32 << 20) - 4, b"last"));
+        let file = file(&ram);
+        assert!(file.metadata().unwrap().len() < 200 << 10, "zeros are not written");
+        let (reader, back) = Reader::open(&file).unwrap();
+        assert_eq!((back.cpus, back.machine), (saved().cpus, saved().machine));
+        let other = GuestRam::new(32 << 20).unwrap();
+        reader.ram(&other).unwrap();
+        let mut bytes = [0; 6];
+        assert!(other.read(0x12345, &mut bytes));
+        assert_eq!(&bytes, b"memory");
+    }
+
+    #[test]
+    fn time_goes_on_where_it_stopped() {
+        let mut saved = saved();
+        saved.rebase(1_000_000);
+        assert_eq!(saved.cpus[0].tsc_offset.wrapping_add(1_000_000), 1010, "the guest's TSC");
+        assert_eq!(saved.machine.lapics[0].tsc_deadline, 1_000_000 - 500, "as far away as it was");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let saved = saved();
+        assert!(saved.check(32 << 20, 1, 2_000_400).is_ok());
+        for (ram, cpus, khz, part) in
+            [(64 << 20, 1, 2_000_000, "--memory"), (32 << 20, 2, 2_000_000, "--cpus"), (32 << 20, 1, 2_001_000, "kHz")]
+        {
+            assert!(saved.check(ram, cpus, khz).unwrap_err().to_string().contains(part));
+        }
+    }
+
+    #[test]
+    fn damage_is_seen() {
+        let ram = GuestRam::new(32 << 20).unwrap();
+        assert!(ram.write(0x1000, &[1; 100]));
+        let mut whole = Vec::new();
+        file(&ram).read_to_end(&mut whole).unwrap();
+        let try_bytes = |bytes: &[u8]| {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(bytes).unwrap();
+            file.seek(SeekFrom::Start(0)).unwrap();
+            let (reader, _) = Reader::open(&file)?;
+            reader.ram(&GuestRam::new(32 << 20).unwrap())
+        };
+        try_bytes(&whole).unwrap();
+        for at in [0, 8, 13, 17, 40] {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 0xff;
+            assert!(try_bytes(&damaged).is_err(), "{at}");
+        }
+        for len in [0, 7, 19, 100, whole.len() - 1] {
+            assert!(try_bytes(&whole[..len]).is_err(), "{len}");
+        }
+        // A piece of RAM that is none.
+        let end = whole.len() - 16;
+        let mut damaged = whole[..end].to_vec();
+        damaged.extend((1_u64 << 50).to_le_bytes());
+        damaged.extend(4_u64.to_le_bytes());
+        damaged.extend([1; 20]);
+        assert!(try_bytes(&damaged).is_err());
+    }
+}
