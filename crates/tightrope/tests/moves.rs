@@ -8,18 +8,19 @@ use rustix::process::{Pid, Signal, kill_process};
 
 /// In the guest (which echoes this, so it must not contain what is looked for): reads the disk again and again past its cache, compares, looks at the clocks, sleeps, counts.
 const WORK: &str = "\
-sum=$(md5sum </dev/vda); while :; do :; done & \
+sum=$(md5sum </dev/vda); nice -n 19 sh -c 'while :; do :; done' & \
 n=0; last=0; while [ ! -e /stop ]; do \
 echo 1 >/proc/sys/vm/drop_caches; [ \"$(md5sum </dev/vda)\" = \"$sum\" ] || echo BA''D-disk-$n; \
 read now rest </proc/uptime; now=${now%.*}${now#*.}; [ $now -ge $last ] || echo BA''D-time-$last-$now; last=$now; \
 n=$((n+1)); echo tick-$n-; sleep 0.02; \
 done &\n";
 
-/// The engines in turn, in the order in which the VM goes through them.
+/// The engines in turn, in the order in which the VM goes through them. (It boots under the faster: `kvm` is tested in a machine that is
+/// itself emulated, where translating is very slow.)
 fn engines() -> Vec<String> {
     let own = engine();
     match own.as_str() {
-        "kvm" => ["bt", "kvm", "bt", "kvm"].map(String::from).to_vec(),
+        "kvm" => ["kvm", "bt", "kvm"].map(String::from).to_vec(),
         _ => vec![own.clone(), own.clone(), own],
     }
 }
@@ -41,7 +42,7 @@ fn ticks(session: &mut Session, from: u32, count: u32) -> u32 {
 fn a_working_guest_moves_between_engines() {
     let dir = tempfile::tempdir().unwrap();
     let disk = dir.path().join("disk");
-    let bytes: Vec<u8> = (0..4_u32 << 20).map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let bytes: Vec<u8> = (0..256_u32 << 10).map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     std::fs::write(&disk, bytes).unwrap();
     let name = |number: usize| dir.path().join(format!("saved-{number}")).display().to_string();
     let disk = format!("{},ro", disk.display());
@@ -63,7 +64,7 @@ fn a_working_guest_moves_between_engines() {
         let (from, to) = (name(number - 1), name(number));
         session = start(engine, &["--disk", &disk, "--restore", &from, "--save-to", &to]);
         // The line that was cut in two may not be whole.
-        next = ticks(&mut session, next + 1, 5);
+        next = ticks(&mut session, next + 1, 3);
     }
     session.send(
         b"touch /stop; kill %1; dmesg | grep -c -i -E 'stall|lockup|unstable|I/O error|Oops|jumped'; echo end-$?-\n",
