@@ -301,7 +301,7 @@ mod tests {
             let refused = std::fs::File::open("/etc/passwd").is_err();
             std::process::exit(if refused { 0 } else { 5 });
         }
-        close(mode, Needs { sockets: deed == "accept", kvm: deed == "kvm" }).unwrap();
+        close(mode, Needs { sockets: deed == "accept", kvm: deed.starts_with("kvm") }).unwrap();
         match deed.as_str() {
             "ordinary" => {
                 let mut text = String::new();
@@ -353,6 +353,16 @@ mod tests {
                 );
                 libc::mprotect(page, 4096, libc::PROT_READ | libc::PROT_EXEC);
             },
+            // SAFETY: there is no such file; nothing is touched.
+            "kvm run" | "run a vCPU without leave" => unsafe {
+                const KVM_RUN: libc::Ioctl = 0xae80;
+                assert_eq!(libc::ioctl(-1, KVM_RUN, 0), -1);
+            },
+            // SAFETY: as above.
+            "kvm create VM" => unsafe {
+                const KVM_CREATE_VM: libc::Ioctl = 0xae01;
+                libc::ioctl(-1, KVM_CREATE_VM, 0);
+            },
             // SAFETY: no memory in use is touched, and the process ends here or in the call.
             "fork" => unsafe {
                 libc::fork();
@@ -375,7 +385,9 @@ mod tests {
         let output = try_in_sandbox("ordinary", "on");
         assert_eq!(output.status.code(), Some(7), "{output:?}");
         assert!(String::from_utf8_lossy(&output.stdout).contains("done"));
-        assert_eq!(try_in_sandbox("accept", "on").status.code(), Some(7));
+        for deed in ["accept", "kvm run"] {
+            assert_eq!(try_in_sandbox(deed, "on").status.code(), Some(7), "{deed}");
+        }
     }
 
     #[test]
@@ -388,6 +400,8 @@ mod tests {
             "accept without leave",
             "mmap exec",
             "mprotect exec",
+            "run a vCPU without leave",
+            "kvm create VM",
             "fork",
             "kill init",
             "ptrace",

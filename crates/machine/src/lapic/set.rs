@@ -55,7 +55,8 @@ pub(super) fn send(shared: &Shared, message: IcrMessage, sender: Option<u32>) {
     let lapics = shared.lapics.read().unwrap_or_else(PoisonError::into_inner);
     if message.shorthand == Shorthand::None && !message.logical && message.destination != u32::MAX {
         // One only, whose number is its id: the others need not be asked.
-        if let Some(lapic) = lapics.get(message.destination as usize).filter(|l| l.matches(message.destination, false)) {
+        if let Some(lapic) = lapics.get(message.destination as usize).filter(|l| l.matches(message.destination, false))
+        {
             lapic.deliver(message.delivery, message.vector, message.level);
         }
         return;
