@@ -201,9 +201,9 @@ mod tests {
         Saved { ram: 32 << 20, tsc_khz: 2_000_000, host_tsc: 1000, clock: 7, cpus, machine }
     }
 
-    fn file(ram: &GuestRam) -> File {
+    fn file(saved: &Saved, ram: &GuestRam) -> File {
         let mut file = tempfile::tempfile().unwrap();
-        write(&file, &saved(), ram).unwrap();
+        write(&file, saved, ram).unwrap();
         file.seek(SeekFrom::Start(0)).unwrap();
         file
     }
@@ -212,10 +212,11 @@ mod tests {
     fn there_and_back() {
         let ram = GuestRam::new(32 << 20).unwrap();
         assert!(ram.write(0x12345, b"memory") && ram.write((32 << 20) - 4, b"last"));
-        let file = file(&ram);
+        let saved = saved();
+        let file = file(&saved, &ram);
         assert!(file.metadata().unwrap().len() < 200 << 10, "zeros are not written");
         let (reader, back) = Reader::open(&file).unwrap();
-        assert_eq!((back.cpus, back.machine), (saved().cpus, saved().machine));
+        assert_eq!((back.cpus, back.machine), (saved.cpus, saved.machine));
         let other = GuestRam::new(32 << 20).unwrap();
         reader.ram(&other).unwrap();
         let mut bytes = [0; 6];
@@ -247,7 +248,7 @@ mod tests {
         let ram = GuestRam::new(32 << 20).unwrap();
         assert!(ram.write(0x1000, &[1; 100]));
         let mut whole = Vec::new();
-        file(&ram).read_to_end(&mut whole).unwrap();
+        file(&saved(), &ram).read_to_end(&mut whole).unwrap();
         let try_bytes = |bytes: &[u8]| {
             let mut file = tempfile::tempfile().unwrap();
             file.write_all(bytes).unwrap();
