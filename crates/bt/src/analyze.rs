@@ -161,6 +161,8 @@ pub struct Analyzer {
     pub breakpoints: Vec<u64>,
     /// Count PAUSEs: there are several vCPUs.
     pub count_pauses: bool,
+    /// Room for the instructions of the next block.
+    pub spare: Vec<Insn>,
     /// 64-byte pieces of the page that the last block's flags depend on besides its own bytes, as a bit mask.
     pub ahead: u64,
 }
@@ -224,6 +226,7 @@ impl Analyzer {
             precise_flags,
             breakpoints: Vec::new(),
             count_pauses: false,
+            spare: Vec::new(),
             ahead: 0,
         }
     }
@@ -231,7 +234,8 @@ impl Analyzer {
     /// Decodes the block that starts at `offset` of the page with contents `page`, mapped at guest-virtual `page_address`.
     /// At most `limit` instructions. Empty when the first instruction goes beyond `page`.
     pub fn block(&mut self, page: &[u8], page_address: u64, offset: usize, mode: Mode, limit: usize) -> Vec<Insn> {
-        let mut insns: Vec<Insn> = Vec::with_capacity(16);
+        let mut insns = std::mem::take(&mut self.spare);
+        insns.clear();
         let mut decoder = Decoder::with_ip(64, page, page_address, DecoderOptions::NONE);
         if decoder.set_position(offset).is_err() {
             return insns;

@@ -78,8 +78,10 @@ pub struct Asm {
 }
 
 impl Asm {
-    pub fn with_capacity(bytes: usize) -> Self {
-        Self { bytes: Vec::with_capacity(bytes), touched: 0 }
+    /// Starts anew in the memory of `bytes`.
+    pub fn reuse(mut bytes: Vec<u8>) -> Self {
+        bytes.clear();
+        Self { bytes, touched: 0 }
     }
 
     /// Notes that `reg` may have been written.

@@ -199,6 +199,10 @@ impl Template {
 #[derive(Default)]
 struct Page {
     templates: Vec<Template>,
+    /// Guest-virtual address at which a program ran it first.
+    address: Option<u64>,
+    /// Programs have run it at others, too.
+    moves: bool,
     blocks: Vec<BlockId>,
     steps: Vec<Key>,
     /// Blocks that end on this page and start on another.
@@ -256,6 +260,8 @@ pub struct Cache {
     hot: usize,
     cold: usize,
     template_bytes: usize,
+    /// Memory for the next block's output.
+    spare: Output,
     /// Number of the next check site.
     next_site: u32,
     pub counters: CacheCounters,
@@ -303,6 +309,7 @@ impl Cache {
             hot: 0,
             cold: 0,
             template_bytes: 0,
+            spare: Output::default(),
             next_site: 0,
             counters: CacheCounters::default(),
             trace: None,
@@ -456,7 +463,10 @@ impl Cache {
         let insns = self.analyzer.block(bytes, page_address, offset, key.mode, 1);
         let Some(insn) = insns.first() else { return Ok(STEP_ONLY) };
         let template = self.emit(key, bytes, &insns, insn.end());
-        self.insert(key, &template, "translate")
+        self.analyzer.spare = insns;
+        let result = self.insert(key, &template, "translate");
+        self.spare = template.output;
+        result
     }
 
     fn emit(&mut self, key: Key, bytes: &[u8], insns: &[Insn], end: usize) -> Template {
@@ -468,10 +478,10 @@ impl Cache {
             bytes,
             first_site: self.next_site,
         };
-        let (mut output, encoder) = Emitter::block(context, insns, encoder);
+        let (output, encoder) = Emitter::block(context, insns, encoder, std::mem::take(&mut self.spare));
         self.encoder = Some(encoder);
         self.next_site = self.next_site.wrapping_add(output.sites);
-        let meta = std::mem::take(&mut output.meta).into();
+        let meta = output.meta.as_slice().into();
         self.counters.blocks += 1;
         self.counters.instructions += insns.len() as u64;
         Template {
@@ -514,12 +524,25 @@ impl Cache {
             return Ok(STEP_ONLY);
         }
         let end = insns.last().map_or(offset, Insn::end);
-        let template = self.emit(key, page, &insns, end);
+        let mut template = self.emit(key, page, &insns, end);
+        self.analyzer.spare = insns;
         let result = self.insert(key, &template, "translate");
         if key.mode.user && copy && result.is_ok() {
-            self.template_bytes += template.size();
-            self.pages.entry(key.page).or_default().templates.push(template);
+            // Kept only for pages that are mapped at different addresses.
+            let page = self.pages.entry(key.page).or_default();
+            let first = *page.address.get_or_insert(page_address);
+            if first != page_address {
+                page.moves = true;
+            }
+            if page.moves {
+                let output = template.output.clone();
+                self.spare = std::mem::replace(&mut template.output, output);
+                self.template_bytes += template.size();
+                page.templates.push(template);
+                return result;
+            }
         }
+        self.spare = template.output;
         result
     }
 

@@ -163,6 +163,48 @@ pub struct Output {
     pub sites: u32,
 }
 
+impl Output {
+    /// Empties it and keeps the memory.
+    fn clear(&mut self) {
+        let Self {
+            hot,
+            cold,
+            fixups,
+            numbers,
+            hot_numbers,
+            relocations,
+            links,
+            slots,
+            exits,
+            accesses,
+            meta,
+            pads,
+            body,
+            indirect,
+            stale,
+            indirect_stale,
+            sites,
+        } = self;
+        hot.clear();
+        cold.clear();
+        fixups.clear();
+        numbers.clear();
+        hot_numbers.clear();
+        relocations.clear();
+        links.clear();
+        slots.clear();
+        exits.clear();
+        accesses.clear();
+        meta.clear();
+        pads.clear();
+        *body = 0;
+        *indirect = (0, false);
+        *stale = 0;
+        *indirect_stale = None;
+        *sites = 0;
+    }
+}
+
 /// Positions the emitter needs.
 #[derive(Clone, Copy)]
 pub struct Context<'a> {
@@ -268,12 +310,14 @@ fn is_high_byte(register: Register) -> bool {
 
 impl<'a> Emitter<'a> {
     /// Translates the block `insns`; never empty.
-    pub fn block(context: Context<'a>, insns: &[Insn], encoder: Encoder) -> (Output, Encoder) {
+    /// `spare` is an output that is no longer needed, for its memory.
+    pub fn block(context: Context<'a>, insns: &[Insn], encoder: Encoder, mut spare: Output) -> (Output, Encoder) {
+        spare.clear();
         let mut emitter = Emitter {
             context,
-            hot: Asm::with_capacity(insns.len() * 24 + 64),
-            cold: Asm::with_capacity(insns.len() * 24 + 64),
-            out: Output::default(),
+            hot: Asm::reuse(std::mem::take(&mut spare.hot)),
+            cold: Asm::reuse(std::mem::take(&mut spare.cold)),
+            out: spare,
             flags: Flags::Host,
             sites: 0,
             delta_at_hand: None,

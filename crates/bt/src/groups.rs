@@ -45,8 +45,8 @@ struct Active {
     max: i64,
     leader: usize,
     leader_offset: i64,
-    slot: u8,
-    followers: Vec<usize>,
+    /// There are more accesses than the leader's.
+    shared: bool,
 }
 
 struct Tracker {
@@ -168,54 +168,52 @@ fn forget_written(tracker: &mut Tracker, insn: &Insn) {
 /// Finds the groups of a block.
 pub fn assign(insns: &mut [Insn]) {
     let mut tracker = Tracker::new();
-    let mut active: Vec<Active> = Vec::new();
-    let mut done: Vec<Active> = Vec::new();
-    let mut slots = 0_u8;
-    for (i, insn) in insns.iter().enumerate() {
+    // A group's slot is its place here. Those from `first` on still take accesses.
+    let mut groups = [const { None::<Active> }; MAX_GROUPS];
+    let (mut first, mut count) = (0, 0);
+    for (i, insn) in insns.iter_mut().enumerate() {
+        let ends = matches!(insn.class, Class::Call | Class::CallIndirect);
         if let Some((base, disp, size, write)) = access(insn) {
             let value = tracker.values[base];
             let start = value.offset.wrapping_add(disp);
             let end = start.wrapping_add(size);
-            let fits = |group: &&mut Active| {
+            let fits = |group: &Active| {
                 group.id == value.id
                     && (group.write || !write)
                     && group.max.max(end).wrapping_sub(group.min.min(start)) <= MAX_SPAN
             };
-            if let Some(group) = active.iter_mut().find(fits) {
+            let found = groups[first..count].iter().position(|group| group.as_ref().is_some_and(fits));
+            if let Some((slot, group)) = found.and_then(|at| Some((first + at, groups[first + at].as_mut()?))) {
                 group.min = group.min.min(start);
                 group.max = group.max.max(end);
-                group.followers.push(i);
-            } else if usize::from(slots) < MAX_GROUPS {
-                active.push(Active {
+                group.shared = true;
+                insn.group = Some(Group { slot: slot as u8, leader: false, start: 0, span: 0 });
+            } else if count < MAX_GROUPS {
+                groups[count] = Some(Active {
                     id: value.id,
                     write,
                     min: start,
                     max: end,
                     leader: i,
                     leader_offset: start,
-                    slot: slots,
-                    followers: Vec::new(),
+                    shared: false,
                 });
-                slots += 1;
+                count += 1;
             }
         }
         track(&mut tracker, insn);
-        if matches!(insn.class, Class::Call | Class::CallIndirect) {
-            done.append(&mut active);
+        if ends {
+            first = count;
             tracker.forget_all();
         }
     }
-    done.append(&mut active);
-    for group in done.iter().filter(|g| !g.followers.is_empty()) {
+    for (slot, group) in groups.iter().flatten().enumerate().filter(|(_, group)| group.shared) {
         insns[group.leader].group = Some(Group {
-            slot: group.slot,
+            slot: slot as u8,
             leader: true,
             start: (group.min - group.leader_offset) as i32,
             span: (group.max - group.min) as u16,
         });
-        for &follower in &group.followers {
-            insns[follower].group = Some(Group { slot: group.slot, leader: false, start: 0, span: 0 });
-        }
     }
 }
 

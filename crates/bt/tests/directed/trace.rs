@@ -199,7 +199,8 @@ fn blocks() {
     let drop = seen.iter().position(|line| line.starts_with("block drop")).unwrap();
     assert!(seen[drop + 1..].iter().any(|line| line.starts_with(&head)), "{seen:#?}");
 
-    // The same page of a program at another address.
+    // The same page of a program at other addresses: from the second on there is something to copy.
+    const OTHER: u64 = USER_DATA + 0x1000;
     guest.code(USER_CODE + 0x40, |a| {
         a.inc(eax)?;
         a.inc(ecx)?;
@@ -212,6 +213,9 @@ fn blocks() {
     guest.stop();
     guest.enter_user(USER_DATA + 0x40);
     guest.stop();
+    guest.map(OTHER, USER_CODE | PRESENT | USER);
+    guest.enter_user(OTHER + 0x40);
+    guest.stop();
     let seen = lines.take();
     let line = |how: &str, at: u64| {
         let head = format!("block {how} {:#x} gpa {:#x} user insns ", at + 0x40, USER_CODE + 0x40);
@@ -221,7 +225,8 @@ fn blocks() {
     };
     let numbers = line("translate", USER_CODE);
     assert!(numbers.starts_with("3 bytes 5 host "), "{numbers}");
-    assert_eq!(line("copy", USER_DATA), numbers, "the same block");
+    assert_eq!(line("translate", USER_DATA), numbers);
+    assert_eq!(line("copy", OTHER), numbers, "the same block");
 
     guest.vcpu.set_breakpoints(&[CODE + 0x500]);
     assert_eq!(lines.take(), ["block flush all"]);

@@ -404,10 +404,18 @@ pub(crate) fn run(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     let Some(data) = data.get_mut(..plan.size) else { return Err(Exception::ud()) };
     // Of this one the conversion comes first, with its own exceptions.
     let late = insn.raw.mnemonic() == Mnemonic::Vcvtps2ph;
-    if plan.write && !late {
-        cx.it.mmu.check(cx.st, address, plan.size, Kind::Write, cx.user).map_err(|e| at_stack(e, on_stack))?;
-    }
-    if plan.read {
+    let refused = if plan.write && !late {
+        cx.it.mmu.check(cx.st, address, plan.size, Kind::Write, cx.user).map_err(|e| at_stack(e, on_stack)).err()
+    } else {
+        None
+    };
+    // A store that raises an unmasked exception does not touch memory: it is tried before memory may refuse it.
+    let before = match refused {
+        Some(refused) if !stores_x87(&insn.raw) => return Err(refused),
+        Some(refused) => Some((refused, cx.st.fp.clone())),
+        None => None,
+    };
+    if plan.read && before.is_none() {
         read_operand(cx, address, data).map_err(|e| at_stack(e, on_stack))?;
     }
     let Some(mut arena) = cx.it.assist.arena.take() else { return Err(Exception::ud()) };
@@ -443,10 +451,17 @@ pub(crate) fn run(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
         fix_pointers(cx, &arena, plan, address);
     }
     cx.it.assist.arena = Some(arena);
-    if trap != 0 {
+    if let Some((refused, fp)) = before {
+        // All but the precision exception are found before the store.
+        let word = |at: usize| u16::from_le_bytes([cx.st.fp.bytes[at], cx.st.fp.bytes[at + 1]]);
+        let (control, status) = (word(0), word(2));
+        if trap != 0 || status & !control & 0x1f == 0 {
+            cx.st.fp = fp;
+            return Err(refused);
+        }
+    } else if trap != 0 {
         return Err(exception(cx, trap - 1));
-    }
-    if plan.write {
+    } else if plan.write {
         if late {
             cx.it.mmu.check(cx.st, address, plan.size, Kind::Write, cx.user).map_err(|e| at_stack(e, on_stack))?;
         }
@@ -464,6 +479,12 @@ pub(crate) fn run(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     }
     cx.st.rflags = (cx.st.rflags & !rflags::ARITH) | (flags & rflags::ARITH);
     Ok(())
+}
+
+/// Does the instruction store an x87 register as a number? (SDM volume 1, 8.5: most unmasked exceptions keep it from storing.)
+fn stores_x87(raw: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(raw.mnemonic(), M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp)
 }
 
 /// The x87 instruction and data pointers show the guest's addresses, not the thunk's.
