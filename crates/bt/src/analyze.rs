@@ -498,7 +498,7 @@ impl Analyzer {
             Code::Push_rm64 => {
                 return if ins.op0_kind() == OpKind::Memory { Class::PushMemory } else { Class::Push };
             }
-            Code::Pop_r64 => return if ins.op0_register() == Register::RSP { Class::Step } else { Class::Pop },
+            Code::Pop_r64 => return Class::Pop,
             Code::Pop_rm64 => return Class::Step,
             _ => {}
         }

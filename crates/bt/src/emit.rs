@@ -603,7 +603,10 @@ impl<'a> Emitter<'a> {
                 } else {
                     self.hot.load(host(to), top);
                 }
-                self.hot.lea(R9, Mem::base(R9, 8));
+                // What is popped into RSP wins; every system call of Linux ends so.
+                if usize::from(to) != cpu::gpr::RSP {
+                    self.hot.lea(R9, Mem::base(R9, 8));
+                }
             }
             Class::Pushf => {
                 self.flags_to_host(ALL_FLAGS);

@@ -450,3 +450,30 @@ fn memory_mapped_devices() {
         assert_eq!(writes, [(at + 0x20, vec![7, 0, 0, 0]), (at + 0x81, vec![0x83])]);
     });
 }
+
+/// POP RSP: what is popped is the stack pointer, also in the middle of accesses through it.
+#[test]
+fn pop_of_the_stack_pointer() {
+    each(|kind| {
+        let mut guest = Guest::new(kind);
+        guest.put(DATA, &[DATA + 0x100]);
+        guest.put(DATA + 0x100, &[11, 22, DATA + 0x208]);
+        guest.put(DATA + 0x208, &[33]);
+        guest.code(CODE, |a| {
+            a.mov(rsp, DATA)?;
+            a.stc()?;
+            a.pop(rsp)?;
+            a.pop(rax)?;
+            a.pop(r10)?;
+            a.pop(rsp)?;
+            a.mov(rcx, qword_ptr(rsp))?;
+            a.pop(rdx)?;
+            a.push(rdx)?;
+            a.setc(bl)?;
+            a.out(STOP, al)
+        });
+        let g = guest.stop().gpr;
+        assert_eq!((g[0], g[10], g[1], g[2], g[3] & 0xff), (11, 22, 33, 33, 1), "{kind:?}");
+        assert_eq!(g[4], DATA + 0x208, "{kind:?}");
+    });
+}
