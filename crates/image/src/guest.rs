@@ -79,7 +79,7 @@ pub struct Options {
     pub offline: bool,
     /// Progress bars.
     pub progress: Progress,
-    /// Modules to put into the initramfs besides the usual ones, for example `overlay`, `virtio_net`,
+    /// Modules to put into the initramfs besides the usual ones, for example `overlay`,
     /// `virtiofs`; they cost boot time.
     pub extra_modules: Vec<String>,
     /// The host whose settings count.

@@ -15,8 +15,12 @@ use crate::kmod::{Selection, normal_name};
 /// `/init`, a shell script.
 pub const INIT: &str = include_str!("init.sh");
 
+/// `/sbin/network`, a shell script: brings the network up.
+pub const NETWORK: &str = include_str!("network.sh");
+
 /// What every image needs: as module or built in. The last is what ext4 checks its metadata with.
-const MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_console", "virtio_rng", "ext4", "crc32c_generic"];
+const MODULES: &[&str] =
+    &["virtio_pci", "virtio_blk", "virtio_console", "virtio_rng", "virtio_net", "ext4", "crc32c_generic"];
 
 /// BusyBox's shell finds its applets by itself; these links are for `#!` lines and other programs.
 const APPLETS: &[&str] = &[
@@ -113,7 +117,7 @@ const SESSION: &[u8] = &[
 /// Everything the content depends on besides the packages; a change of it makes cached images stale.
 pub fn recipe() -> String {
     let session: String = SESSION.iter().map(|b| format!("{b:02x}")).collect();
-    format!("1\n{INIT}\n{FSTAB}\n{MODULES:?}\n{APPLETS:?}\n{session}")
+    format!("1\n{INIT}\n{NETWORK}\n{FSTAB}\n{MODULES:?}\n{APPLETS:?}\n{session}")
 }
 
 /// What is used of a kernel package.
@@ -295,6 +299,7 @@ pub fn build(kernel: &Kernel, kernel_deb: &Path, busybox_deb: &Path, extra: &[St
         w.symlink(applet, "/bin/busybox");
     }
     w.file("sbin/session", 0o755, &tiny_elf(SESSION));
+    w.file("sbin/network", 0o755, NETWORK.as_bytes());
     w.file("etc/fstab", 0o644, FSTAB.as_bytes());
     w.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n");
     w.file("etc/group", 0o644, b"root:x:0:\n");
@@ -352,7 +357,7 @@ mod tests {
                 ("./boot/vmlinuz-6.1.0-9-x", b"kernel"),
                 (
                     &format!("{m}modules.builtin"),
-                    b"kernel/fs/ext4/ext4.ko\nk/virtio_pci.ko\nk/virtio_console.ko\nk/virtio-rng.ko\n",
+                    b"kernel/fs/ext4/ext4.ko\nk/virtio_pci.ko\nk/virtio_console.ko\nk/virtio-rng.ko\nk/virtio_net.ko\n",
                 ),
                 (&format!("{m}kernel/drivers/block/virtio_blk.ko.xz"), &xz(&blk)),
                 (&format!("{m}kernel/drivers/virtio/virtio.ko"), &virtio),

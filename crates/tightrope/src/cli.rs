@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueHint};
-use vmm::{DiskConfig, EngineChoice, GdbAddress, SerialMode, StatsFormat, TraceConfig};
+use vmm::{DiskConfig, EngineChoice, GdbAddress, NetConfig, PortForward, SerialMode, StatsFormat, TraceConfig};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -15,6 +15,8 @@ Examples:
       boot your own
   echo 'uname -a; poweroff' | tightrope run
       drive it from a script
+  tightrope run -p 8080:80
+      reach the guest's web server at http://localhost:8080/
   tightrope run --kernel vmlinux --gdb 1234
       wait for a debugger: gdb vmlinux -ex 'target remote :1234'
 
@@ -55,6 +57,9 @@ pub enum Command {
         /// bash, elvish, fish, powershell or zsh
         shell: clap_complete::Shell,
     },
+    /// Be the network server of a guest; `run` starts it
+    #[command(hide = true)]
+    NetworkServer,
     /// Print the man page (man -l shows it: tightrope man | man -l -)
     Man,
 }
@@ -82,6 +87,17 @@ pub struct RunArgs {
     /// A raw disk image or block device, which the guest sees as /dev/vda (then vdb, …); `,ro` keeps it from being written
     #[arg(long, value_name = "FILE[,ro]", value_hint = ValueHint::FilePath)]
     pub disk: Vec<DiskConfig>,
+
+    /// The guest's network: `user` (no privilege needed: DHCP, DNS, the world; the host is host.tightrope.internal), `none`,
+    /// `tap:NAME` (an existing device) or `socket:PATH` (frames to another VM or a backend). `user` takes ,isolated (nothing but
+    /// forwarded ports) ,host=off (not the host itself) ,rate=100M (bits a second each way) ,dns=ADDRESS[:PORT]; `socket` takes
+    /// ,listen or (for datagrams) ,local=PATH; all take ,mac=ADDRESS
+    #[arg(long, value_name = "NET", default_value = "user")]
+    pub net: NetConfig,
+
+    /// Forward a port of the host (of 127.0.0.1 and ::1, unless an address is given) to the guest; port 0 takes a free one
+    #[arg(short = 'p', long = "publish", value_name = "[ADDRESS:]PORT:GUESTPORT[/udp]")]
+    pub publish: Vec<PortForward>,
 
     /// Guest memory, like 512M or 2G [default: 512M]
     #[arg(long, value_name = "SIZE", env = "TIGHTROPE_MEMORY", value_parser = vmm::parse_memory)]
@@ -178,10 +194,15 @@ mod tests {
             "--stats",
             "--trace=int:f",
             "--gdb=1234",
+            "--net=user,isolated",
+            "-p8080:80",
+            "-p",
+            "[::1]:53:53/udp",
         ])
         .unwrap();
         assert_eq!(args.append, ["-x", "y"]);
-        assert_eq!(args.disk.len(), 2);
+        assert_eq!((args.disk.len(), args.publish.len()), (2, 2));
+        assert_eq!(run(&[]).unwrap().net, "user".parse().unwrap());
         assert!(args.disk[1].read_only);
         assert_eq!(args.memory, Some(1 << 30));
         assert_eq!(args.stats, Some(StatsFormat::Text));
@@ -202,6 +223,8 @@ mod tests {
             &["--stats=xml"],
             &["--trace=all"],
             &["--gdb=here"],
+            &["--net=bridge"],
+            &["-p=80"],
             &["--no-sandbox", "--sandbox-debug"],
         ] {
             assert_eq!(run(args).unwrap_err().exit_code(), 2, "{args:?}");

@@ -23,6 +23,10 @@ pub fn configure(args: &RunArgs, settings: &Settings) -> Result<VmConfig> {
     let mut config = VmConfig::new(args.kernel.clone().unwrap_or_default());
     config.initrd = args.initrd.clone();
     config.disks = args.disk.clone();
+    config.net = args.net.clone();
+    config.forwards = args.publish.clone();
+    // By this name it is found even if the file has been replaced since.
+    config.net_server = Some(("/proc/self/exe".into(), "network-server".into()));
     config.memory = args.memory.or(settings.memory).unwrap_or(vmm::DEFAULT_MEMORY);
     config.cpus = args.cpus;
     config.engine = args.engine.or(settings.engine).unwrap_or_default();

@@ -75,6 +75,10 @@ fn execute(cli: Cli, started: Instant) -> Result<i32> {
     match cli.command {
         Command::Run(args) => run(&args, started),
         Command::Doctor { json } => doctor::run(json),
+        Command::NetworkServer => {
+            nat::server::run()?;
+            Ok(0)
+        }
         Command::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tightrope", &mut text);

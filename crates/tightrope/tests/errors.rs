@@ -35,6 +35,9 @@ fn wrong_usage_is_exit_code_2() {
     fails(&["run", "--gdb", "everywhere"], 2, &["--gdb", "PORT"]);
     fails(&["run", "--trace", "everything"], 2, &["int, exits, blocks, tlb"]);
     fails(&["run", "--serial", "modem"], 2, &["stdio, none, pty"]);
+    fails(&["run", "--net", "bridge"], 2, &["'bridge'", "user, none, tap:NAME or socket:PATH"]);
+    fails(&["run", "--net", "user,speed=1"], 2, &["'speed=1'", "isolated, host=off, rate=BITS"]);
+    fails(&["run", "-p", "80"], 2, &["'80'", "8080:80"]);
     fails(&["completions", "tcsh"], 2, &["tcsh"]);
 }
 
@@ -295,4 +298,22 @@ fn sockets_and_files_that_cannot_be_had() {
     let address = port.local_addr().unwrap().to_string();
     check(&finish(kernel.run(&["--virtio-console", "stdio"]), b""), 1, &["two consoles", "--serial none"]);
     check(&finish(kernel.run(&["--gdb", &address]), b""), 1, &[&address, "another port"]);
+}
+
+#[test]
+fn networks_that_cannot_be() {
+    let kernel = Kernel::new(Code::new().power_off());
+    let fails = |args: &[&str], parts: &[&str]| check(&finish(kernel.run(args), b""), 1, parts);
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    fails(&["-p", &format!("{port}:80")], &[&format!("TCP port {port} of 127.0.0.1 is in use"), "-p"]);
+    let taken = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    fails(&["-p", &format!("{port}:80/udp")], &[&format!("UDP port {port}"), "in use"]);
+    fails(&["-p", "192.0.2.250:0:80"], &["192.0.2.250 is no address of this host"]);
+    fails(&["--net", "none", "-p", "0:80"], &["-p", "--net user"]);
+    fails(&["--net", "tap:no-such"], &["TAP device no-such", "there is no such device", "ip tuntap add no-such"]);
+    fails(&["--net", "tap:lo"], &["TAP device lo"]);
+    fails(&["--net", "socket:/nonexistent/s"], &["/nonexistent/s", "does not exist", "start its other end"]);
+    fails(&["--net", "socket:/nonexistent/s,listen"], &["/nonexistent/s", "directory does not exist"]);
 }

@@ -4,6 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::net::{NetConfig, PortForward};
+
 /// Guest memory when nobody says otherwise, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
 /// The most vCPUs a VM may be given.
@@ -25,6 +27,12 @@ pub struct VmConfig {
     pub cmdline: String,
     /// Disks, in the order the guest sees them (`vda`, `vdb`, …).
     pub disks: Vec<DiskConfig>,
+    /// The network.
+    pub net: NetConfig,
+    /// Ports of the host that lead to the guest.
+    pub forwards: Vec<PortForward>,
+    /// The program and argument that become the network server, where the network needs one: it is to call `nat::server::run`.
+    pub net_server: Option<(PathBuf, String)>,
     /// Guest memory in bytes.
     pub memory: u64,
     /// Number of vCPUs, 1 to [`MAX_CPUS`].
@@ -63,6 +71,9 @@ impl VmConfig {
             trusted_image: false,
             cmdline: String::new(),
             disks: Vec::new(),
+            net: NetConfig::None,
+            forwards: Vec::new(),
+            net_server: None,
             memory: DEFAULT_MEMORY,
             cpus: 1,
             engine: EngineChoice::Auto,

@@ -7,7 +7,7 @@
 //! * [`vcpu`]: one thread per vCPU, told what to do by the supervisor.
 //! * [`board`] and [`pc`]: the machine as the supervisor sees it, and the PC in that shape.
 //! * [`engine`]: which engine runs the guest.
-//! * [`inputs`]: the user's files, opened, locked and checked.
+//! * [`inputs`]: the user's files, opened, locked and checked. [`net`]: the guest's network.
 //! * [`serial`], [`console`], [`terminal`], [`signals`]: the console and the user's terminal.
 //! * [`gdb`]: the gdb stub. [`crash`], [`stats`]: reports. [`state`]: a stopped VM in a file. [`sandbox`]: Landlock and seccomp.
 //! * [`doctor`]: what this host can do.
@@ -24,6 +24,7 @@ mod error;
 mod events;
 mod gdb;
 mod inputs;
+mod net;
 mod pc;
 mod sandbox;
 mod serial;
@@ -40,4 +41,5 @@ pub use config::{
 };
 pub use error::Error;
 pub use machine::boot::unpack_kernel;
+pub use net::{NetConfig, PortForward, SocketKind, UserNet};
 pub use vm::{EXIT_CRASH, Vm};

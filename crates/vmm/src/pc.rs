@@ -13,7 +13,7 @@ use machine::power::PowerEvent;
 use machine::serial::Serial;
 use machine::{Pc, PcConfig, PcState};
 use memory::GuestRam;
-use virtio::{Block, Console, ConsoleHandle, Disk, Entropy, Reporter, VirtioDevice, VirtioPci};
+use virtio::{Block, Console, ConsoleHandle, Disk, Entropy, Net, Reporter, VirtioDevice, VirtioPci};
 
 use crate::board::{Board, BoardMaker};
 use crate::config::VmConfig;
@@ -21,6 +21,7 @@ use crate::console::{Input, Output};
 use crate::engine::TraceSink;
 use crate::error::Error;
 use crate::events::{Event, Events};
+use crate::net::Network;
 use crate::serial::{Gate, InputSlot};
 use crate::terminal;
 
@@ -31,6 +32,7 @@ pub(crate) struct Files {
     pub unpacked: Option<File>,
     pub initrd: Option<File>,
     pub disks: Vec<Disk>,
+    pub network: Option<Network>,
     /// The host's end of a virtio console.
     pub console: Option<crate::serial::Serial>,
 }
@@ -45,6 +47,7 @@ pub(crate) fn maker(config: &VmConfig, files: Files, tsc_khz: u64, exits: Option
         unpacked: files.unpacked,
         initrd: files.initrd,
         disks: files.disks,
+        network: files.network,
         console: files.console,
         exits,
         pc: None,
@@ -63,6 +66,8 @@ struct PcMaker {
     initrd: Option<File>,
     /// Until the first build.
     disks: Vec<Disk>,
+    /// Until the first build.
+    network: Option<Network>,
     /// Until the first build.
     console: Option<crate::serial::Serial>,
     /// Where accesses to devices are written down.
@@ -105,6 +110,11 @@ impl PcMaker {
             let block = Block::new(disk, &format!("tightrope-disk-{number}"), queues)
                 .map_err(|error| Error::Host(format!("the host gives no thread for a disk: {error}")))?;
             devices.push((format!("disk{number}"), Box::new(block)));
+        }
+        if let Some(Network { port, mac, mtu, .. }) = self.network.take() {
+            let net = Net::new(port, mac, mtu, Some(reporter.clone()))
+                .map_err(|error| Error::Host(format!("the host gives no thread for the network: {error}")))?;
+            devices.push(("net".into(), Box::new(net)));
         }
         devices.push(("entropy".into(), Box::new(Entropy::default())));
         if let Some(host_end) = self.console.take() {

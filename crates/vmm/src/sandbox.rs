@@ -35,6 +35,8 @@ pub(crate) struct Needs {
     pub sockets: bool,
     /// What engine `kvm` asks of the kernel.
     pub kvm: bool,
+    /// A network interface: telling a TAP device what the guest takes, and a network server that it is not needed any more.
+    pub network: bool,
 }
 
 fn host(what: &str) -> impl FnOnce(std::io::Error) -> Error {
@@ -224,6 +226,10 @@ fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<Rule>>, seccompiler::Backen
         // None of them makes a VM, a vCPU or a device, adds memory or switches a capability on.
         requests.extend(kvm::after_start());
     }
+    if needs.network {
+        rules.insert(libc::SYS_shutdown, vec![]);
+        requests.push(libc::TUNSETOFFLOAD);
+    }
     rules.insert(libc::SYS_ioctl, one_of(1, &requests)?);
     if needs.sockets {
         for call in [libc::SYS_accept4, libc::SYS_recvfrom, libc::SYS_sendto, libc::SYS_shutdown, libc::SYS_setsockopt]
@@ -301,7 +307,7 @@ mod tests {
             let refused = std::fs::File::open("/etc/passwd").is_err();
             std::process::exit(if refused { 0 } else { 5 });
         }
-        close(mode, Needs { sockets: deed == "accept", kvm: deed.starts_with("kvm") }).unwrap();
+        close(mode, Needs { sockets: deed == "accept", kvm: deed.starts_with("kvm"), network: false }).unwrap();
         match deed.as_str() {
             "ordinary" => {
                 let mut text = String::new();

@@ -26,7 +26,7 @@ use crate::serial::{Gate, InputSlot, Serial};
 use crate::state::{self, Saved};
 use crate::stats::Stats;
 use crate::vcpu::VcpuThread;
-use crate::{crash, engine, inputs, signals, terminal};
+use crate::{crash, engine, inputs, net, signals, terminal};
 
 /// Exit code of a process whose guest crashed or can make no progress.
 pub const EXIT_CRASH: i32 = 3;
@@ -101,6 +101,14 @@ impl Vm {
                 terminal::message(&format!("tightrope: warning: {warning}"));
             }
         }
+        let opening = net::Opening {
+            config: &config.net,
+            forwards: &config.forwards,
+            server: config.net_server.as_ref(),
+            sandbox: config.sandbox,
+        };
+        let mut network = opening.open()?;
+        let net_lines = network.as_mut().map(|network| std::mem::take(&mut network.lines)).unwrap_or_default();
         let (serial, serial_line) = Serial::open(&config.serial)?;
         let (console, console_line) = match config.virtio_console.as_ref().map(Serial::open).transpose()? {
             Some((console, line)) => (Some(console), line),
@@ -124,6 +132,7 @@ impl Vm {
             sockets: serial.needs_sockets()
                 || console.as_ref().is_some_and(Serial::needs_sockets)
                 || matches!(config.gdb, Some(GdbAddress::Tcp(_) | GdbAddress::Unix(_))),
+            network: network.is_some(),
         };
         signals::restore_terminal_when_fatal();
         let ram = GuestRam::new(config.memory).map_err(|error| Error::Host(error.to_string()))?;
@@ -131,11 +140,12 @@ impl Vm {
         sandbox::before_threads(config.sandbox)?;
         let (engine, engine_line) = engine::choose(config, ram.clone(), tsc_khz, kvm, trace.clone())?;
         terminal::message(&format!("tightrope: {engine_line}"));
-        for line in [serial_line, console_line, gdb_line].into_iter().flatten() {
+        for line in [serial_line, console_line, gdb_line].into_iter().flatten().chain(net_lines) {
             terminal::message(&format!("tightrope: {line}"));
         }
         let exits = trace.filter(|_| config.trace.as_ref().is_some_and(|trace| trace.exits));
-        let maker = crate::pc::maker(config, Files { kernel, unpacked, initrd, disks, console }, tsc_khz, exits);
+        let maker =
+            crate::pc::maker(config, Files { kernel, unpacked, initrd, disks, network, console }, tsc_khz, exits);
         let vm =
             Self::assemble(config, engine, Parts { ram, serial, listener, tsc_khz, save_to, restore, maker }, started)?;
         sandbox::close(config.sandbox, needs)?;

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -107,6 +108,30 @@ impl Port {
         // SAFETY: the buffer is valid for writes of its length.
         let result = unsafe { libc::read(self.fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
         usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Tells a server that it is not needed any more and waits, for `at_most`, until it has closed its end.
+    pub(super) fn finish(&self, at_most: Duration) {
+        if self.kind != Kind::Server {
+            return;
+        }
+        // SAFETY: takes no pointers.
+        unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_WR) };
+        let end = Instant::now() + at_most;
+        loop {
+            let left = end.saturating_duration_since(Instant::now()).as_millis();
+            let mut fd = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: one element, not used elsewhere meanwhile.
+            if unsafe { libc::poll(&raw mut fd, 1, left as libc::c_int) } <= 0 {
+                return;
+            }
+            // What it still sends is for nobody.
+            match self.receive(&mut [0; 16]) {
+                Ok(1..) => {}
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                _ => return,
+            }
+        }
     }
 
     /// Does this error of [`Self::send`] or [`Self::receive`] mean that nothing will ever come again?

@@ -15,8 +15,9 @@ const ALL: u64 = 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_TSO4 | 1
 
 struct Rig {
     ram: GuestRam,
-    net: Net,
+    /// Before the device: a device waits for its server to end.
     host: UnixDatagram,
+    net: Net,
     recorder: Arc<Recorder>,
     rx: DriverQueue,
     rx_bell: Arc<dyn Doorbell>,
@@ -50,7 +51,7 @@ fn rig(size: u16, features: u64) -> Rig {
     let mut message = [0; 16];
     assert_eq!(host.recv(&mut message).unwrap(), 4);
     assert_eq!(message[0], b'o');
-    Rig { ram, net, host, recorder, rx, rx_bell, tx, tx_bell }
+    Rig { ram, host, net, recorder, rx, rx_bell, tx, tx_bell }
 }
 
 fn packet(len: usize) -> Vec<u8> {
@@ -193,7 +194,7 @@ fn a_broken_queue_does_not_stop_the_other() {
 
 #[test]
 fn features_follow_the_port() {
-    let (ours, _theirs) = socket_pair();
+    let (ours, _) = socket_pair();
     let net = Net::new(Port::server(ours, Offloads::default()).unwrap(), [0; 6], 1500, None).unwrap();
     assert_eq!(net.features() & (1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4), 0);
     assert_ne!(net.features() & 1 << VIRTIO_NET_F_MRG_RXBUF, 0);
@@ -202,7 +203,7 @@ fn features_follow_the_port() {
 
 #[test]
 fn state() {
-    let (ours, _theirs) = socket_pair();
+    let (ours, _) = socket_pair();
     let mut net = Net::new(Port::server(ours, Offloads::ALL).unwrap(), [2; 6], 1500, None).unwrap();
     let saved = NetState { mac: [4; 6], mtu: 1500, offloads: Offloads::ALL };
     net.restore(&DeviceState::Net(saved.clone())).unwrap();

@@ -21,6 +21,8 @@ use crate::runner::Doorbell;
 
 /// Packets carried in one direction before the other has its turn.
 const TURN: u32 = 64;
+/// How long a network server may take to end.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// The shortest packet that is one: header and Ethernet header.
 const MIN_PACKET: usize = HEADER + 14;
 
@@ -149,6 +151,7 @@ impl Drop for Worker {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+        self.shared.port.finish(PATIENCE);
     }
 }
 
