@@ -8,10 +8,6 @@ const KVMIO: u32 = b::KVMIO;
 ioctl_io_nr!(KVM_RUN, KVMIO, 0x80);
 ioctl_iow_nr!(KVM_IRQ_LINE, KVMIO, 0x61, b::kvm_irq_level);
 ioctl_iow_nr!(KVM_SIGNAL_MSI, KVMIO, 0xa5, b::kvm_msi);
-ioctl_iow_nr!(KVM_IRQFD, KVMIO, 0x76, b::kvm_irqfd);
-ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, b::kvm_ioeventfd);
-ioctl_iow_nr!(KVM_SET_GSI_ROUTING, KVMIO, 0x6a, b::kvm_irq_routing);
-ioctl_io_nr!(KVM_NMI, KVMIO, 0x9a);
 ioctl_ior_nr!(KVM_GET_REGS, KVMIO, 0x81, b::kvm_regs);
 ioctl_iow_nr!(KVM_SET_REGS, KVMIO, 0x82, b::kvm_regs);
 ioctl_ior_nr!(KVM_GET_SREGS, KVMIO, 0x83, b::kvm_sregs);
@@ -42,7 +38,6 @@ ioctl_iow_nr!(KVM_SET_CLOCK, KVMIO, 0x7b, b::kvm_clock_data);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, b::kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, b::kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, b::kvm_dirty_log);
-ioctl_iow_nr!(KVM_SET_USER_MEMORY_REGION, KVMIO, 0x46, b::kvm_userspace_memory_region);
 
 /// The `request` arguments of all `ioctl`s that a VM makes after it is built: what the sandbox is to allow. No VM, vCPU or device can be
 /// made with them, and no capability be switched on.
@@ -51,8 +46,6 @@ pub fn after_start() -> Vec<u64> {
         KVM_RUN(),
         KVM_IRQ_LINE(),
         KVM_SIGNAL_MSI(),
-        KVM_IOEVENTFD(),
-        KVM_NMI(),
         KVM_GET_REGS(),
         KVM_SET_REGS(),
         KVM_GET_SREGS(),
