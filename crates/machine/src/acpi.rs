@@ -137,9 +137,12 @@ fn madt(cpus: u8) -> Sdt {
     }
     // NMI on LINT1 of all CPUs.
     table.append_slice(&[4, 6, 0xff, 0, 0, 1]);
-    // Multiprocessor wake-up (type 16): mailbox version 0, reserved, address.
-    table.append_slice(&[16, 16, 0, 0, 0, 0, 0, 0]);
-    table.append_slice(&layout::MAILBOX.to_le_bytes());
+    // Multiprocessor wake-up (type 16): mailbox version 0, reserved, address. Linux clears the address once it has started the others,
+    // and later warns that the table's checksum is wrong: so only where there are others.
+    if cpus > 1 {
+        table.append_slice(&[16, 16, 0, 0, 0, 0, 0, 0]);
+        table.append_slice(&layout::MAILBOX.to_le_bytes());
+    }
     table.update_checksum();
     table
 }

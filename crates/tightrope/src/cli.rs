@@ -90,7 +90,7 @@ pub struct RunArgs {
 
     /// The guest's network: `user` (no privilege needed: DHCP, DNS, the world; the host is host.tightrope.internal), `none`,
     /// `tap:NAME` (an existing device) or `socket:PATH` (frames to another VM or a backend). `user` takes ,isolated (nothing but
-    /// forwarded ports) ,host=off (not the host itself) ,rate=100M (bits a second each way) ,dns=ADDRESS[:PORT]; `socket` takes
+    /// forwarded ports) ,host=off (not the host itself) ,rate=100M (bits a second each way) ,dns=ADDRESS or dns=ADDRESS:PORT; `socket` takes
     /// ,listen or (for datagrams) ,local=PATH; all take ,mac=ADDRESS
     #[arg(long, value_name = "NET", default_value = "user")]
     pub net: NetConfig,
