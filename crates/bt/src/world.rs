@@ -119,6 +119,13 @@ fn serialize() {
             "push {selector}",
             "push {saved}",
             "pushfq",
+            // With NT set, IRET would want to return to another task.
+            "test dword ptr [rsp], 0x4000",
+            "jz 3f",
+            "and dword ptr [rsp], -0x4001",
+            "popfq",
+            "pushfq",
+            "3:",
             "mov {selector:e}, cs",
             "push {selector}",
             "lea {selector}, [rip + 2f]",
@@ -275,5 +282,20 @@ impl Drop for Section<'_> {
         }
         self.world.over.notify_all();
         serialize();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    /// With RFLAGS.NT set, IRET would fault.
+    #[test]
+    fn serializing_needs_no_clean_flags() {
+        // SAFETY: sets a flag that only IRET looks at.
+        unsafe { std::arch::asm!("pushfq", "or qword ptr [rsp], 0x4000", "popfq") };
+        super::serialize();
+        let flags: u64;
+        // SAFETY: reads the flags.
+        unsafe { std::arch::asm!("pushfq", "pop {}", out(reg) flags) };
+        assert_eq!(flags & 0x4000, 0);
     }
 }
