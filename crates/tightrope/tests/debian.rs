@@ -49,6 +49,8 @@ fn reboots() {
     for _ in 0..2 {
         session.expect(PROMPT);
         session.send(b"reboot\n");
+        // Behind the command, the shell prints its prompt once more.
+        session.expect("Restarting system");
     }
     session.expect(PROMPT);
     session.send(b"poweroff\n");
@@ -178,6 +180,8 @@ fn several_vcpus_reboot_and_crash() {
     let mut session = Session::start(run(&["--cpus", "2"]));
     session.expect(PROMPT);
     session.send(b"reboot\n");
+    // Behind the command, the shell prints its prompt once more.
+    session.expect("Restarting system");
     session.expect(PROMPT);
     session.send(b"echo l > /proc/sysrq-trigger; dmesg | grep -c 'NMI backtrace for cpu'; echo traced\n");
     session.expect("2\r\ntraced");
