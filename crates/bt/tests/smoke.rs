@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use bt::{BtEngine, Options};
+use cpu::Nothing;
 use cpu::cpuid::CpuidModel;
-use cpu::testing::Nothing;
 use cpu::{CpuState, Engine, Exit};
 use iced_x86::code_asm::*;
 use memory::GuestRam;

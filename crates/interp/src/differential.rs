@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use cpu::Nothing;
 use cpu::cpuid::CpuidModel;
-use cpu::testing::Nothing;
 use cpu::{CpuState, Exception, rflags};
 use iced_x86::{Mnemonic, OpKind};
 use memory::GuestRam;

@@ -303,7 +303,7 @@ fn write_wall_clock(env: &MsrEnv<'_>, gpa: u64) {
 mod tests {
     use super::*;
     use crate::differential::machine;
-    use cpu::testing::Nothing;
+    use cpu::Nothing;
 
     #[test]
     fn kvmclock_pages() {

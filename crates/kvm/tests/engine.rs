@@ -5,38 +5,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use cpu::cpuid::CpuidModel;
-use cpu::{
-    Bus, CpuState, Engine, Exit, FpState, InterruptStatus, LocalApic, MsrError, TableRegister, Vcpu, VcpuSetup, gpr,
-};
+use cpu::{Bus, CpuState, Engine, Exit, FpState, Nothing, TableRegister, Vcpu, VcpuSetup, gpr};
 use kvm::{Host, KvmEngine, Options};
 use memory::GuestRam;
 
 const PML4: u64 = 0x1000;
 const CODE: u64 = 0x1_0000;
-
-struct NoLapic;
-
-impl LocalApic for NoLapic {
-    fn read_msr(&self, _: u32) -> Result<u64, MsrError> {
-        Err(MsrError)
-    }
-    fn write_msr(&self, _: u32, _: u64) -> Result<(), MsrError> {
-        Err(MsrError)
-    }
-    fn cr8(&self) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _: u8) {}
-    fn status(&self) -> InterruptStatus {
-        InterruptStatus::default()
-    }
-    fn acknowledge(&self) -> Option<u8> {
-        None
-    }
-    fn acknowledge_nmi(&self) {}
-    fn acknowledge_init(&self) {}
-    fn eoi(&self) {}
-}
 
 /// Keeps what is written; reads give the address's low bytes.
 #[derive(Default)]
@@ -83,7 +57,7 @@ fn rig(code: &[u8], dirty_log: bool) -> Option<Rig> {
     options.dirty_log = dirty_log;
     let engine = KvmEngine::new(&host, ram.clone(), options).unwrap();
     let log = Arc::new(Log::default());
-    let mut vcpu = engine.create_vcpu(VcpuSetup { index: 0, lapic: Arc::new(NoLapic), bus: log.clone() }).unwrap();
+    let mut vcpu = engine.create_vcpu(VcpuSetup { index: 0, lapic: Arc::new(Nothing), bus: log.clone() }).unwrap();
     let put = |address: u64, value: u64| assert!(ram.write(address, &value.to_le_bytes()));
     put(PML4, 0x2003);
     for gib in 0..4 {

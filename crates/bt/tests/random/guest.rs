@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cpu::testing::Nothing;
+use cpu::Nothing;
 use cpu::{CpuState, Engine, Exit, Kick, Segment, SegmentIndex, TableRegister, Vcpu, cr0, cr4, efer, rflags};
 use memory::GuestRam;
 

@@ -13,7 +13,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use cpu::cpuid::CpuidModel;
-use cpu::{Bus, Engine, Exit, InterruptStatus, LocalApic, MsrError, VcpuSetup};
+use cpu::{Bus, Engine, Exit, Nothing, VcpuSetup};
 use memory::GuestRam;
 
 use crate::{Host, KvmEngine, Options, Unusable};
@@ -115,38 +115,13 @@ impl Bus for Port {
     fn mmio_write(&self, _: u64, _: &[u8]) {}
 }
 
-/// The engine has local APICs of its own.
-struct NoLapic;
-
-impl LocalApic for NoLapic {
-    fn read_msr(&self, _: u32) -> Result<u64, MsrError> {
-        Err(MsrError)
-    }
-    fn write_msr(&self, _: u32, _: u64) -> Result<(), MsrError> {
-        Err(MsrError)
-    }
-    fn cr8(&self) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _: u8) {}
-    fn status(&self) -> InterruptStatus {
-        InterruptStatus::default()
-    }
-    fn acknowledge(&self) -> Option<u8> {
-        None
-    }
-    fn acknowledge_nmi(&self) {}
-    fn acknowledge_init(&self) {}
-    fn eoi(&self) {}
-}
-
 fn try_guest(host: &Host, limit: Duration) -> Result<(), Failure> {
     let ram = GuestRam::new(memory::layout::MIN_RAM).map_err(|error| Failure::Refused(error.to_string()))?;
     // The frequency does not matter to this guest.
     let engine =
         KvmEngine::new(host, ram.clone(), Options::new(CpuidModel::new(1, 1_000_000))).map_err(Failure::Refused)?;
     let port = Arc::new(Port { result: AtomicU32::new(0), done: std::sync::OnceLock::new() });
-    let setup = VcpuSetup { index: 0, lapic: Arc::new(NoLapic), bus: port.clone() };
+    let setup = VcpuSetup { index: 0, lapic: Arc::new(Nothing), bus: port.clone() };
     let mut vcpu = engine.create_vcpu(setup).map_err(Failure::Refused)?;
     let state = guest::load(&ram).ok_or_else(|| Failure::Refused("its memory is too small".into()))?;
     vcpu.set_state(&state);

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::console::Input;
-use cpu::testing::Nothing;
+use cpu::Nothing;
 use cpu::{Bus, CpuState, Kick, LocalApic, Vcpu, gpr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex};
