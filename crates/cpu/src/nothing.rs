@@ -1,11 +1,11 @@
-//! For tests of engines: a machine without devices. Feature `test-support`.
+//! A machine without devices, for guests that need none: the probe's of engine `kvm`, and those of engines' tests.
 
 use std::sync::Arc;
 
 use crate::{Bus, InterruptStatus, LocalApic, MsrError, VcpuSetup};
 
 /// A bus without devices, which reads as all ones, and a local APIC that never has anything.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Nothing;
 
 impl Nothing {

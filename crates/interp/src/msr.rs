@@ -6,6 +6,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use cpu::cpuid::{ARCH_CAPABILITIES, CpuidModel};
+use cpu::msr as n;
 use cpu::paging::{PHYSICAL_BITS, is_canonical};
 use cpu::{CpuState, LocalApic, MsrError, SegmentIndex, cr0, efer};
 use memory::GuestRam;
@@ -21,52 +22,6 @@ pub struct MsrEnv<'a> {
     /// What CPUID shows: registers of hidden features do not exist.
     pub model: &'a CpuidModel,
 }
-
-/// Numbers of the registers.
-#[allow(missing_docs)]
-pub mod number {
-    pub const TSC: u32 = 0x10;
-    pub const KVM_WALL_CLOCK_OLD: u32 = 0x11;
-    pub const KVM_SYSTEM_TIME_OLD: u32 = 0x12;
-    pub const PLATFORM_ID: u32 = 0x17;
-    pub const APIC_BASE: u32 = 0x1b;
-    pub const FEATURE_CONTROL: u32 = 0x3a;
-    pub const TSC_ADJUST: u32 = 0x3b;
-    pub const SPEC_CTRL: u32 = 0x48;
-    pub const PRED_CMD: u32 = 0x49;
-    pub const MICROCODE_UPDATE: u32 = 0x79;
-    pub const MICROCODE_REVISION: u32 = 0x8b;
-    pub const PLATFORM_INFO: u32 = 0xce;
-    pub const MTRR_CAP: u32 = 0xfe;
-    pub const ARCH_CAPABILITIES: u32 = 0x10a;
-    pub const SYSENTER_CS: u32 = 0x174;
-    pub const SYSENTER_EIP: u32 = 0x176;
-    pub const MCG_CAP: u32 = 0x179;
-    pub const MCG_STATUS: u32 = 0x17a;
-    pub const PERF_STATUS: u32 = 0x198;
-    pub const MISC_ENABLE: u32 = 0x1a0;
-    pub const DEBUGCTL: u32 = 0x1d9;
-    pub const MTRR_VARIABLE: u32 = 0x200;
-    pub const MTRR_VARIABLE_LAST: u32 = 0x20f;
-    pub const PAT: u32 = 0x277;
-    pub const MTRR_DEFAULT: u32 = 0x2ff;
-    pub const TSC_DEADLINE: u32 = 0x6e0;
-    pub const X2APIC: u32 = 0x800;
-    pub const X2APIC_LAST: u32 = 0x8ff;
-    pub const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
-    pub const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
-    pub const EFER: u32 = 0xc000_0080;
-    pub const STAR: u32 = 0xc000_0081;
-    pub const LSTAR: u32 = 0xc000_0082;
-    pub const CSTAR: u32 = 0xc000_0083;
-    pub const FMASK: u32 = 0xc000_0084;
-    pub const FS_BASE: u32 = 0xc000_0100;
-    pub const GS_BASE: u32 = 0xc000_0101;
-    pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
-    pub const TSC_AUX: u32 = 0xc000_0103;
-}
-
-use number as n;
 
 /// 8 variable ranges, fixed ranges, write-combining.
 const MTRR_CAP_VALUE: u64 = 8 | 1 << 8 | 1 << 10;

@@ -4,11 +4,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cpu::Chips;
 use cpu::chips::{ChipRegisters, IoApicRegisters, LapicRegisters, PicRegisters, PitChannel, PitRegisters};
+use cpu::msr as n;
 use kvm_bindings as b;
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::kick::Cell;
-use crate::msr::number as n;
 use crate::registers::{self, Features};
 
 /// The timer's wire goes to this pin of the IOAPIC, as the MADT says.

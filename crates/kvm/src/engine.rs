@@ -173,7 +173,7 @@ impl KvmEngine {
 /// What KVM tells guests of the host's immunity against speculation attacks, as far as the model may tell it: the guest's code runs on this
 /// very CPU, so nothing may be told that is not so.
 fn host_arch_capabilities(host: &Host) -> u64 {
-    let entry = b::kvm_msr_entry { index: msr::number::ARCH_CAPABILITIES, ..Default::default() };
+    let entry = b::kvm_msr_entry { index: cpu::msr::ARCH_CAPABILITIES, ..Default::default() };
     let Ok(mut list) = b::Msrs::from_entries(&[entry]) else { return 0 };
     match host.kvm().get_msrs(&mut list) {
         Ok(1) => list.as_slice().first().map_or(0, |entry| entry.data & ARCH_CAPABILITIES),
@@ -202,7 +202,7 @@ impl Engine for KvmEngine {
         }
         fd.set_cpuid2(&self.cpuid.entries(setup.index)?).map_err(refused("the CPUID model"))?;
         if self.cpuid.has_arch_capabilities() {
-            registers::set_msr(&fd, msr::number::ARCH_CAPABILITIES, self.arch_capabilities)?;
+            registers::set_msr(&fd, cpu::msr::ARCH_CAPABILITIES, self.arch_capabilities)?;
         }
         let cell = Cell::new(fd);
         self.chips.add(cell.clone());

@@ -3,58 +3,15 @@
 //! KVM answers the allowed ones itself. Accesses to any other come to us: a few have an answer here, the same as under the other
 //! engines; the rest are `#GP(0)`.
 
+use cpu::msr as n;
 use kvm_bindings::{KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap};
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 
 use crate::host::cap;
 
-/// Numbers (SDM volume 4; KVM's as documented with the Linux kernel).
-#[allow(missing_docs)]
-pub mod number {
-    pub const TSC: u32 = 0x10;
-    pub const PLATFORM_ID: u32 = 0x17;
-    pub const APIC_BASE: u32 = 0x1b;
-    pub const FEATURE_CONTROL: u32 = 0x3a;
-    pub const TSC_ADJUST: u32 = 0x3b;
-    pub const SPEC_CTRL: u32 = 0x48;
-    pub const PRED_CMD: u32 = 0x49;
-    pub const MICROCODE_UPDATE: u32 = 0x79;
-    pub const MICROCODE_REVISION: u32 = 0x8b;
-    pub const PLATFORM_INFO: u32 = 0xce;
-    pub const MTRR_CAP: u32 = 0xfe;
-    pub const ARCH_CAPABILITIES: u32 = 0x10a;
-    pub const SYSENTER_CS: u32 = 0x174;
-    pub const SYSENTER_ESP: u32 = 0x175;
-    pub const SYSENTER_EIP: u32 = 0x176;
-    pub const MCG_CAP: u32 = 0x179;
-    pub const MCG_STATUS: u32 = 0x17a;
-    pub const PERF_STATUS: u32 = 0x198;
-    pub const MISC_ENABLE: u32 = 0x1a0;
-    pub const DEBUGCTL: u32 = 0x1d9;
-    pub const MTRR_VARIABLE: u32 = 0x200;
-    pub const PAT: u32 = 0x277;
-    pub const MTRR_DEFAULT: u32 = 0x2ff;
-    pub const TSC_DEADLINE: u32 = 0x6e0;
-    pub const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
-    pub const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
-    pub const STAR: u32 = 0xc000_0081;
-    pub const LSTAR: u32 = 0xc000_0082;
-    pub const CSTAR: u32 = 0xc000_0083;
-    pub const FMASK: u32 = 0xc000_0084;
-    pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
-    pub const TSC_AUX: u32 = 0xc000_0103;
-}
-
-use number as n;
-
-/// The fixed-range MTRRs, in the order of [`cpu::CpuState::mtrr`].
-pub const MTRR_FIXED: [u32; 11] = [0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f];
-/// The variable MTRRs: base and mask, eight times.
-pub const MTRR_VARIABLES: u32 = 16;
-
 /// `(first, last)` of the MSRs that KVM answers itself. Those of the local APIC (0x800 to 0x8ff) cannot be filtered.
 const ALLOWED: [(u32, u32); 21] = [
-    (n::TSC, 0x12), // and kvmclock's old numbers
+    (n::TSC, n::KVM_SYSTEM_TIME_OLD),
     (n::APIC_BASE, n::APIC_BASE),
     (n::TSC_ADJUST, n::TSC_ADJUST),
     (n::SPEC_CTRL, n::PRED_CMD),
@@ -64,7 +21,7 @@ const ALLOWED: [(u32, u32); 21] = [
     (n::SYSENTER_CS, n::SYSENTER_EIP),
     (n::MISC_ENABLE, n::MISC_ENABLE),
     (n::DEBUGCTL, n::DEBUGCTL),
-    (n::MTRR_VARIABLE, n::MTRR_VARIABLE + MTRR_VARIABLES - 1),
+    (n::MTRR_VARIABLE, n::MTRR_VARIABLE_LAST),
     (0x250, 0x250),
     (0x258, 0x259),
     (0x268, 0x26f),
@@ -72,13 +29,13 @@ const ALLOWED: [(u32, u32); 21] = [
     (n::MTRR_DEFAULT, n::MTRR_DEFAULT),
     (n::TSC_DEADLINE, n::TSC_DEADLINE),
     (n::KVM_WALL_CLOCK, n::KVM_SYSTEM_TIME),
-    (0xc000_0080, n::FMASK),
-    (0xc000_0100, n::KERNEL_GS_BASE),
+    (n::EFER, n::FMASK),
+    (n::FS_BASE, n::KERNEL_GS_BASE),
     (n::TSC_AUX, n::TSC_AUX),
 ];
 
 /// Windows of MSR numbers, `(first, count)`, that cover [`ALLOWED`]: KVM takes sixteen at most.
-const WINDOWS: [(u32, u32); 4] = [(0, 0x400), (n::TSC_DEADLINE, 1), (n::KVM_WALL_CLOCK, 16), (0xc000_0080, 0x100)];
+const WINDOWS: [(u32, u32); 4] = [(0, 0x400), (n::TSC_DEADLINE, 1), (n::KVM_WALL_CLOCK, 16), (n::EFER, 0x100)];
 
 fn allowed(msr: u32) -> bool {
     ALLOWED.iter().any(|(first, last)| (*first..=*last).contains(&msr))

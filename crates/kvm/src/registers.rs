@@ -2,13 +2,13 @@
 //!
 //! Not part of it, as under every engine: the local APIC's registers, with the APIC base and CR8 (see [`crate::chips`]).
 
+use cpu::msr as n;
 use cpu::{CpuState, FpState, Segment, TableRegister, cr0, gpr};
 use kvm_bindings as b;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use crate::ioctls::{KVM_GET_DEVICE_ATTR, KVM_SET_DEVICE_ATTR};
-use crate::msr::{MTRR_FIXED, MTRR_VARIABLES, number as n};
 
 /// What decides which registers exist.
 #[derive(Clone, Copy, Debug)]
@@ -191,7 +191,7 @@ fn fp_to_kvm(fp: &FpState, xcr0: u64) -> b::kvm_xsave {
 /// MSRs and the places of their values.
 fn msrs<'a>(state: &'a mut CpuState, features: &Features) -> Vec<(u32, &'a mut u64)> {
     let [default, mtrrs @ ..] = &mut state.mtrr;
-    let numbers = MTRR_FIXED.iter().copied().chain((0..MTRR_VARIABLES).map(|at| n::MTRR_VARIABLE + at));
+    let numbers = n::MTRR_FIXED.into_iter().chain(n::MTRR_VARIABLE..=n::MTRR_VARIABLE_LAST);
     let [cs, esp, eip] = &mut state.sysenter;
     let mut all = vec![
         (n::STAR, &mut state.star),
