@@ -168,7 +168,7 @@ fn outer_guest(script: &str, programs: &[&Path], limit: Duration) -> String {
     }
     // The inner guests' image, as the command finds it in its cache.
     let images = image.kernel.ancestors().nth(2).expect("images");
-    overlay.tree(images, Path::new("/root/.cache/tightrope/images"));
+    overlay.tree(images, Path::new("/var/cache/tightrope/images"));
     archive.extend(overlay.archive());
 
     let dir = tempfile::tempdir().expect("directory");
@@ -226,7 +226,7 @@ fn pass(runs: &[(&str, &str)], limit: Duration) {
     let names: BTreeSet<&str> = runs.iter().map(|(name, _)| *name).collect();
     let programs = test_programs(&names.into_iter().collect::<Vec<_>>());
     let mut script = format!(
-        "export XDG_CACHE_HOME=/root/.cache\n{0} doctor --json >/tmp/doctor; echo \"{MARK} doctor exit=$?\"; cat /tmp/doctor\n",
+        "export XDG_CACHE_HOME=/var/cache\n{0} doctor --json >/tmp/doctor; echo \"{MARK} doctor exit=$?\"; cat /tmp/doctor\n",
         env!("CARGO_BIN_EXE_tightrope")
     );
     for (name, arguments) in runs {
