@@ -159,7 +159,7 @@ impl Emitter<'_> {
 
     /// Notes where the flags are from here on. An empty entry's tag is an address that is not canonical; a program that uses just that one is
     /// let through, and the access faults on the host.
-    fn note_flags(&mut self, insn: &Insn) {
+    pub(super) fn note_flags(&mut self, insn: &Insn) {
         if self.out.meta.last().is_some_and(|m| m.flags_saved != (self.flags == Flags::Block)) {
             self.meta(insn, [0xff; 3]);
         }

@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpCodeOperandKind, OpKind, Register};
 
-use super::{Done, Emitter, Flags, Unsupported};
+use super::{Done, Emitter, Unsupported};
 use super::{is_high_byte, number, resize, set_memory, spilled};
 use crate::analyze::Insn;
 use crate::asm::{Mem, R9, R10, R11, RAX, RBP, RBX, RCX, RDI, RDX, RSI, Reg};
@@ -136,9 +136,10 @@ impl Emitter<'_> {
             set_memory(&mut ins, mem);
         }
         // The check may have moved the flags since the instruction's first byte.
-        let moved = self.out.meta.last().is_some_and(|m| m.flags_saved != (self.flags == Flags::Block));
-        if borrow_count > 0 || moved {
+        if borrow_count > 0 {
             self.meta(insn, borrowed);
+        } else {
+            self.note_flags(insn);
         }
         self.encode(&ins)?;
         for (i, &(n, reg)) in places.iter().enumerate() {

@@ -1,0 +1,202 @@
+//! What a vCPU forgets, and when: flushes of the TLB and of the code cache, exclusive sections, and blocks whose code was written.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::BtVcpu;
+use crate::block::WRONG_PREDICTIONS;
+use crate::cache::Forgotten;
+use crate::world::Cause;
+
+impl BtVcpu {
+    pub(super) fn reset_call_stacks(&mut self) {
+        let underflow = {
+            let cache = self.shared.cache();
+            cache.address(cache.stubs.underflow)
+        };
+        for user in [false, true] {
+            let empty = self.handle.memory.empty_stack(user);
+            // SAFETY: the address lies in our own stack mapping.
+            unsafe { *(empty as *mut u64) = underflow };
+        }
+        let memory = &self.handle.memory;
+        let block = self.block();
+        block.kernel_empty = memory.empty_stack(false);
+        block.user_rsp = memory.empty_stack(true);
+        block.call_rsp = memory.empty_stack(block.user != 0);
+    }
+
+    /// After a flush of the code cache, and at the start.
+    pub(super) fn flush_everything(&mut self) {
+        self.unpredictable.clear();
+        // Slots of the old cache are not to be touched: others may be making new ones of the same numbers.
+        self.tlbs.forget_slots();
+        self.flush_all();
+        let cache = self.shared.cache();
+        cache.fill_slots(&self.handle);
+        self.generation = cache.generation;
+    }
+
+    pub(super) fn flush_all(&mut self) {
+        self.counters.flush_all += 1;
+        if let Some(trace) = &self.trace {
+            trace.line(format_args!("tlb cpu{} flush all", self.setup.index));
+        }
+        let block = self.block();
+        self.tlbs.flush_all(block, |slot| self.shared.thunk(slot));
+        self.reset_call_stacks();
+    }
+
+    pub(super) fn flush_local(&mut self) {
+        self.counters.flush_local += 1;
+        if let Some(trace) = &self.trace {
+            trace.line(format_args!("tlb cpu{} flush non-global", self.setup.index));
+        }
+        let block = self.block();
+        self.tlbs.flush_local(block, |slot| self.shared.thunk(slot));
+        self.reset_call_stacks();
+    }
+
+    pub(super) fn flush_page(&mut self, address: u64) {
+        self.counters.flush_page += 1;
+        if let Some(trace) = &self.trace {
+            trace.line(format_args!("tlb cpu{} flush page {address:#x}", self.setup.index));
+        }
+        let block = self.block();
+        if self.tlbs.flush_page(block, address, |slot| self.shared.thunk(slot)) {
+            self.reset_call_stacks();
+        }
+    }
+
+    /// Throws the whole code cache away. A safe point.
+    pub(super) fn flush_cache(&mut self) {
+        self.exclusive(Cause::Flush, |vcpu| {
+            {
+                let mut cache = vcpu.shared.cache();
+                for page in cache.flush() {
+                    vcpu.shared.ram.code_pages().clear(page >> 12);
+                }
+                vcpu.shared.epoch.store(cache.epoch, Ordering::Release);
+                vcpu.shared.generation.store(cache.generation, Ordering::Release);
+            }
+            // The others see the new generation before they go on.
+            vcpu.flush_everything();
+        });
+    }
+
+    /// Changes the check sites whose predictions fail often. A safe point if there are any.
+    pub(super) fn stop_predicting(&mut self) {
+        if self.unpredictable.is_empty() {
+            return;
+        }
+        self.exclusive(Cause::Predict, |vcpu| {
+            // Emptied if the cache has been flushed meanwhile.
+            for (site, position) in std::mem::take(&mut vcpu.unpredictable) {
+                vcpu.shared.cache().stop_predicting(site, position as usize);
+            }
+        });
+    }
+
+    /// Once a second, wrong predictions are counted anew.
+    pub(super) fn forgive_sites(&mut self) {
+        let now = Instant::now();
+        if now.duration_since(self.sites_forgiven) >= Duration::from_secs(1) {
+            self.sites_forgiven = now;
+            for site in self.block().sites.as_flattened_mut() {
+                site.wrong = -WRONG_PREDICTIONS;
+            }
+        }
+    }
+
+    /// Runs `work` while all other vCPUs are parked. A safe point: before `work`, others may have dropped blocks or flushed the
+    /// cache. What `work` finds holds until the next safe point.
+    pub(super) fn exclusive<T>(&mut self, cause: Cause, work: impl FnOnce(&mut Self) -> T) -> T {
+        let (shared, handle) = (self.shared.clone(), self.handle.clone());
+        let section = shared.world.begin(&handle, cause);
+        if section.is_some() {
+            self.open_mail();
+        }
+        let result = work(self);
+        drop(section);
+        result
+    }
+
+    /// From now on this vCPU is running. Waits while others want it parked.
+    pub(super) fn resume(&mut self) {
+        self.shared.world.unpark(&self.handle);
+        self.open_mail();
+    }
+
+    /// Lets others have their exclusive sections.
+    #[inline]
+    pub(super) fn safe_point(&mut self) {
+        if self.shared.world.wanted() {
+            self.shared.world.park(&self.handle);
+            self.resume();
+        }
+    }
+
+    /// Does what exclusive sections of others ask of this vCPU's own caches.
+    pub(super) fn open_mail(&mut self) {
+        if self.handle.has_mail.swap(false, Ordering::AcqRel) {
+            let mail = std::mem::take(&mut *self.handle.mail.lock().unwrap_or_else(PoisonError::into_inner));
+            if mail.everything {
+                self.flush_all();
+            }
+            for page in mail.protect {
+                self.tlbs.protect(self.block(), page);
+            }
+            for forgotten in mail.forgotten {
+                self.forget(&forgotten);
+            }
+        }
+        if self.shared.generation.load(Ordering::Acquire) != self.generation {
+            self.flush_everything();
+        }
+    }
+
+    /// Removes ways to translations that have gone.
+    pub(super) fn forget(&mut self, forgotten: &Forgotten) {
+        let block = self.block();
+        for &(target, user) in &forgotten.targets {
+            self.tlbs.forget_indirect(block, target, user);
+        }
+        for &slot in &forgotten.slots {
+            if let Some(entry) = self.shared.sites.slots.get(slot) {
+                block.slots[slot as usize].store(entry.thunk, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Drops translations of memory that has been written. A safe point if there are any.
+    #[inline]
+    pub(super) fn drop_written(&mut self) {
+        if self.shared.has_hits.load(Ordering::SeqCst) {
+            self.drop_hits();
+        }
+    }
+
+    #[cold]
+    pub(super) fn drop_hits(&mut self) {
+        self.exclusive(Cause::Drop, |vcpu| {
+            // Cleared only in here: who sees it clear knows that what was written before has been dealt with.
+            vcpu.shared.has_hits.store(false, Ordering::SeqCst);
+            let hits = std::mem::take(&mut *vcpu.shared.hits.lock().unwrap_or_else(PoisonError::into_inner));
+            let mut forgotten = Forgotten::default();
+            {
+                let mut cache = vcpu.shared.cache();
+                for hit in hits {
+                    cache.drop_hit(hit, &mut forgotten);
+                }
+                vcpu.shared.epoch.store(cache.epoch, Ordering::Release);
+            }
+            for page in std::mem::take(&mut forgotten.empty_pages) {
+                vcpu.shared.ram.code_pages().clear(page >> 12);
+            }
+            vcpu.forget(&forgotten);
+            let forgotten = Arc::new(forgotten);
+            vcpu.shared.world.send(&vcpu.handle, |mail| mail.forget(&forgotten));
+        });
+    }
+}
