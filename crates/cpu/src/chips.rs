@@ -4,12 +4,35 @@
 //! its own chips unused. Registers are exchanged in the forms here, which are the chips' own as their manuals tell them; the
 //! machine turns them into its saved state, so that a VM can be saved with one kind of chips and restored with the other.
 
+use std::any::Any;
+use std::os::fd::BorrowedFd;
+
+/// Holds something in place until it is dropped.
+pub type Binding = Box<dyn Any + Send + Sync>;
+
+/// The way of one source's messages to the local APICs.
+pub trait MessageLine: Send + Sync {
+    /// As [`Chips::send_msi`]; fast when the message is the same as the last.
+    fn send(&self, address: u64, data: u32);
+}
+
 /// Interrupt chips and timers outside the machine: local APICs, IOAPIC, the pair of PICs, PIT.
 pub trait Chips: Send + Sync {
     /// Wire `gsi` (global system interrupt; ISA IRQs are 0 to 15) is now high or low.
     fn set_level(&self, gsi: u32, high: bool);
     /// A message-signalled interrupt: `data` written to `address` (SDM volume 3, 11.11).
     fn send_msi(&self, address: u64, data: u32);
+    /// A way for the messages of one source, such as a vector of a device. `None`: there is none (any more); use
+    /// [`Chips::send_msi`].
+    fn message_line(&self) -> Option<Box<dyn MessageLine>> {
+        None
+    }
+    /// Counts the event counter `event` up when the guest writes to the guest-physical `address`, whatever and in whatever size, instead
+    /// of calling [`crate::Bus::mmio_write`], until the result is dropped. `None`: this engine does not, or not this one.
+    fn doorbell(&self, address: u64, event: BorrowedFd<'_>) -> Option<Binding> {
+        let _ = (address, event);
+        None
+    }
     /// The NMI button: an NMI to every vCPU.
     fn nmi(&self);
     /// The registers of all chips. No vCPU may run.

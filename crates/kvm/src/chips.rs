@@ -1,13 +1,17 @@
 //! The kernel's interrupt chips and timers: local APICs, IOAPIC, PICs, PIT.
 
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cpu::Chips;
-use cpu::chips::{ChipRegisters, IoApicRegisters, LapicRegisters, PicRegisters, PitChannel, PitRegisters};
+use cpu::chips::{
+    Binding, ChipRegisters, IoApicRegisters, LapicRegisters, MessageLine, PicRegisters, PitChannel, PitRegisters,
+};
 use cpu::msr as n;
 use kvm_bindings as b;
 use kvm_ioctls::{VcpuFd, VmFd};
 
+use crate::events::{self, Doorbell, Line, Routes};
 use crate::kick::Cell;
 use crate::registers::{self, Features};
 
@@ -31,6 +35,8 @@ pub struct KernelChips {
     vm: Arc<VmFd>,
     features: Features,
     vcpus: Mutex<Vec<Arc<Cell>>>,
+    /// Where the kernel has doorbells and interrupts by event counters.
+    routes: Option<Arc<Routes>>,
 }
 
 fn told(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> String {
@@ -47,13 +53,15 @@ fn monotonic() -> u64 {
 
 impl KernelChips {
     /// Makes the chips in `vm`, which has no vCPU yet.
-    pub fn create(vm: Arc<VmFd>, features: Features) -> Result<Arc<Self>, String> {
+    pub fn create(vm: Arc<VmFd>, features: Features, eventfds: bool) -> Result<Arc<Self>, String> {
         vm.create_irq_chip().map_err(told("interrupt chips"))?;
         // Port 0x61 belongs to the PIT's second channel and goes with it.
         vm.create_pit2(b::kvm_pit_config { flags: b::KVM_PIT_SPEAKER_DUMMY, ..Default::default() })
             .map_err(told("a timer chip"))?;
-        vm.set_gsi_routing(&routing()?).map_err(told("the interrupts' routing"))?;
-        Ok(Arc::new(Self { vm, features, vcpus: Mutex::default() }))
+        let wires = wires();
+        events::set_routes(&vm, &wires).map_err(told("the interrupts' routing"))?;
+        let routes = eventfds.then(|| Arc::new(Routes::new(vm.clone(), wires)));
+        Ok(Arc::new(Self { vm, features, vcpus: Mutex::default(), routes }))
     }
 
     /// A vCPU has been made; called in the order of their numbers.
@@ -78,7 +86,7 @@ impl KernelChips {
 }
 
 /// Wire 0 is the timer's; the PICs and the IOAPIC both have all others.
-fn routing() -> Result<b::KvmIrqRouting, String> {
+fn wires() -> Vec<b::kvm_irq_routing_entry> {
     let entry = |gsi: u32, chip: u32, pin: u32| {
         let mut entry = b::kvm_irq_routing_entry { gsi, type_: b::KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
         entry.u.irqchip = b::kvm_irq_routing_irqchip { irqchip: chip, pin };
@@ -91,8 +99,7 @@ fn routing() -> Result<b::KvmIrqRouting, String> {
     let ioapic = (0..PINS)
         .filter(|gsi| *gsi != TIMER_PIN)
         .map(|gsi| entry(gsi, b::KVM_IRQCHIP_IOAPIC, if gsi == 0 { TIMER_PIN } else { gsi }));
-    let entries: Vec<_> = pics.chain(ioapic).collect();
-    b::KvmIrqRouting::from_entries(&entries).map_err(|_| "no memory for the interrupts' routing".into())
+    pics.chain(ioapic).collect()
 }
 
 impl Chips for KernelChips {
@@ -102,10 +109,16 @@ impl Chips for KernelChips {
     }
 
     fn send_msi(&self, address: u64, data: u32) {
-        let message =
-            b::kvm_msi { address_lo: address as u32, address_hi: (address >> 32) as u32, data, ..Default::default() };
-        // It fails for messages that mean nothing only.
-        let _ = self.vm.signal_msi(message);
+        events::send(&self.vm, address, data);
+    }
+
+    fn message_line(&self) -> Option<Box<dyn MessageLine>> {
+        Some(Box::new(Line::new(self.routes.as_ref()?)?))
+    }
+
+    fn doorbell(&self, address: u64, event: BorrowedFd<'_>) -> Option<Binding> {
+        self.routes.as_ref()?;
+        Some(Box::new(Doorbell::bind(self.vm.clone(), address, event)?))
     }
 
     fn nmi(&self) {

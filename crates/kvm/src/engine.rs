@@ -105,7 +105,7 @@ impl KvmEngine {
             physical_mask: (1 << cpuid.physical_bits()) - 1,
         };
         let vm = Arc::new(vm);
-        let chips = KernelChips::create(vm.clone(), features)?;
+        let chips = KernelChips::create(vm.clone(), features, capabilities.eventfds)?;
         for (slot, (start, address, len)) in (0..).zip(ram.pieces()) {
             let region = b::kvm_userspace_memory_region {
                 slot,

@@ -95,6 +95,7 @@ pub(crate) mod cap {
     pub const DIRTY_LOG_RING: u32 = 192;
     pub const PMU_CAPABILITY: u32 = 212;
     pub const DIRTY_LOG_RING_ACQ_REL: u32 = 223;
+    pub const IOEVENTFD_ANY_LENGTH: u32 = 122;
     pub const VCPU_ATTRIBUTES: u32 = 127;
 }
 
@@ -146,7 +147,9 @@ impl Host {
             enforces_pv_features: raw(cap::ENFORCE_PV_FEATURE_CPUID) != 0,
             tsc_scaling: kvm.check_extension(Cap::TscControl),
             tsc_offset: raw(cap::VCPU_ATTRIBUTES) != 0,
-            eventfds: kvm.check_extension(Cap::Ioeventfd) && kvm.check_extension(Cap::Irqfd),
+            eventfds: kvm.check_extension(Cap::Ioeventfd)
+                && kvm.check_extension(Cap::Irqfd)
+                && raw(cap::IOEVENTFD_ANY_LENGTH) != 0,
         };
         Ok(Self { kvm, capabilities })
     }

@@ -37,6 +37,9 @@ ioctl_ior_nr!(KVM_GET_CLOCK, KVMIO, 0x7c, b::kvm_clock_data);
 ioctl_iow_nr!(KVM_SET_CLOCK, KVMIO, 0x7b, b::kvm_clock_data);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, b::kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, b::kvm_device_attr);
+ioctl_iow_nr!(KVM_SET_GSI_ROUTING, KVMIO, 0x6a, b::kvm_irq_routing);
+ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, b::kvm_ioeventfd);
+ioctl_iow_nr!(KVM_IRQFD, KVMIO, 0x76, b::kvm_irqfd);
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, b::kvm_dirty_log);
 
 /// The `request` arguments of all `ioctl`s that a VM makes after it is built: what the sandbox is to allow. No VM, vCPU or device can be
@@ -76,6 +79,9 @@ pub fn after_start() -> Vec<u64> {
         KVM_SET_DEVICE_ATTR(),
         KVM_GET_DEVICE_ATTR(),
         KVM_GET_DIRTY_LOG(),
+        // The guest chooses at run time where its devices' doorbells are and which interrupts they send.
+        KVM_IOEVENTFD(),
+        KVM_SET_GSI_ROUTING(),
     ];
     all.iter().map(|request| request & 0xffff_ffff).collect()
 }

@@ -306,3 +306,60 @@ fn a_storm_of_kicks() {
     assert_eq!(outs, finished);
     drop(Host::open());
 }
+
+/// Writes to a bound address are counted in the kernel, in any size; next to it and once unbound they come out.
+#[test]
+fn doorbells_do_not_leave_the_guest() {
+    // mov edi, 0xd0000000; mov ecx, 1000; 1: mov [rdi], cx; mov [rdi], ecx; mov [rdi + 4], cl; loop 1b; hlt
+    let code =
+        [0xbf, 0, 0, 0, 0xd0, 0xb9, 0xe8, 3, 0, 0, 0x66, 0x89, 0x0f, 0x89, 0x0f, 0x88, 0x4f, 0x04, 0xe2, 0xf6, 0xf4];
+    let Some(mut rig) = rig(&code, false) else { return };
+    let chips = rig.engine.chips().unwrap();
+    let event = vmm_sys_util::eventfd::EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    // SAFETY: the descriptor is open as long as `event`.
+    let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&event)) };
+    let binding = chips.doorbell(0xd000_0000, borrowed).expect("a doorbell");
+    assert!(chips.doorbell(0xd000_0000, borrowed).is_none(), "taken");
+    let exits = |vcpu: &dyn Vcpu| {
+        let counters = vcpu.counters();
+        counters.iter().find(|(name, _)| name == "kvm.exits.mmio").map_or(0, |(_, count)| *count)
+    };
+    assert_eq!(rig.vcpu.run(), Exit::Stuck);
+    assert_eq!((event.read().unwrap(), exits(&*rig.vcpu)), (2000, 1000));
+    assert!(rig.log.0.lock().unwrap().iter().all(|(address, _)| *address == 0xd000_0004));
+    drop(binding);
+    rig.vcpu.set_state(&start());
+    assert_eq!(rig.vcpu.run(), Exit::Stuck);
+    assert!(event.read().is_err());
+    assert_eq!(exits(&*rig.vcpu), 4000);
+}
+
+/// A message by a line's counter arrives, also after the line has another message to send.
+#[test]
+fn message_lines_interrupt() {
+    // 1: sti; hlt; jmp 1b. The handlers at 0x11000 and 0x11100: inc r8 or r9, end of interrupt, iretq.
+    // RDI has the local APIC's page, which is switched on by its spurious vector register.
+    let eoi = [0xc7, 0x87, 0xb0, 0, 0, 0, 0, 0, 0, 0, 0x48, 0xcf];
+    let switch_on = [0xc7, 0x87, 0xf0, 0, 0, 0, 0xff, 1, 0, 0, 0xfb, 0xf4, 0xeb, 0xfc];
+    let Some(mut rig) = rig(&switch_on, false) else { return };
+    for (vector, handler, count) in [(0x41_u64, 0x1_1000_u64, [0x49, 0xff, 0xc0]), (0x42, 0x1_1100, [0x49, 0xff, 0xc1])]
+    {
+        assert!(rig.ram.write(handler, &[&count[..], &eoi].concat()));
+        let gate = handler & 0xffff | 8 << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
+        assert!(rig.ram.write(0x9000 + vector * 16, &gate.to_le_bytes()));
+        assert!(rig.ram.write(0x9008 + vector * 16, &[0; 8]));
+    }
+    let mut state = start();
+    state.idtr = TableRegister { base: 0x9000, limit: 0xfff };
+    state.gpr[gpr::RDI] = 0xfee0_0000;
+    rig.vcpu.set_state(&state);
+    let line = rig.engine.chips().unwrap().message_line().expect("a line");
+    assert_eq!(run_for(&mut *rig.vcpu, Duration::from_millis(50)), Exit::Stopped);
+    for round in 1..=3 {
+        for (vector, register) in [(0x41, gpr::R8), (0x42, gpr::R9)] {
+            line.send(0xfee0_0000, vector);
+            assert_eq!(run_for(&mut *rig.vcpu, Duration::from_millis(50)), Exit::Stopped);
+            assert_eq!(rig.vcpu.state().gpr[register], round, "vector {vector:#x}");
+        }
+    }
+}

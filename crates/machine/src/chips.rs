@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use cpu::Chips;
-use cpu::chips::ChipRegisters;
+use cpu::chips::{ChipRegisters, MessageLine};
 
 use crate::ioapic::IoApicState;
 use crate::irq::{IrqSink, MsiSink};
@@ -94,6 +94,10 @@ impl IrqSink for EngineChips {
 impl MsiSink for EngineChips {
     fn send(&self, address: u64, data: u32) {
         self.chips.send_msi(address, data);
+    }
+
+    fn line(&self) -> Option<Box<dyn MessageLine>> {
+        self.chips.message_line()
     }
 }
 

@@ -7,6 +7,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use cpu::chips::MessageLine;
+
 /// The interrupt chips: something that has numbered input wires.
 pub trait IrqSink: Send + Sync {
     /// Wire `gsi` (global system interrupt: ISA IRQs are 0 to 15) is now high (`true`) or low.
@@ -17,6 +19,10 @@ pub trait IrqSink: Send + Sync {
 pub trait MsiSink: Send + Sync {
     /// A device wrote `data` to `address`.
     fn send(&self, address: u64, data: u32);
+    /// A way for the messages of one source, where there is a shorter one.
+    fn line(&self) -> Option<Box<dyn MessageLine>> {
+        None
+    }
 }
 
 /// One wire from a device to the interrupt chips.

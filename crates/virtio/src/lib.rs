@@ -17,6 +17,7 @@ pub mod buffers;
 pub mod console;
 pub mod device;
 pub mod entropy;
+mod event;
 pub mod net;
 pub mod pci;
 pub mod queue;

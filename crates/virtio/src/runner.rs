@@ -4,15 +4,23 @@
 //! cheap and bounded ones may run inline on the vCPU thread, which saves two thread switches. Threads are made with the device, not
 //! when the driver enables a queue: by then the process may no longer be allowed to.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use crate::event::Event;
+
 /// What a driver's notification of one queue reaches.
 pub trait Doorbell: Send + Sync {
     /// The driver made buffers available.
     fn ring(&self);
+    /// An event counter whose counting up does the same as [`Self::ring`], if there is one: for engines that count without leaving
+    /// the guest.
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// Asks a job to return early. Cheap to read.
@@ -64,7 +72,7 @@ struct State<J> {
 struct Shared<J> {
     state: Mutex<State<J>>,
     /// To the worker: rung, or quit.
-    wake: Condvar,
+    wake: Event,
     /// From the worker: not running any more.
     idle: Condvar,
     stop: StopFlag,
@@ -85,7 +93,7 @@ impl<J: Job> Worker<J> {
         let state = State { job: None, rung: false, running: false, stopping: false, dead: false, quit: false };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
-            wake: Condvar::new(),
+            wake: Event::new()?,
             idle: Condvar::new(),
             stop: StopFlag::default(),
         });
@@ -100,7 +108,7 @@ impl<J: Job> Worker<J> {
         state.job = Some(job);
         state.dead = false;
         state.rung = true;
-        self.shared.wake.notify_one();
+        self.shared.wake.notify();
     }
 
     /// Takes the job away, waiting until it is not running.
@@ -134,7 +142,7 @@ impl<J: Job> Drop for Worker<J> {
         let mut state = lock(&self.shared.state);
         state.quit = true;
         self.shared.stop.set(true);
-        self.shared.wake.notify_one();
+        self.shared.wake.notify();
         drop(state);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -151,7 +159,11 @@ impl<J: Job> Shared<J> {
             }
             let ready = state.rung && !state.stopping && !state.dead;
             let Some(mut job) = (if ready { state.job.take() } else { None }) else {
-                state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+                drop(state);
+                self.wake.wait();
+                state = lock(&self.state);
+                // Whoever counts without [`Doorbell::ring`] says no more than this.
+                state.rung = true;
                 continue;
             };
             state.rung = false;
@@ -173,8 +185,12 @@ impl<J: Job> Doorbell for Shared<J> {
         state.rung = true;
         // A running worker looks at `rung` before it sleeps; waking it would be a system call for nothing.
         if !state.running {
-            self.wake.notify_one();
+            self.wake.notify();
         }
+    }
+
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.wake.as_fd())
     }
 }
 

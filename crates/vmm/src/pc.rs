@@ -101,7 +101,12 @@ fn read_whole(what: &str, file: &File) -> Result<Vec<u8>, Error> {
 }
 
 impl PcMaker {
-    fn devices(&mut self, ram: &GuestRam, events: &Events) -> Result<Vec<Arc<dyn PciDevice>>, Error> {
+    fn devices(
+        &mut self,
+        ram: &GuestRam,
+        chips: Option<&Arc<dyn Chips>>,
+        events: &Events,
+    ) -> Result<Vec<Arc<dyn PciDevice>>, Error> {
         let reporter: Reporter = Arc::new(|line: &str| terminal::message(&format!("tightrope: {line}")));
         let mut devices: Vec<(String, Box<dyn VirtioDevice>)> = Vec::new();
         for (number, disk) in std::mem::take(&mut self.disks).into_iter().enumerate() {
@@ -127,6 +132,9 @@ impl PcMaker {
         }
         for (name, device) in devices {
             let device = VirtioPci::new(&name, device, ram.shared(), Some(reporter.clone())).map_err(engine_error)?;
+            if let Some(chips) = chips {
+                device.use_chips(chips.clone());
+            }
             self.virtio.push(Arc::new(device));
         }
         Ok(self.virtio.iter().map(|device| device.clone() as Arc<dyn PciDevice>).collect())
@@ -139,7 +147,7 @@ impl PcMaker {
         events: &Events,
         output: &Output,
     ) -> Result<Arc<Pc>, Error> {
-        let pci_devices = self.devices(ram, events)?;
+        let pci_devices = self.devices(ram, chips.as_ref(), events)?;
         let events = Mutex::new(events.clone());
         let power = move |event| {
             let event = match event {

@@ -85,6 +85,7 @@ impl Slot {
         for window in windows.iter_mut() {
             if let Some(base) = window.at.take_if(|base| wanted(window.bar) != Some(*base)) {
                 bus.remove_mmio(base, &window.device);
+                self.device.bar_mapped(window.bar, None);
             }
         }
         for window in windows.iter_mut().filter(|window| window.at.is_none()) {
@@ -93,6 +94,7 @@ impl Slot {
                 let name = self.device.name();
                 if bus.add_mmio(name, mapping.base, mapping.size, window.device.clone()).is_ok() {
                     window.at = Some(mapping.base);
+                    self.device.bar_mapped(window.bar, Some(mapping.base));
                 }
             }
         }

@@ -47,6 +47,11 @@ pub trait PciDevice: Send + Sync {
     /// The guest writes; as for reads.
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]);
 
+    /// BAR number `bar` answers at the guest-physical address `base` from now on; `None`: nowhere.
+    fn bar_mapped(&self, bar: u8, base: Option<u64>) {
+        let _ = (bar, base);
+    }
+
     /// Back to the state after power-on: the VM reboots. [`PciConfig`] is reset by the host bridge.
     fn reset(&self);
 

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock};
 
+use cpu::chips::MessageLine;
 use serde::{Deserialize, Serialize};
 
 use crate::bus::{set_value, value};
@@ -44,6 +45,8 @@ pub struct MsixState {
 pub struct Msix {
     inner: Mutex<Inner>,
     sink: OnceLock<Arc<dyn MsiSink>>,
+    /// By vector, where the sink has shorter ways; empty where it has none.
+    lines: OnceLock<Vec<Box<dyn MessageLine>>>,
 }
 
 impl fmt::Debug for Msix {
@@ -56,7 +59,11 @@ impl Msix {
     /// A table of `vectors` entries, at least 1 and at most 2048 (other numbers are moved to the nearest of these).
     pub fn new(vectors: u16) -> Self {
         let vectors = vec![RESET_VECTOR; vectors.clamp(1, 2048).into()].into_boxed_slice();
-        Self { inner: Mutex::new(Inner { control: 0, bus_master: false, vectors }), sink: OnceLock::new() }
+        Self {
+            inner: Mutex::new(Inner { control: 0, bus_master: false, vectors }),
+            sink: OnceLock::new(),
+            lines: OnceLock::new(),
+        }
     }
 
     /// How many vectors there are.
@@ -93,6 +100,7 @@ impl Msix {
     }
 
     pub(super) fn connect(&self, sink: Arc<dyn MsiSink>) {
+        let _ = self.lines.set((0..self.vectors()).map_while(|_| sink.line()).collect());
         let _ = self.sink.set(sink);
     }
 
@@ -115,9 +123,13 @@ impl Msix {
             return;
         }
         let Some(sink) = self.sink.get() else { return };
-        for entry in inner.vectors.iter_mut().filter(|entry| entry.pending && !entry.masked) {
+        let lines = self.lines.get().map_or(&[][..], Vec::as_slice);
+        for (index, entry) in inner.vectors.iter_mut().enumerate().filter(|(_, entry)| entry.pending && !entry.masked) {
             entry.pending = false;
-            sink.send(entry.address, entry.data);
+            match lines.get(index) {
+                Some(line) => line.send(entry.address, entry.data),
+                None => sink.send(entry.address, entry.data),
+            }
         }
     }
 

@@ -6,7 +6,7 @@
 //! ```
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -71,6 +71,10 @@ impl Doorbell for Shared {
         if self.sleeping.swap(false, Ordering::SeqCst) {
             self.wake();
         }
+    }
+
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.wake.as_fd())
     }
 }
 

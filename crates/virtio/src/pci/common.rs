@@ -1,23 +1,20 @@
 //! The common configuration structure (virtio 1.3, 4.1.4.3) and what writing it does: feature negotiation, queue set-up, the device
 //! status state machine, resets.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 use memory::VmMemory;
 
+use super::doorbells::Doorbells;
 use super::link::Link;
 use super::{NO_VECTOR, status, transport_features};
 use crate::device::{Interrupt, VirtioDevice};
 use crate::queue::{QueueState, Virtqueue};
-use crate::runner::Doorbell;
 use virtio_bindings::virtio_config::{VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 /// Bytes of the structure.
 pub(super) const COMMON_LEN: usize = 0x40;
-
-/// What the notification address of each queue rings.
-pub(super) type Doorbells = Arc<RwLock<Vec<Option<Arc<dyn Doorbell>>>>>;
 
 /// Registers of one queue.
 #[derive(Clone, Copy, Debug)]
@@ -43,7 +40,7 @@ pub(super) struct Common {
     pub device: Box<dyn VirtioDevice>,
     pub memory: Arc<VmMemory>,
     pub link: Arc<Link>,
-    pub doorbells: Doorbells,
+    pub doorbells: Arc<Doorbells>,
     pub queues: Vec<QueueRegisters>,
     pub driver_features: u128,
     pub device_feature_select: u32,
@@ -58,7 +55,7 @@ impl Common {
         device: Box<dyn VirtioDevice>,
         memory: Arc<VmMemory>,
         link: Arc<Link>,
-        doorbells: Doorbells,
+        doorbells: Arc<Doorbells>,
     ) -> Self {
         let queues = device.queue_sizes().into_iter().map(QueueRegisters::new).collect();
         Self {
@@ -229,7 +226,7 @@ impl Common {
         match self.build_queue(index, queue) {
             Ok(live) => {
                 let doorbell = self.device.start_queue(live);
-                self.set_doorbell(index, Some(doorbell));
+                self.doorbells.set(index, Some(doorbell));
                 if let Some(queue) = self.queues.get_mut(usize::from(index)) {
                     queue.live = true;
                 }
@@ -238,16 +235,9 @@ impl Common {
         }
     }
 
-    fn set_doorbell(&self, index: u16, doorbell: Option<Arc<dyn Doorbell>>) {
-        let mut doorbells = self.doorbells.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(place) = doorbells.get_mut(usize::from(index)) {
-            *place = doorbell;
-        }
-    }
-
     /// Takes queue `index` back from the device, with its position.
     fn stop_queue(&mut self, index: u16) {
-        self.set_doorbell(index, None);
+        self.doorbells.set(index, None);
         let Some(queue) = self.queues.get_mut(usize::from(index)) else { return };
         if std::mem::take(&mut queue.live) {
             match self.device.stop_queue(index) {

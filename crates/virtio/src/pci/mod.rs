@@ -10,20 +10,23 @@
 //! BAR 1  0x0000  MSI-X table   0x1000  pending bits
 //! ```
 //!
-//! A notification takes the shortest way: from the address of the write to the queue's [`Doorbell`](crate::runner::Doorbell), without the transport's lock.
+//! A notification takes the shortest way: from the address of the write to the queue's [`Doorbell`](crate::runner::Doorbell), without
+//! the transport's lock, and without leaving the guest where the engine can do that (doorbells.rs).
 //! All other registers are behind one lock, under which queues are also stopped; a device's threads never take it.
 //!
 //! Saving: [`VirtioPci::pause`] all devices first, then save the machine, then [`VirtioPci::resume`]. After a restore a device is paused
 //! until [`VirtioPci::resume`], so that it raises no interrupt before the interrupt chips are restored.
 
 mod common;
+mod doorbells;
 mod link;
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use cpu::Chips;
 use machine::pci::{BarKind, ConfigError, Msix, PciConfig, PciDevice, PciIdentity, capability};
 use machine::state::StateError;
 use memory::VmMemory;
@@ -33,7 +36,8 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use crate::device::{DeviceState, Reporter, VirtioDevice};
 use crate::queue::QueueState;
-use common::{Common, Doorbells, QueueRegisters};
+use common::{Common, QueueRegisters};
+use doorbells::Doorbells;
 use link::Link;
 
 /// Bits of the device status byte (virtio 1.3, 2.1).
@@ -119,7 +123,7 @@ pub struct VirtioPci {
     config: Arc<PciConfig>,
     link: Arc<Link>,
     common: Mutex<Common>,
-    doorbells: Doorbells,
+    doorbells: Arc<Doorbells>,
     /// Where the configuration access capability is.
     pci_cfg: u16,
 }
@@ -185,7 +189,7 @@ impl VirtioPci {
         config.use_intx();
         let config = Arc::new(config);
         let link = Arc::new(Link::new(name.to_owned(), config.clone(), msix, queues, reporter));
-        let doorbells = Arc::new(RwLock::new(vec![None; queues]));
+        let doorbells = Arc::new(Doorbells::new(queues, config.clone()));
         let common = Mutex::new(Common::new(device, memory, link.clone(), doorbells.clone()));
         Ok(Self { name: name.to_owned(), config, link, common, doorbells, pci_cfg })
     }
@@ -208,17 +212,9 @@ impl VirtioPci {
         common.start_queues();
     }
 
-    fn ring(&self, queue: usize) {
-        let doorbell = {
-            let doorbells = self.doorbells.read().unwrap_or_else(PoisonError::into_inner);
-            doorbells.get(queue).cloned().flatten()
-        };
-        // Without bus mastering a device may not reach memory.
-        if let Some(doorbell) = doorbell
-            && self.config.bus_master()
-        {
-            doorbell.ring();
-        }
+    /// Lets the engine's chips take notifications, where they can: vCPUs then stay in the guest.
+    pub fn use_chips(&self, chips: Arc<dyn Chips>) {
+        self.doorbells.use_chips(chips);
     }
 
     /// The part of BAR 0 that the configuration access capability points to now, if it is a valid access (4.1.4.9).
@@ -267,11 +263,21 @@ impl PciDevice for VirtioPci {
         {
             self.bar_write(0, at, data.get(..len).unwrap_or(data));
         }
-        if !was_master && self.config.bus_master() {
+        let is_master = self.config.bus_master();
+        if was_master != is_master {
+            self.doorbells.rebind();
+        }
+        if !was_master && is_master {
             // What was notified while the device could not reach memory.
-            for queue in 0..self.doorbells.read().unwrap_or_else(PoisonError::into_inner).len() {
-                self.ring(queue);
+            for queue in 0..self.doorbells.len() {
+                self.doorbells.ring(queue);
             }
+        }
+    }
+
+    fn bar_mapped(&self, bar: u8, base: Option<u64>) {
+        if bar == 0 {
+            self.doorbells.mapped(base);
         }
     }
 
@@ -294,7 +300,7 @@ impl PciDevice for VirtioPci {
         match offset {
             _ if bar != 0 => {}
             // The queue is named by the address; the value repeats it.
-            NOTIFY.. => self.ring(((offset - NOTIFY) / u64::from(NOTIFY_MULTIPLIER)) as usize),
+            NOTIFY.. => self.doorbells.ring(((offset - NOTIFY) / u64::from(NOTIFY_MULTIPLIER)) as usize),
             DEVICE..NOTIFY => self.common().device.write_config(offset - DEVICE, data),
             ..ISR => self.common().write(offset, data),
             _ => {}

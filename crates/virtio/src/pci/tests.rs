@@ -435,6 +435,78 @@ fn no_memory_access_without_bus_mastering() {
     assert_eq!(queue.used(), Some((0, 8)));
 }
 
+/// An engine that takes doorbells; it keeps which are bound, and counts up for a guest that writes.
+#[derive(Clone, Default)]
+struct Counting(Arc<Mutex<std::collections::BTreeMap<u64, std::os::fd::OwnedFd>>>);
+
+struct Bound(Counting, u64);
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        self.0.0.lock().unwrap().remove(&self.1);
+    }
+}
+
+impl cpu::Chips for Counting {
+    fn set_level(&self, _: u32, _: bool) {}
+    fn send_msi(&self, _: u64, _: u32) {}
+    fn doorbell(&self, address: u64, event: std::os::fd::BorrowedFd<'_>) -> Option<cpu::chips::Binding> {
+        let before = self.0.lock().unwrap().insert(address, event.try_clone_to_owned().unwrap());
+        assert!(before.is_none(), "two at {address:#x}");
+        Some(Box::new(Bound(self.clone(), address)))
+    }
+    fn nmi(&self) {}
+    fn save(&self) -> Result<cpu::chips::ChipRegisters, String> {
+        Err("no chips".into())
+    }
+    fn restore(&self, _: &cpu::chips::ChipRegisters) -> Result<(), String> {
+        Err("no chips".into())
+    }
+}
+
+#[test]
+fn doorbells_are_bound_while_they_may_ring() {
+    let pc = pc(false);
+    let chips = Counting::default();
+    pc.device.use_chips(Arc::new(chips.clone()));
+    let bound = || chips.0.lock().unwrap().keys().copied().collect::<Vec<_>>();
+    let driver = pc.probe();
+    driver.negotiate(1 << VIRTIO_F_VERSION_1);
+    let mut queue = driver.set_up_queue(0, NO_VECTOR.into());
+    driver.set_up_queue(1, NO_VECTOR.into());
+    assert!(bound().is_empty(), "nothing before DRIVER_OK");
+    driver.add_status(status::DRIVER_OK);
+    assert_eq!(bound(), [driver.notify, driver.notify + driver.notify_multiplier]);
+    // The engine counts, nobody calls: the request is done all the same.
+    assert!(pc.ram.write(DATA + 0x1000, &[0; 16]));
+    queue.add(&[(DATA + 0x1000, 16, false), (DATA, 512, true), (DATA + 0x2000, 1, true)]);
+    std::fs::File::from(chips.0.lock().unwrap()[&driver.notify].try_clone().unwrap())
+        .write_all(&1_u64.to_ne_bytes())
+        .unwrap();
+    driver.wait(|| queue.used().is_some());
+    // Without bus mastering nothing may ring.
+    pc.set_config(4, 2, 2);
+    assert!(bound().is_empty());
+    pc.set_config(4, 2, 6);
+    assert_eq!(bound().len(), 2);
+    // The guest moves the BAR.
+    let bar = pc.config(0x10, 4) & !0xf;
+    pc.set_config(0x10, 4, 0xd800_0000);
+    assert_eq!(bound(), [driver.notify - bar + 0xd800_0000, driver.notify - bar + 0xd800_0000 + 4]);
+    pc.set_config(4, 2, 4);
+    assert!(bound().is_empty(), "the BAR does not answer");
+    pc.set_config(0x10, 4, bar);
+    pc.set_config(4, 2, 6);
+    assert_eq!(bound()[0], driver.notify);
+    // Stopped, started, reset.
+    pc.device.pause();
+    assert!(bound().is_empty());
+    pc.device.resume();
+    assert_eq!(bound().len(), 2);
+    driver.set(0x14, 1, 0);
+    assert!(bound().is_empty());
+}
+
 #[test]
 fn state_moves_to_another_machine() {
     let pc1 = pc(false);
