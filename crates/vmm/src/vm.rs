@@ -47,6 +47,8 @@ pub struct Vm {
     output: Output,
     stats: Option<StatsFormat>,
     started: Instant,
+    /// When the guest's first instruction ran, from the start of the process.
+    ready: Option<Duration>,
     resets: u64,
     debugger: Option<Debugger>,
     /// vCPUs that have halted for good. (The others may still run.)
@@ -187,6 +189,7 @@ impl Vm {
             output,
             stats: config.stats,
             started,
+            ready: None,
             resets: 0,
             debugger: None,
             stuck: Vec::new(),
@@ -248,6 +251,7 @@ impl Vm {
     }
 
     fn run_all(&mut self) {
+        self.ready.get_or_insert_with(|| self.started.elapsed());
         for thread in &mut self.cpus.threads {
             thread.run();
         }
@@ -477,6 +481,8 @@ impl Vm {
         }
         stats.add(self.board.counters());
         stats.add([("vm.resets".to_string(), self.resets)]);
+        let ready = self.ready.map(|ready| ("time.ready-us".to_string(), ready.as_micros() as u64));
+        stats.add(ready);
         stats.add_guest_time();
         stats
     }
