@@ -248,7 +248,8 @@ fn pass(runs: &[(&str, &str)], limit: Duration) {
 /// The engine by itself, the tiny kernels, Debian to its shell and back: a minute.
 #[test]
 fn tiny_kernels_and_debian() {
-    pass(&[("engine", ""), ("toys", ""), ("debian", "boots_to_a_shell reboots")], LIMIT);
+    let debian = "boots_to_a_shell reboots";
+    pass(&[("engine", ""), ("toys", ""), ("footprint", ""), ("debian", debian)], LIMIT);
 }
 
 /// A VM moves from `kvm` to `bt` and back: a minute and a half, most of it because an emulated machine is slow to translate on.
