@@ -35,7 +35,7 @@ for device in /sys/bus/pci/devices/*; do
 	0x1044 | 0x1005) modules="$modules virtio_rng" ;;
 	0x1045 | 0x1002) modules="$modules virtio_balloon" ;;
 	0x1048 | 0x1004) modules="$modules virtio_scsi" ;;
-	0x1053) modules="$modules vmw_vsock_virtio_transport" ;;
+	0x1053) ;; # the agent's own
 	0x105a) modules="$modules virtiofs" ;;
 	esac
 done
@@ -46,10 +46,11 @@ fi
 
 set -f
 read -r cmdline </proc/cmdline
-root= fstype= flags= mode=ro init=/sbin/init
+root= fstype= flags= mode=ro init=/sbin/init agent=
 for word in $cmdline; do
 	case $word in
 	root=* | tightrope.root=*) root=${word#*=} ;;
+	tightrope.init=agent) agent=yes ;;
 	rootfstype=*) fstype=${word#*=} ;;
 	rootflags=*) flags=,${word#*=} ;;
 	init=*) init=${word#*=} ;;
@@ -76,6 +77,8 @@ if [ "$root" ]; then
 		if mount -t "${fstype:-ext4}" -o "$mode$flags" "$disk" /mnt ||
 			{ [ -z "$fstype" ] && mount -o "$mode$flags" "$disk" /mnt; }; then
 			umount /tmp
+			# The agent for the host's requests, into the new /run: as a service, or as process 1.
+			[ -x /tightrope/agent ] && /tightrope/agent install /mnt && [ "$agent" ] && init=/run/tightrope/agent
 			for fs in proc sys dev; do
 				[ -d /mnt/$fs ] && mount -o move /$fs /mnt/$fs
 			done
@@ -99,6 +102,7 @@ Debian's Linux $release under Tightrope. To leave: poweroff, exit or Ctrl-D.
 # The session becomes a new one with this terminal, so that Ctrl-C and job control work.
 /sbin/session /bin/sh <"$tty" >"$tty" 2>&1 &
 shell=$!
+[ -x /tightrope/agent ] && /tightrope/agent daemon >/dev/null 2>&1 </dev/null &
 [ "$network" ] && /sbin/network >/dev/null 2>&1 </dev/null &
 wait $shell
 stop poweroff

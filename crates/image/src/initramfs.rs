@@ -19,8 +19,16 @@ pub const INIT: &str = include_str!("init.sh");
 pub const NETWORK: &str = include_str!("network.sh");
 
 /// What every image needs: as module or built in. The last is what ext4 checks its metadata with.
-const MODULES: &[&str] =
-    &["virtio_pci", "virtio_blk", "virtio_console", "virtio_rng", "virtio_net", "ext4", "crc32c_generic"];
+const MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+    "virtio_rng",
+    "virtio_net",
+    "vmw_vsock_virtio_transport",
+    "ext4",
+    "crc32c_generic",
+];
 
 /// BusyBox's shell finds its applets by itself; these links are for `#!` lines and other programs.
 const APPLETS: &[&str] = &[
@@ -117,7 +125,7 @@ const SESSION: &[u8] = &[
 /// Everything the content depends on besides the packages; a change of it makes cached images stale.
 pub fn recipe() -> String {
     let session: String = SESSION.iter().map(|b| format!("{b:02x}")).collect();
-    format!("1\n{INIT}\n{NETWORK}\n{FSTAB}\n{MODULES:?}\n{APPLETS:?}\n{session}")
+    format!("2\n{INIT}\n{NETWORK}\n{FSTAB}\n{MODULES:?}\n{APPLETS:?}\n{session}")
 }
 
 /// What is used of a kernel package.
@@ -280,6 +288,14 @@ fn tiny_elf(code: &[u8]) -> Vec<u8> {
     elf
 }
 
+/// An archive that puts the agent for guests into an initramfs, at `/tightrope/agent`: to be placed before the initramfs itself, whatever
+/// that is (the kernel unpacks one archive after the other). `docs/agent.md` says what the initramfs does with it.
+pub fn agent_archive(program: &[u8]) -> Vec<u8> {
+    let mut w = cpio::Writer::new();
+    w.file("tightrope/agent", 0o755, program);
+    w.finish()
+}
+
 /// Builds the initramfs.
 ///
 /// # Errors
@@ -357,7 +373,8 @@ mod tests {
                 ("./boot/vmlinuz-6.1.0-9-x", b"kernel"),
                 (
                     &format!("{m}modules.builtin"),
-                    b"kernel/fs/ext4/ext4.ko\nk/virtio_pci.ko\nk/virtio_console.ko\nk/virtio-rng.ko\nk/virtio_net.ko\n",
+                    b"kernel/fs/ext4/ext4.ko\nk/virtio_pci.ko\nk/virtio_console.ko\nk/virtio-rng.ko\nk/virtio_net.ko\n\
+                      k/vmw_vsock_virtio_transport.ko\n",
                 ),
                 (&format!("{m}kernel/drivers/block/virtio_blk.ko.xz"), &xz(&blk)),
                 (&format!("{m}kernel/drivers/virtio/virtio.ko"), &virtio),

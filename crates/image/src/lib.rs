@@ -47,3 +47,4 @@ pub use error::{Error, Result};
 pub use guest::{DEFAULT_SUITE, Flavour, GuestImage, Options, PROMPT, default_image, fetch_closure, fetch_packages};
 pub use host::Host;
 pub use http::Progress;
+pub use initramfs::agent_archive;

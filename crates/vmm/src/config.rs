@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use crate::net::{NetConfig, PortForward};
 
@@ -21,6 +22,8 @@ pub struct VmConfig {
     pub unpacked_kernel: Option<PathBuf>,
     /// The initial RAM file system, if any.
     pub initrd: Option<PathBuf>,
+    /// An archive that the guest's kernel unpacks before the initrd, if there is an initrd: the agent (`image::agent_archive`).
+    pub agent: Option<Arc<[u8]>>,
     /// Were kernel and initrd made by Tightrope itself (and so need no look at their insides)?
     pub trusted_image: bool,
     /// The kernel command line.
@@ -68,6 +71,7 @@ impl VmConfig {
             kernel: kernel.into(),
             unpacked_kernel: None,
             initrd: None,
+            agent: None,
             trusted_image: false,
             cmdline: String::new(),
             disks: Vec::new(),

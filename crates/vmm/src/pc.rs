@@ -46,6 +46,7 @@ pub(crate) fn maker(config: &VmConfig, files: Files, tsc_khz: u64, exits: Option
         kernel: files.kernel,
         unpacked: files.unpacked,
         initrd: files.initrd,
+        agent: config.agent.clone(),
         disks: files.disks,
         network: files.network,
         console: files.console,
@@ -64,6 +65,7 @@ struct PcMaker {
     kernel: File,
     unpacked: Option<File>,
     initrd: Option<File>,
+    agent: Option<Arc<[u8]>>,
     /// Until the first build.
     disks: Vec<Disk>,
     /// Until the first build.
@@ -210,7 +212,10 @@ impl BoardMaker for PcMaker {
         let kernel = read_whole("the kernel", &self.kernel)?;
         // Without it the kernel is unpacked again.
         let unpacked = self.unpacked.as_ref().and_then(|file| read_whole("the unpacked kernel", file).ok());
-        let initrd = self.initrd.as_ref().map(|file| read_whole("the initrd", file)).transpose()?;
+        let mut initrd = self.initrd.as_ref().map(|file| read_whole("the initrd", file)).transpose()?;
+        if let (Some(initrd), Some(agent)) = (&mut initrd, &self.agent) {
+            initrd.splice(0..0, agent.iter().copied());
+        }
         let source = BootSource {
             kernel: &kernel,
             unpacked: unpacked.as_deref(),

@@ -1,0 +1,157 @@
+//! The agent as process 1: of an initramfs, or of a system whose own process 1 is not wanted.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use rustix::mount::{MountFlags, mount};
+use rustix::pipe::{PipeFlags, pipe_with};
+
+use crate::serve::{Agent, Signals};
+use crate::{modules, power, system};
+
+/// File systems that every program expects: type, place, options.
+const MOUNTS: [(&str, &str, MountFlags, &str); 7] = [
+    ("proc", "/proc", MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC), ""),
+    ("sysfs", "/sys", MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC), ""),
+    ("devtmpfs", "/dev", MountFlags::NOSUID, "mode=0755"),
+    ("devpts", "/dev/pts", MountFlags::NOSUID.union(MountFlags::NOEXEC), "mode=0620,gid=5,ptmxmode=0666"),
+    ("tmpfs", "/dev/shm", MountFlags::NOSUID.union(MountFlags::NODEV), "mode=1777"),
+    ("tmpfs", "/run", MountFlags::NOSUID.union(MountFlags::NODEV), "mode=0755"),
+    ("tmpfs", "/tmp", MountFlags::NOSUID.union(MountFlags::NODEV), "mode=1777"),
+];
+
+/// Runs the machine. With `command`, runs that on the console and switches the machine off when it has ended.
+pub fn run(command: &[OsString]) -> ! {
+    if let Err(error) = start(command) {
+        eprintln!("tightrope-agent: {error}");
+    }
+    // Process 1 must not end.
+    loop {
+        let _ = power::as_init(false);
+        std::thread::sleep(std::time::Duration::from_secs(1));
+    }
+}
+
+fn start(command: &[OsString]) -> io::Result<()> {
+    mounts();
+    settings();
+    let names = modules::needed();
+    let (network, others): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| *name == "virtio_net");
+    modules::load(&others);
+    // What BusyBox's halt, poweroff and reboot send to process 1, and Ctrl-Alt-Del.
+    let signals = system::signals(&[libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM, libc::SIGINT])?;
+    let main = if command.is_empty() { None } else { Some(main_command(command)?) };
+    // In a process of its own: nobody waits for it.
+    if system::fork()?.is_none() {
+        system::forget_children(false);
+        modules::load(&network);
+        if !network.is_empty() {
+            let _ = crate::init::network();
+        }
+        std::process::exit(0);
+    }
+    Agent::new(Some(Signals(signals)), main).run()
+}
+
+/// Is something mounted here already?
+fn is_mounted(path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let device = |path: &Path| fs::metadata(path).map(|meta| meta.dev()).ok();
+    match (device(path), path.parent().and_then(device)) {
+        (Some(here), Some(above)) => here != above,
+        _ => false,
+    }
+}
+
+fn mount_one(kind: &str, place: &str, flags: MountFlags, options: &str) {
+    if !is_mounted(Path::new(place)) {
+        let _ = fs::create_dir_all(place);
+        let options = std::ffi::CString::new(options).unwrap_or_default();
+        let _ = mount(kind, place, kind, flags, options.as_c_str());
+    }
+}
+
+fn mounts() {
+    for (kind, place, flags, options) in MOUNTS {
+        mount_one(kind, place, flags, options);
+    }
+    for (link, target) in
+        [("/dev/fd", "/proc/self/fd"), ("/dev/stdin", "fd/0"), ("/dev/stdout", "fd/1"), ("/dev/stderr", "fd/2")]
+    {
+        let _ = std::os::unix::fs::symlink(target, link);
+    }
+}
+
+/// Makes sure that there can be terminals.
+pub fn terminals() {
+    if !Path::new("/dev/pts/ptmx").exists() {
+        let (kind, place, flags, options) = MOUNTS[3];
+        mount_one(kind, place, flags, options);
+    }
+}
+
+fn settings() {
+    let write = |path: &str, text: &str| {
+        let _ = fs::write(path, text);
+    };
+    let named = fs::read_to_string("/etc/hostname").unwrap_or_default();
+    let name = if named.trim().is_empty() { "tightrope" } else { named.trim() };
+    write("/proc/sys/kernel/hostname", name);
+    if !Path::new("/sbin/modprobe").exists() && Path::new("/bin/modprobe").exists() {
+        write("/proc/sys/kernel/modprobe", "/bin/modprobe");
+    }
+    // A root on a disk was mounted for reading only.
+    let disk_root = fs::read_to_string("/proc/mounts").unwrap_or_default();
+    if disk_root.lines().any(|line| line.starts_with("/dev/") && line.split(' ').nth(1) == Some("/")) {
+        let _ = rustix::mount::mount_remount("/", MountFlags::empty(), c"");
+    }
+}
+
+/// Starts the command that process 1 was given; the descriptor gives how it ended.
+fn main_command(command: &[OsString]) -> io::Result<OwnedFd> {
+    let (from, to) = pipe_with(PipeFlags::CLOEXEC)?;
+    if system::fork()?.is_some() {
+        return Ok(from);
+    }
+    drop(from);
+    system::forget_children(false);
+    let mut how = [0, 127];
+    if let Some((program, arguments)) = command.split_first() {
+        let status = Command::new(program)
+            .args(arguments)
+            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("HOME", "/root")
+            .status();
+        match status {
+            Ok(status) => {
+                how = match (status.code(), status.signal()) {
+                    (Some(code), _) => [0, code as u8],
+                    (None, signal) => [1, signal.unwrap_or(9) as u8],
+                }
+            }
+            Err(error) => eprintln!("tightrope-agent: {}: {error}", program.display()),
+        }
+    }
+    let _ = rustix::io::write(&to, &how);
+    std::process::exit(0);
+}
+
+/// Brings the network up: by the image's own script if it has one.
+pub fn network() -> io::Result<()> {
+    let script = Path::new("/sbin/network");
+    if script.exists() {
+        let null = || Stdio::null();
+        Command::new(script)
+            .env("PATH", "/sbin:/usr/sbin:/bin:/usr/bin")
+            .stdin(null())
+            .stdout(null())
+            .stderr(null())
+            .status()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,158 @@
+//! Calls of the system that no library offers.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// The address of the host.
+const HOST: u32 = 2;
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
+    // SAFETY: all zeros is a valid address.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = cid;
+    address.svm_port = port;
+    address
+}
+
+const ADDRESS_LEN: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+
+fn socket() -> io::Result<OwnedFd> {
+    // SAFETY: takes no pointers.
+    let fd = check(unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: just made, nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn bind(socket: &OwnedFd, port: u32) -> io::Result<()> {
+    let at = address(libc::VMADDR_CID_ANY, port);
+    // SAFETY: the address is a local of that size.
+    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const at).cast(), ADDRESS_LEN) }).map(|_| ())
+}
+
+/// A socket of the host's kind that listens at `port`, non-blocking.
+pub fn listen(port: u32) -> io::Result<OwnedFd> {
+    let socket = socket()?;
+    bind(&socket, port)?;
+    // SAFETY: takes no pointers.
+    check(unsafe { libc::listen(socket.as_raw_fd(), 128) })?;
+    rustix::io::ioctl_fionbio(&socket, true)?;
+    Ok(socket)
+}
+
+/// Takes a connection if one waits. One that the host did not make is refused: a program in the guest could make it.
+pub fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
+    loop {
+        let mut from = address(0, 0);
+        let mut len = ADDRESS_LEN;
+        // SAFETY: address and length are locals of the right size.
+        let fd = check(unsafe {
+            libc::accept4(listener.as_raw_fd(), (&raw mut from).cast(), &raw mut len, libc::SOCK_CLOEXEC)
+        })?;
+        // SAFETY: just made, nobody else has it.
+        let connection = unsafe { OwnedFd::from_raw_fd(fd) };
+        if from.svm_cid == HOST {
+            return Ok(connection);
+        }
+    }
+}
+
+/// Connects to `port` of the host from a port that only root may take.
+pub fn connect(port: u32) -> io::Result<OwnedFd> {
+    let mut last = io::Error::from(io::ErrorKind::AddrInUse);
+    for own in (900..port).rev() {
+        let socket = socket()?;
+        match bind(&socket, own) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                last = error;
+                continue;
+            }
+            Err(error) => return Err(error),
+        }
+        let to = address(HOST, port);
+        // SAFETY: the address is a local of that size.
+        check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const to).cast(), ADDRESS_LEN) })?;
+        return Ok(socket);
+    }
+    Err(last)
+}
+
+/// Makes a process that goes on from here; `true` in the new one. Only for processes of one thread.
+pub fn fork() -> io::Result<Option<u32>> {
+    // SAFETY: this program has one thread, so the child may do everything.
+    match check(unsafe { libc::fork() })? {
+        0 => Ok(None),
+        pid => Ok(Some(pid.unsigned_abs())),
+    }
+}
+
+/// Are ended children to be forgotten at once? (Else somebody waits for them.)
+pub fn forget_children(forget: bool) {
+    // SAFETY: installs no handler.
+    unsafe { libc::signal(libc::SIGCHLD, if forget { libc::SIG_IGN } else { libc::SIG_DFL }) };
+}
+
+/// A descriptor that gives the signals `signals`, which do nothing else any more.
+pub fn signals(signals: &[libc::c_int]) -> io::Result<OwnedFd> {
+    // SAFETY: the set is a local, made empty first.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        for signal in signals {
+            libc::sigaddset(&raw mut set, *signal);
+        }
+        check(libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()))?;
+        let fd = check(libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK))?;
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// What a new program starts with, called between fork and exec: a session of its own, with a terminal (standard input) or without,
+/// ordinary signals, and the rights of a user.
+pub fn before_exec(tty: bool, groups: &[u32], gid: u32, uid: u32) -> io::Result<()> {
+    // SAFETY: system calls without pointers, but for `groups`, whose length is given.
+    unsafe {
+        check(libc::setsid())?;
+        if tty {
+            check(libc::ioctl(0, libc::TIOCSCTTY, 0))?;
+        }
+        for signal in 1..32 {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        libc::umask(0o022);
+        if libc::geteuid() == 0 {
+            check(libc::setgroups(groups.len(), groups.as_ptr()))?;
+            check(libc::setgid(gid))?;
+            check(libc::setuid(uid))?;
+        }
+    }
+    Ok(())
+}
+
+/// Loads a module from an open file.
+pub fn load_module(file: &std::fs::File) -> io::Result<()> {
+    // SAFETY: the parameters are an empty string.
+    let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Sends a signal to a process group.
+pub fn kill_group(group: u32, signal: u8) {
+    if let Ok(group) = libc::pid_t::try_from(group)
+        && group > 1
+    {
+        // SAFETY: takes no pointers.
+        unsafe { libc::kill(-group, signal.into()) };
+    }
+}
+
+/// Sends a signal to all processes but this one (0: none, only a look); `false` when there are none.
+pub fn kill_all(signal: libc::c_int) -> bool {
+    // SAFETY: takes no pointers. (-1 is everybody, as process 1 or root mean it.)
+    unsafe { libc::kill(-1, signal) == 0 }
+}
