@@ -52,6 +52,9 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Make disks and look at them
+    #[command(subcommand)]
+    Disk(crate::disks::DiskCommand),
     /// Print the completions for a shell
     Completions {
         /// bash, elvish, fish, powershell or zsh

@@ -1,10 +1,11 @@
 //! The command `tightrope`. Thin: it turns what the user asks for into a [`vmm::VmConfig`] and runs it.
 //!
-//! * [`cli`]: the command line. * [`doctor`]: what this host can do. * [`settings`]: the configuration file. * [`guest`]: which kernel and what command line.
+//! * [`cli`]: the command line. * [`disks`]: making disks. * [`doctor`]: what this host can do. * [`settings`]: the configuration file. * [`guest`]: which kernel and what command line.
 
 #![forbid(unsafe_code)]
 
 mod cli;
+mod disks;
 mod doctor;
 mod guest;
 mod settings;
@@ -75,6 +76,7 @@ fn execute(cli: Cli, started: Instant) -> Result<i32> {
     match cli.command {
         Command::Run(args) => run(&args, started),
         Command::Doctor { json } => doctor::run(json),
+        Command::Disk(command) => disks::run(&command),
         Command::NetworkServer => {
             nat::server::run()?;
             Ok(0)
