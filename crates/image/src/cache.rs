@@ -65,6 +65,11 @@ impl Cache {
     /// # Errors
     /// [`Error::CacheUnwritable`], [`Error::CacheFull`], [`Error::Io`].
     pub fn lock(&self, progress: Progress) -> Result<Lock> {
+        self.lock_saying(progress, "waiting for another tightrope that is filling the cache")
+    }
+
+    /// As [`Cache::lock`]; `waiting` is what the user is told meanwhile.
+    pub(crate) fn lock_saying(&self, progress: Progress, waiting: &str) -> Result<Lock> {
         let path = self.dir("")?.join("lock");
         let file = OpenOptions::new()
             .create(true)
@@ -76,7 +81,7 @@ impl Cache {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => {
-                progress.note("waiting for another tightrope that is filling the cache");
+                progress.note(waiting);
                 loop {
                     match flock(&file, FlockOperation::LockExclusive) {
                         Err(Errno::INTR) => {}

@@ -3,6 +3,7 @@
 //! A `.deb` is an `ar` archive of `debian-binary`, `control.tar.*` and `data.tar.*`; the latter two
 //! are plain or compressed with gzip, xz or zstd.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
@@ -20,11 +21,45 @@ const ZSTD_WINDOW: u64 = 128 << 20;
 /// The most a package may unpack to, in bytes.
 const MAX_UNPACKED: u64 = 8 << 30;
 
+/// The most its control files may unpack to, in bytes.
+const MAX_CONTROL: u64 = 64 << 20;
+
 /// Opens the `data.tar` of a package, decompressed.
 ///
 /// # Errors
 /// [`Error::Deb`] if the file is no such package, [`Error::Io`] if it cannot be opened.
 pub fn data(path: &Path) -> Result<tar::Archive<Box<dyn Read>>> {
+    member(path, "data.tar", MAX_UNPACKED)
+}
+
+/// The files of the `control.tar` of a package: `control`, the maintainer scripts, lists; by name.
+///
+/// # Errors
+/// As [`data`].
+pub fn control(path: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
+    let bad = |e: io::Error| Error::deb(path, e);
+    let mut files = BTreeMap::new();
+    for entry in member(path, "control.tar", MAX_CONTROL)?.entries().map_err(bad)? {
+        let mut entry = entry.map_err(bad)?;
+        let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
+        let name = name.trim_start_matches("./");
+        // They lie side by side; what has another place or kind is nothing that dpkg knows.
+        let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.+".contains(&b);
+        if !entry.header().entry_type().is_file() || name.is_empty() || !name.bytes().all(plain) {
+            continue;
+        }
+        let mut data = Vec::new();
+        entry.read_to_end(&mut data).map_err(bad)?;
+        if data.len() as u64 != entry.size() {
+            return Err(Error::deb(path, format!("truncated at {name}")));
+        }
+        files.insert(name.to_owned(), data);
+    }
+    Ok(files)
+}
+
+/// Opens a tar in a package by the start of its name, decompressed, of at most `limit` bytes.
+fn member(path: &Path, what: &str, limit: u64) -> Result<tar::Archive<Box<dyn Read>>> {
     let bad = |e: io::Error| Error::deb(path, e);
     let mut file = File::open(path).map_err(|e| Error::io("read", path, e))?;
     let members = ar::members(&mut file).map_err(bad)?;
@@ -38,10 +73,10 @@ pub fn data(path: &Path) -> Result<tar::Archive<Box<dyn Read>>> {
         return Err(Error::deb(path, "not a Debian package of format 2"));
     }
     let member =
-        rest.iter().find(|m| m.name.starts_with("data.tar")).ok_or_else(|| Error::deb(path, "no data.tar in it"))?;
+        rest.iter().find(|m| m.name.starts_with(what)).ok_or_else(|| Error::deb(path, format!("no {what} in it")))?;
     file.seek(SeekFrom::Start(member.offset)).map_err(bad)?;
     let raw = io::BufReader::with_capacity(128 << 10, file.take(member.size));
-    let plain: Box<dyn Read> = match member.name.strip_prefix("data.tar").unwrap_or("") {
+    let plain: Box<dyn Read> = match member.name.strip_prefix(what).unwrap_or("") {
         "" => Box::new(raw),
         ".gz" => Box::new(flate2::read::GzDecoder::new(raw)),
         ".xz" => Box::new(unxz(raw)),
@@ -51,7 +86,7 @@ pub fn data(path: &Path) -> Result<tar::Archive<Box<dyn Read>>> {
         ),
         other => return Err(Error::deb(path, format!("unknown compression {other}"))),
     };
-    Ok(tar::Archive::new(Box::new(plain.take(MAX_UNPACKED))))
+    Ok(tar::Archive::new(Box::new(plain.take(limit))))
 }
 
 /// An xz decoder with a bound on its memory.

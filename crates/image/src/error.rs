@@ -133,12 +133,26 @@ pub enum Error {
         reason: String,
     },
     /// A package that the suite does not have.
-    #[error("suite {suite} has no package {name} for amd64; choose another suite or another mirror with --mirror URL")]
+    #[error(
+        "suite {suite} has no package {name} for amd64{hint}; choose another suite or another mirror with --mirror URL"
+    )]
     NoPackage {
-        /// The package or, for a dependency, the whole alternative group.
+        /// The package.
         name: String,
         /// The suite looked in.
         suite: String,
+        /// Names that are nearly the same, as a phrase with a comma in front; often empty.
+        hint: String,
+    },
+    /// A package that cannot be installed.
+    #[error("package {package} of suite {suite} cannot be installed: {reason}; leave it out, or choose another suite")]
+    Unmet {
+        /// The package.
+        package: String,
+        /// Its suite.
+        suite: String,
+        /// What it needs or what it conflicts with.
+        reason: String,
     },
     /// Not a suite name, or not a package name.
     #[error("{value:?} is not a valid {what}")]
@@ -159,6 +173,51 @@ pub enum Error {
     /// No place for a cache.
     #[error("no cache directory: neither XDG_CACHE_HOME nor HOME is set to an absolute path; set one of them")]
     NoCacheDir,
+    /// No place for images.
+    #[error("no directory for images: neither XDG_DATA_HOME nor HOME is set to an absolute path; set one of them")]
+    NoDataDir,
+    /// No image has this name.
+    #[error("there is no image '{name}'{hint}: debian[:SUITE][+PACKAGE…] is a whole Debian, busybox a small one")]
+    NoImage {
+        /// What was asked for.
+        name: String,
+        /// Names that are nearly the same, as a phrase; often empty.
+        hint: String,
+    },
+    /// The mirror has no such suite.
+    #[error(
+        "there is no Debian suite '{suite}' on this mirror{hint}; choose for example trixie or bookworm, or another mirror with --mirror URL"
+    )]
+    NoSuite {
+        /// What was asked for.
+        suite: String,
+        /// Names that are nearly the same, as a phrase; often empty.
+        hint: String,
+    },
+    /// An image that cannot be removed.
+    #[error("image {name} is in use by a running VM; stop that first")]
+    ImageInUse {
+        /// The image.
+        name: String,
+    },
+    /// Too little space for what is about to be made.
+    #[error("an image needs about {needed} MiB at {}, which has {free} MiB free; free some (tightrope prune), or set XDG_DATA_HOME to a directory on another disk", path.display())]
+    NoSpace {
+        /// Where.
+        path: PathBuf,
+        /// What is needed, in MiB.
+        needed: u64,
+        /// What is there, in MiB.
+        free: u64,
+    },
+    /// The guest that makes the disk did not come to its end.
+    #[error("the image could not be made: {reason}; what the guest said is in {}", log.display())]
+    Build {
+        /// What is known.
+        reason: String,
+        /// The guest's console.
+        log: PathBuf,
+    },
     /// The file system that holds the cache is full (or over quota).
     #[error("no space left for {}; free some, or set XDG_CACHE_HOME to a directory on another disk", path.display())]
     CacheFull {

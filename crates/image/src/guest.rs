@@ -17,6 +17,7 @@ use crate::mirror::Mirror;
 use crate::proxy::Proxies;
 use crate::release::hex;
 use crate::repository::{Freshness, Package, Repository, Source, is_name, is_whole};
+use crate::resolve::resolve;
 
 /// The suite a guest comes from unless another is asked for: Debian 13.
 pub const DEFAULT_SUITE: &str = "trixie";
@@ -84,6 +85,8 @@ pub struct Options {
     pub extra_modules: Vec<String>,
     /// The host whose settings count.
     pub host: Host,
+    /// Another directory for images than the user's.
+    pub data_dir: Option<PathBuf>,
     /// Time limits and retries.
     pub patience: Patience,
 }
@@ -122,9 +125,9 @@ struct Deb {
 }
 
 /// The image store: a cache with a way to fill it.
-struct Store<'a> {
-    options: &'a Options,
-    cache: Cache,
+pub(crate) struct Store<'a> {
+    pub(crate) options: &'a Options,
+    pub(crate) cache: Cache,
 }
 
 /// Gets the default guest of a suite, building and fetching what is not in the cache.
@@ -160,9 +163,13 @@ pub fn default_image(suite: &str, flavour: Flavour, options: &Options) -> Result
     }
     store.with_repository(suite, |source, repository, freshness| {
         let meta = repository.package(flavour.package())?;
-        let name = meta.depends().flatten().find(|n| n.starts_with("linux-image-")).ok_or_else(|| {
-            Error::Malformed { what: format!("package {}", meta.name), reason: "it depends on no kernel".to_owned() }
-        })?;
+        let name =
+            meta.depends().flatten().map(|r| r.name).find(|n| n.starts_with("linux-image-")).ok_or_else(|| {
+                Error::Malformed {
+                    what: format!("package {}", meta.name),
+                    reason: "it depends on no kernel".to_owned(),
+                }
+            })?;
         let kernel = repository.package(name)?;
         let busybox = repository.package("busybox-static")?;
         let kernel_deb = source.fetch(kernel, freshness)?;
@@ -199,8 +206,48 @@ pub fn fetch_closure(suite: &str, names: &[&str], essential: bool, options: &Opt
         if essential {
             all.extend(required.iter().map(|p| p.name.as_str()));
         }
-        r.closure(&all)
+        resolve(r, &all, false)
     })
+}
+
+/// Removes from the cache what can be fetched again: packages that no built small image needs, unfinished downloads, small images
+/// of which there are newer ones. Returns the bytes freed.
+///
+/// # Errors
+/// [`Error::NoCacheDir`], and failures of the file system.
+pub fn prune_cache(options: &Options) -> Result<u64> {
+    let store = Store::new(options)?;
+    if !store.cache.root().is_dir() {
+        return Ok(0);
+    }
+    let _lock = store.cache.lock(options.progress)?;
+    let entries = |name: &str| fs::read_dir(store.cache.root().join(name)).into_iter().flatten().flatten();
+    let records: Vec<Record> = entries("images")
+        .filter(|e| e.path().extension().is_some_and(|x| x == "json"))
+        .filter_map(|e| serde_json::from_slice(&fs::read(e.path()).ok()?).ok())
+        .collect();
+    let needed =
+        |name: &str| records.iter().any(|r| r.key == name || r.kernel_deb.file == name || r.busybox_deb.file == name);
+    let mut freed = 0;
+    for entry in entries("packages").chain(entries("partial")) {
+        let size = entry.metadata().map_or(0, |m| m.len());
+        if !needed(&entry.file_name().to_string_lossy()) && fs::remove_file(entry.path()).is_ok() {
+            freed += size;
+        }
+    }
+    for entry in entries("images").filter(|e| e.path().is_dir()) {
+        let size: u64 = fs::read_dir(entry.path())
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|f| f.metadata().ok())
+            .map(|m| m.len())
+            .sum();
+        if !needed(&entry.file_name().to_string_lossy()) && fs::remove_dir_all(entry.path()).is_ok() {
+            freed += size;
+        }
+    }
+    Ok(freed)
 }
 
 fn fetch(
@@ -210,9 +257,7 @@ fn fetch(
 ) -> Result<Vec<PathBuf>> {
     let store = Store::new(options)?;
     let _lock = store.cache.lock(options.progress)?;
-    store.with_repository(suite, |source, repository, freshness| {
-        choose(repository)?.into_iter().map(|p| source.fetch(p, freshness)).collect()
-    })
+    store.with_repository(suite, |source, repository, freshness| source.fetch_all(&choose(repository)?, freshness))
 }
 
 impl Deb {
@@ -226,7 +271,7 @@ impl Deb {
 }
 
 impl<'a> Store<'a> {
-    fn new(options: &'a Options) -> Result<Self> {
+    pub(crate) fn new(options: &'a Options) -> Result<Self> {
         let root = match &options.cache_dir {
             Some(dir) => dir.clone(),
             None => options.host.cache_dir()?,
@@ -236,7 +281,7 @@ impl<'a> Store<'a> {
 
     /// Runs `act` on a suite's packages; once more with a fresh index if the cached one turns out to be
     /// out of date.
-    fn with_repository<T>(
+    pub(crate) fn with_repository<T>(
         &self,
         suite: &str,
         act: impl Fn(&Source<'_>, &Repository, Freshness) -> Result<T>,
@@ -258,7 +303,9 @@ impl<'a> Store<'a> {
             act(&source, &repository, freshness)
         };
         match attempt(first) {
-            Err(Error::NotFound { .. } | Error::NoPackage { .. }) if first == Freshness::Cached => {
+            Err(Error::NotFound { .. } | Error::NoPackage { .. } | Error::Unmet { .. })
+                if first == Freshness::Cached =>
+            {
                 attempt(Freshness::Fresh)
             }
             other => other,
@@ -275,6 +322,12 @@ impl<'a> Store<'a> {
         // A suite that is no file name has no image; it is refused later, with its name.
         let name = name.replace('/', "_");
         self.cache.root().join("images").join(format!("{name}.json"))
+    }
+
+    /// The kernel's and BusyBox's packages, of which the image built last was made. The cache's lock must be held.
+    pub(crate) fn parts(&self, suite: &str, flavour: Flavour) -> Option<(PathBuf, PathBuf)> {
+        let record = self.record(suite, flavour)?;
+        Some((self.cached(&record.kernel_deb)?, self.cached(&record.busybox_deb)?))
     }
 
     fn record(&self, suite: &str, flavour: Flavour) -> Option<Record> {

@@ -73,6 +73,14 @@ impl Host {
         self.xdg("XDG_CACHE_HOME", ".cache").ok_or(Error::NoCacheDir)
     }
 
+    /// `$XDG_DATA_HOME/tightrope`, by default `~/.local/share/tightrope`.
+    ///
+    /// # Errors
+    /// [`Error::NoDataDir`] if neither variable is an absolute path.
+    pub fn data_dir(&self) -> Result<PathBuf> {
+        self.xdg("XDG_DATA_HOME", ".local/share").ok_or(Error::NoDataDir)
+    }
+
     /// `$XDG_CONFIG_HOME/tightrope/config.toml`, by default below `~/.config`.
     pub fn config_file(&self) -> Option<PathBuf> {
         Some(self.xdg("XDG_CONFIG_HOME", ".config")?.join("config.toml"))

@@ -6,6 +6,8 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal, Read, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -94,6 +96,26 @@ pub struct Download<'a> {
     pub dest: &'a Path,
 }
 
+/// How many files are fetched at a time.
+const AT_ONCE: usize = 6;
+
+/// One file's part of a bar that may be shared.
+struct Meter<'a> {
+    bar: &'a ProgressBar,
+    shown: AtomicU64,
+}
+
+impl Meter<'_> {
+    fn set_position(&self, position: u64) {
+        let before = self.shown.swap(position, Ordering::Relaxed);
+        if position < before {
+            self.bar.set_position(self.bar.position().saturating_sub(before - position));
+        } else {
+            self.bar.inc(position - before);
+        }
+    }
+}
+
 /// An attempt that failed: for good, or so that another may succeed.
 enum Failure {
     Final(Error),
@@ -146,6 +168,43 @@ impl Client {
     /// [`Error::TooLarge`] and [`Error::HashMismatch`] for wrong content, which is removed;
     /// [`Error::CacheFull`] and its like for the disk.
     pub fn download(&self, d: &Download<'_>) -> Result<()> {
+        let bar = self.progress.bar(d.label, d.size);
+        let done = self.download_with(d, &Meter { bar: &bar, shown: AtomicU64::new(0) });
+        bar.finish_and_clear();
+        done
+    }
+
+    /// As [`Client::download`] for many files, some at a time, with one bar for all; all are attempted to the first failure. What has
+    /// arrived by then stays, and the next time is not fetched again.
+    ///
+    /// # Errors
+    /// The first failure.
+    pub fn download_all(&self, label: &str, all: &[Download<'_>]) -> Result<()> {
+        let total = all.iter().map(|d| d.size).fold(0, u64::saturating_add);
+        let bar = self.progress.bar(label, total);
+        let (next, failure) = (AtomicUsize::new(0), Mutex::new(None));
+        std::thread::scope(|scope| {
+            for _ in 0..AT_ONCE.min(all.len()) {
+                scope.spawn(|| {
+                    while let Some(d) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        let done = self.download_with(d, &Meter { bar: &bar, shown: AtomicU64::new(0) });
+                        if let Err(error) = done {
+                            // The others stop after the file they are at.
+                            next.store(all.len(), Ordering::Relaxed);
+                            failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                        }
+                    }
+                });
+            }
+        });
+        bar.finish_and_clear();
+        match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    fn download_with(&self, d: &Download<'_>, bar: &Meter<'_>) -> Result<()> {
         let on_part = |op| move |e| Error::io(op, d.part, e);
         let mut file = OpenOptions::new()
             .read(true)
@@ -160,14 +219,13 @@ impl Client {
             have = 0;
         }
         let mut resumed = have > 0;
-        let bar = self.progress.bar(d.label, d.size);
         loop {
             self.retry(|| {
                 let before = have;
                 if have == d.size {
                     return Ok(((), false));
                 }
-                match self.fetch_rest(d, &mut file, &mut have, &bar) {
+                match self.fetch_rest(d, &mut file, &mut have, bar) {
                     Ok(()) => Ok(((), false)),
                     // Bytes that arrived count as progress: the next attempt goes on from there.
                     Err(Failure::Passing(_)) if have > before => Ok(((), true)),
@@ -182,18 +240,16 @@ impl Client {
             bar.set_position(0);
             // The front may be a leftover of another file; from the start it is the server's fault.
             if !std::mem::take(&mut resumed) {
-                bar.finish_and_clear();
                 let _ = fs::remove_file(d.part);
                 return Err(Error::HashMismatch { url: redact(d.url) });
             }
         }
-        bar.finish_and_clear();
         file.sync_all().map_err(on_part("write"))?;
         fs::rename(d.part, d.dest).map_err(|e| Error::io("rename", d.dest, e))
     }
 
     /// One request for what is missing, written to the end of `file`.
-    fn fetch_rest(&self, d: &Download<'_>, file: &mut File, have: &mut u64, bar: &ProgressBar) -> Result<(), Failure> {
+    fn fetch_rest(&self, d: &Download<'_>, file: &mut File, have: &mut u64, bar: &Meter<'_>) -> Result<(), Failure> {
         let disk = |e| Failure::Final(Error::io("write", d.part, e));
         let response = self.request(d.url, *have)?;
         match response.status().as_u16() {

@@ -144,7 +144,11 @@ const MAX_FILE: u64 = 128 << 20;
 const MAX_ALL: u64 = 1 << 30;
 
 /// Calls `each` for every regular file: its path without a leading `./`, and its content.
-fn for_each_file(deb: &Path, wanted: impl Fn(&str) -> bool, mut each: impl FnMut(&str, Vec<u8>)) -> Result<()> {
+pub(crate) fn for_each_file(
+    deb: &Path,
+    wanted: impl Fn(&str) -> bool,
+    mut each: impl FnMut(&str, Vec<u8>),
+) -> Result<()> {
     let bad = |e: std::io::Error| Error::deb(deb, e);
     let mut archive = deb::data(deb)?;
     let mut total = 0u64;

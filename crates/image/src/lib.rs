@@ -8,15 +8,17 @@
 //! # Ok::<(), image::Error>(())
 //! ```
 //!
-//! What it does, in the order to read it: [`guest`] is the entry and the cache of built images;
+//! What it does, in the order to read it: [`guest`] is the entry and the cache of built small images;
 //! [`mirror`] finds a mirror ([`apt`], [`proxy`]: the host's settings, [`host`]); [`repository`] loads a
 //! suite's index over [`http`], checked by [`openpgp`] and [`release`]; [`deb`] opens packages ([`ar`]),
 //! `unpack` writes them to disk; [`initramfs`] puts together what boots ([`kmod`], [`cpio`],
 //! `init.sh`).
 //!
-//! What it does not: it is no package manager (no versions or conflicts in dependencies, no maintainer
-//! scripts), runs nothing of what it fetches on the host, and never writes outside its cache and the
-//! directory given to [`unpack_deb`].
+//! Whole systems on disks: [`mod@reference`] is how they are named, [`build`] makes them of what [`mod@resolve`] chooses
+//! (by [`relation`]s), laid out by `rootfs`; [`store`] is where they stay.
+//!
+//! What it does not: it runs nothing of what it fetches on the host (maintainer scripts run in a guest, for which [`Machine`] stands), and
+//! never writes outside its cache, its store and the directory given to [`unpack_deb`].
 //!
 //! Everything from the network or from a package file is taken for hostile until its signature or hash
 //! is checked, and malformed after that all the same: sizes are bounded, arithmetic is checked.
@@ -25,6 +27,7 @@
 
 pub mod apt;
 pub mod ar;
+pub mod build;
 pub mod cache;
 pub mod cpio;
 pub mod deb;
@@ -36,15 +39,26 @@ pub mod http;
 pub mod initramfs;
 pub mod kmod;
 pub mod mirror;
+pub mod names;
 pub mod openpgp;
 pub mod proxy;
+pub mod reference;
+pub mod relation;
 pub mod release;
 pub mod repository;
+pub mod resolve;
+mod rootfs;
+pub mod store;
 mod unpack;
 
+pub use build::{BuildGuest, Machine, Pulled, boot_files, pull};
 pub use deb::unpack_deb;
 pub use error::{Error, Result};
-pub use guest::{DEFAULT_SUITE, Flavour, GuestImage, Options, PROMPT, default_image, fetch_closure, fetch_packages};
+pub use guest::{
+    DEFAULT_SUITE, Flavour, GuestImage, Options, PROMPT, default_image, fetch_closure, fetch_packages, prune_cache,
+};
 pub use host::Host;
 pub use http::Progress;
 pub use initramfs::agent_archive;
+pub use reference::Reference;
+pub use store::{Image, ImageStore};

@@ -3,7 +3,7 @@
 //! The chain of trust: keyring → `InRelease` (signature) → `Packages.xz` (SHA-256) → `.deb` (SHA-256
 //! and size).
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -18,7 +18,9 @@ use crate::deb822::{Paragraph, Reader};
 use crate::error::{Error, Result, redact};
 use crate::http::{Client, Download, Hash, hash_of};
 use crate::mirror::Mirror;
+use crate::names::{did_you_mean, nearest};
 use crate::openpgp::{CLOCK_SKEW, Keyring};
+use crate::relation::{Relation, groups};
 use crate::release::{Release, hex, parse_hash, parse_size};
 
 /// The largest `InRelease`, compressed and plain `Packages`, and package accepted, in bytes.
@@ -45,8 +47,12 @@ pub struct Package {
     pub essential: bool,
     /// Priority, such as `required`.
     pub priority: String,
+    /// What it unpacks to, in KiB, as it says itself.
+    pub installed_kib: u64,
     url: String,
     depends: String,
+    recommends: String,
+    conflicts: String,
     provides: String,
 }
 
@@ -59,7 +65,11 @@ const FIELDS: &[&str] = &[
     "SHA256",
     "Depends",
     "Pre-Depends",
+    "Recommends",
+    "Conflicts",
+    "Breaks",
     "Provides",
+    "Installed-Size",
     "Essential",
     "Priority",
 ];
@@ -75,8 +85,10 @@ impl Package {
         if odd || !["amd64", "all"].contains(&p.get("Architecture")?) {
             return None;
         }
-        let both = [p.get("Pre-Depends"), p.get("Depends")];
-        let depends: Vec<&str> = both.into_iter().flatten().filter(|d| !d.is_empty()).collect();
+        let join = |fields: [&str; 2]| {
+            let all: Vec<&str> = fields.iter().filter_map(|f| p.get(f)).filter(|d| !d.is_empty()).collect();
+            all.join(",")
+        };
         Some(Self {
             name: name.to_owned(),
             version: p.get("Version")?.to_owned(),
@@ -85,7 +97,10 @@ impl Package {
             essential: p.get("Essential") == Some("yes"),
             priority: p.get("Priority").unwrap_or("").to_owned(),
             url: format!("{base}/{path}"),
-            depends: depends.join(","),
+            installed_kib: p.get("Installed-Size").and_then(|v| v.parse().ok()).unwrap_or(0),
+            depends: join(["Pre-Depends", "Depends"]),
+            recommends: p.get("Recommends").unwrap_or("").to_owned(),
+            conflicts: join(["Conflicts", "Breaks"]),
             provides: p.get("Provides").unwrap_or("").to_owned(),
         })
     }
@@ -95,23 +110,41 @@ impl Package {
         self.url.rsplit('/').next().unwrap_or(&self.name)
     }
 
-    /// The dependency groups: of each, one alternative is needed. Versions and architectures are
-    /// dropped: within one suite they hold.
-    pub fn depends(&self) -> impl Iterator<Item = Vec<&str>> {
+    /// The dependency groups, those of `Pre-Depends` first: of each, one alternative is needed.
+    pub fn depends(&self) -> impl Iterator<Item = Vec<Relation<'_>>> {
         groups(&self.depends)
     }
-}
 
-/// `a (>= 1) | b:any, c [amd64]` without everything but names.
-fn groups(text: &str) -> impl Iterator<Item = Vec<&str>> {
-    text.split(',').filter_map(|group| {
-        let names: Vec<&str> = group
-            .split('|')
-            .filter_map(|a| a.trim().split([' ', '\t', '\n', '(', '[', ':', '<']).next())
-            .filter(|n| !n.is_empty())
-            .collect();
-        (!names.is_empty()).then_some(names)
-    })
+    /// The groups of `Recommends`.
+    pub fn recommends(&self) -> impl Iterator<Item = Vec<Relation<'_>>> {
+        groups(&self.recommends)
+    }
+
+    /// What may not be installed together with it: `Conflicts` and `Breaks`.
+    pub fn conflicts(&self) -> impl Iterator<Item = Relation<'_>> {
+        groups(&self.conflicts).flatten()
+    }
+
+    /// What it provides, with the version if it gives one.
+    pub fn provides(&self) -> impl Iterator<Item = Relation<'_>> {
+        groups(&self.provides).flatten()
+    }
+
+    /// Whether this package is what `relation` means, by its name or by what it provides (deb-policy 7.5: a
+    /// relation with a version is met by a provided name with a version only).
+    pub fn satisfies(&self, relation: &Relation<'_>) -> bool {
+        if self.name == relation.name && relation.admits(&self.version) {
+            return true;
+        }
+        self.provides().any(|p| {
+            p.name == relation.name
+                && match (relation.version, p.version) {
+                    (None, _) => true,
+                    (Some(_), None) => false,
+                    (Some(_), Some((_, version))) => relation.admits(version),
+                }
+        })
+    }
 }
 
 /// Whether this can be a package name (deb-policy 5.6.1).
@@ -165,7 +198,7 @@ impl Repository {
         if suite.is_empty() || !suite.bytes().all(plain) {
             return Err(Error::BadName { what: "suite", value: suite.to_owned() });
         }
-        let mut repository = Self { suite: suite.to_owned(), packages: HashMap::new(), providers: HashMap::new() };
+        let mut repository = Self::empty(suite);
         let main = source.index(&source.mirror.base, suite, freshness)?;
         repository.read(&main, &source.mirror.base)?;
         if let Some(base) = &source.mirror.security {
@@ -176,15 +209,31 @@ impl Repository {
                 Err(e) => return Err(e),
             }
         }
-        for package in repository.packages.values() {
-            for group in groups(&package.provides) {
-                for name in group {
-                    repository.providers.entry(name.to_owned()).or_default().push(package.name.clone());
-                }
+        repository.index_providers();
+        Ok(repository)
+    }
+
+    fn empty(suite: &str) -> Self {
+        Self { suite: suite.to_owned(), packages: HashMap::new(), providers: HashMap::new() }
+    }
+
+    /// Notes who provides what; once all is read.
+    fn index_providers(&mut self) {
+        for package in self.packages.values() {
+            for provided in package.provides() {
+                self.providers.entry(provided.name.to_owned()).or_default().push(package.name.clone());
             }
         }
-        repository.providers.values_mut().for_each(|p| p.sort());
-        Ok(repository)
+        let packages = &self.packages;
+        for list in self.providers.values_mut() {
+            list.sort_by_key(|n| (packages.get(n).map_or(usize::MAX, |p| rank(&p.priority)), n.clone()));
+            list.dedup();
+        }
+    }
+
+    /// The suite's name, as it was asked for.
+    pub fn suite(&self) -> &str {
+        &self.suite
     }
 
     /// Adds a `Packages.xz`; of two packages of one name the newer stays.
@@ -218,7 +267,8 @@ impl Repository {
     }
 
     fn missing(&self, name: &str) -> Error {
-        Error::NoPackage { name: name.to_owned(), suite: self.suite.clone() }
+        let near = nearest(name, self.packages.keys().map(String::as_str));
+        Error::NoPackage { name: name.to_owned(), suite: self.suite.clone(), hint: did_you_mean(&near) }
     }
 
     /// The packages that match, sorted by name.
@@ -228,43 +278,20 @@ impl Repository {
         list
     }
 
-    /// The packages and all they depend on, sorted by name. Of alternatives one already chosen is taken,
-    /// else the first that exists, else the first provider by name. Versions and conflicts are not looked
-    /// at: this is no package manager, and within a stable suite the result holds.
-    ///
-    /// # Errors
-    /// [`Error::NoPackage`] for what cannot be had.
-    pub fn closure(&self, names: &[&str]) -> Result<Vec<&Package>> {
-        let mut chosen: BTreeSet<&str> = BTreeSet::new();
-        let mut todo: VecDeque<&Package> = VecDeque::new();
-        for name in names {
-            let package = self.package(name)?;
-            if chosen.insert(&package.name) {
-                todo.push_back(package);
-            }
-        }
-        while let Some(package) = todo.pop_front() {
-            for group in package.depends() {
-                let provided = |n: &str| self.providers.get(n).into_iter().flatten();
-                let satisfied =
-                    group.iter().any(|n| chosen.contains(n) || provided(n).any(|p| chosen.contains(p.as_str())));
-                if satisfied {
-                    continue;
-                }
-                let found = group
-                    .iter()
-                    .find_map(|n| self.packages.get(*n))
-                    .or_else(|| {
-                        let mut all = group.iter().flat_map(|n| provided(n));
-                        all.find_map(|p| self.packages.get(p))
-                    })
-                    .ok_or_else(|| self.missing(&group.join(" | ")))?;
-                chosen.insert(&found.name);
-                todo.push_back(found);
-            }
-        }
-        Ok(chosen.into_iter().filter_map(|n| self.packages.get(n)).collect())
+    /// The packages that can stand for `relation`, the one of that very name first, then those that provide it,
+    /// the most important first.
+    pub(crate) fn candidates(&self, relation: &Relation<'_>) -> Vec<&Package> {
+        let real = self.packages.get(relation.name);
+        let providers = self.providers.get(relation.name).into_iter().flatten().filter_map(|n| self.packages.get(n));
+        let providers = providers.filter(|p| p.name != relation.name);
+        real.into_iter().chain(providers).filter(|p| p.satisfies(relation)).collect()
     }
+}
+
+/// How important a package says it is; the most important first.
+fn rank(priority: &str) -> usize {
+    let order = ["required", "important", "standard", "optional", "extra"];
+    order.iter().position(|p| *p == priority).unwrap_or(order.len())
 }
 
 /// Whether `a` is a later version than `b`.
@@ -377,29 +404,49 @@ impl Source<'_> {
 
     /// The verified `.deb` of a package, from the cache or fetched. The cache's lock must be held.
     pub(crate) fn fetch(&self, package: &Package, freshness: Freshness) -> Result<PathBuf> {
-        let sha256 = hex(&package.sha256);
-        let short = sha256.get(..16).unwrap_or_default();
-        let dir = self.cache.dir("packages")?;
-        let dest = dir.join(format!("{short}-{}", package.file_name()));
-        if is_whole(&dest, package.size, &sha256) {
-            return Ok(dest);
+        let mut all = self.fetch_all(&[package], freshness)?;
+        all.pop().ok_or_else(|| Error::Malformed { what: package.name.clone(), reason: "nothing was fetched".into() })
+    }
+
+    /// The verified `.deb` files of packages, in their order, those that are not in the cache fetched some at a time.
+    /// The cache's lock must be held.
+    pub(crate) fn fetch_all(&self, packages: &[&Package], freshness: Freshness) -> Result<Vec<PathBuf>> {
+        let (dir, partial) = (self.cache.dir("packages")?, self.cache.dir("partial")?);
+        let mut missing: Vec<(&Package, PathBuf, PathBuf)> = Vec::new();
+        let mut all = Vec::with_capacity(packages.len());
+        for package in packages {
+            let sha256 = hex(&package.sha256);
+            let short = sha256.get(..16).unwrap_or_default();
+            let dest = dir.join(format!("{short}-{}", package.file_name()));
+            all.push(dest.clone());
+            if is_whole(&dest, package.size, &sha256) {
+                continue;
+            }
+            if freshness == Freshness::Offline {
+                return Err(Error::Offline { what: package.file_name().to_owned() });
+            }
+            if package.size > MAX_PACKAGE {
+                return Err(Error::TooLarge { url: redact(&package.url), limit: MAX_PACKAGE });
+            }
+            missing.push((package, partial.join(&sha256), dest));
         }
-        if freshness == Freshness::Offline {
-            return Err(Error::Offline { what: package.file_name().to_owned() });
+        let downloads: Vec<Download<'_>> = missing
+            .iter()
+            .map(|(package, part, dest)| Download {
+                url: &package.url,
+                label: &package.name,
+                size: package.size,
+                sha256: package.sha256,
+                part,
+                dest,
+            })
+            .collect();
+        match &downloads[..] {
+            [] => {}
+            [one] => self.client.download(one)?,
+            many => self.client.download_all(&format!("{} packages", many.len()), many)?,
         }
-        if package.size > MAX_PACKAGE {
-            return Err(Error::TooLarge { url: redact(&package.url), limit: MAX_PACKAGE });
-        }
-        let part = self.cache.dir("partial")?.join(&sha256);
-        self.client.download(&Download {
-            url: &package.url,
-            label: &package.name,
-            size: package.size,
-            sha256: package.sha256,
-            part: &part,
-            dest: &dest,
-        })?;
-        Ok(dest)
+        Ok(all)
     }
 }
 
@@ -413,51 +460,28 @@ pub(crate) fn is_whole(path: &Path, size: u64, sha256: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn repository(text: &str) -> Repository {
+    /// A repository of these index entries.
+    pub(crate) fn repository(text: &str) -> Repository {
         let mut w = lzma_rust2::XzWriter::new(Vec::new(), lzma_rust2::XzOptions::with_preset(1)).unwrap();
         std::io::Write::write_all(&mut w, text.as_bytes()).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("Packages.xz");
         fs::write(&file, w.finish().unwrap()).unwrap();
-        let mut r = Repository { suite: "trixie".into(), packages: HashMap::new(), providers: HashMap::new() };
+        let mut r = Repository::empty("trixie");
         r.read(&file, "http://m").unwrap();
-        for p in r.packages.values() {
-            for name in groups(&p.provides).flatten() {
-                r.providers.entry(name.to_owned()).or_default().push(p.name.clone());
-            }
-        }
+        r.index_providers();
         r
     }
 
-    fn entry(name: &str, version: &str, rest: &str) -> String {
+    pub(crate) fn entry(name: &str, version: &str, rest: &str) -> String {
         format!(
             "Package: {name}\nVersion: {version}\nArchitecture: amd64\nFilename: pool/{name}.deb\n\
              Size: 1\nSHA256: {}\n{rest}\n",
             "00".repeat(32)
         )
-    }
-
-    #[test]
-    fn closure_takes_first_existing_alternative_or_provider() {
-        let r = repository(
-            &[
-                entry("a", "1", "Depends: gone (>= 1) | b:any, v\nPre-Depends: c (= 2)\n"),
-                entry("b", "1", "Depends: a\n"),
-                entry("c", "1", ""),
-                entry("p", "1", "Provides: v (= 3), w\n"),
-                entry("unused", "1", ""),
-                entry("bad", "1", "Depends: nowhere | neither\n"),
-            ]
-            .concat(),
-        );
-        let names = |n: &[&str]| -> Vec<_> { r.closure(n).unwrap().iter().map(|p| p.name.as_str()).collect() };
-        assert_eq!(names(&["a"]), ["a", "b", "c", "p"]);
-        let e = r.closure(&["bad"]).unwrap_err().to_string();
-        assert!(e.contains("nowhere | neither"), "{e}");
-        assert!(matches!(r.package("x/../y"), Err(Error::BadName { .. })));
     }
 
     #[test]

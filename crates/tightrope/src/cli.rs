@@ -55,6 +55,35 @@ pub enum Command {
     /// Make disks and look at them
     #[command(subcommand)]
     Disk(crate::disks::DiskCommand),
+    /// Make an image of a whole Debian, or bring it up to date
+    ///
+    /// It is made from Debian's packages, checked by their signatures; no root is needed. `run` of the same name uses it.
+    Pull {
+        /// debian[:SUITE][+PACKAGE…], such as debian, debian:bookworm or debian:13+nginx+git
+        image: String,
+        /// Packages to install besides
+        packages: Vec<String>,
+        /// Install also what packages recommend
+        #[arg(long)]
+        recommends: bool,
+        /// Where to fetch Debian from [default: what the host's own APT uses]
+        #[arg(long, value_name = "URL", env = "TIGHTROPE_MIRROR", value_hint = ValueHint::Url)]
+        mirror: Option<String>,
+    },
+    /// List the images that are there
+    Images {
+        /// As JSON, for programs, with all packages
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove images
+    Rm {
+        /// Names or ids
+        #[arg(required = true)]
+        images: Vec<String>,
+    },
+    /// Remove images that newer ones have replaced, and packages that are no longer needed
+    Prune,
     /// Print the completions for a shell
     Completions {
         /// bash, elvish, fish, powershell or zsh
@@ -138,6 +167,10 @@ pub struct RunArgs {
     /// Where to fetch Debian from [default: what the host's own APT uses]
     #[arg(long, value_name = "URL", env = "TIGHTROPE_MIRROR", value_hint = ValueHint::Url)]
     pub mirror: Option<String>,
+
+    /// End when the process that started this one ends
+    #[arg(long, hide = true)]
+    pub with_parent: bool,
 
     /// Run every block in the interpreter too, and stop at the first difference
     #[arg(long, hide = true)]

@@ -8,6 +8,7 @@ mod cli;
 mod disks;
 mod doctor;
 mod guest;
+mod images;
 mod settings;
 
 use std::ffi::OsString;
@@ -77,6 +78,12 @@ fn execute(cli: Cli, started: Instant) -> Result<i32> {
         Command::Run(args) => run(&args, started),
         Command::Doctor { json } => doctor::run(json),
         Command::Disk(command) => disks::run(&command),
+        Command::Pull { image, packages, recommends, mirror } => {
+            images::pull(&image, &packages, recommends, mirror.as_ref())
+        }
+        Command::Images { json } => images::list(json),
+        Command::Rm { images } => images::remove(&images),
+        Command::Prune => images::prune(),
         Command::NetworkServer => {
             nat::server::run()?;
             Ok(0)
@@ -110,6 +117,9 @@ fn man_page() -> Result<Vec<u8>> {
 }
 
 fn run(args: &RunArgs, started: Instant) -> Result<i32> {
+    if args.with_parent {
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+    }
     let settings = Settings::load()?;
     let config = guest::configure(args, &settings)?;
     let vm = vmm::Vm::new(&config, started)?;
