@@ -157,7 +157,8 @@ pub struct Analyzer {
     allowed: Vec<bool>,
     /// Treat all flags as live everywhere, so that even flags nobody reads are exact at faults.
     pub precise_flags: bool,
-    /// Guest-virtual addresses that a block may begin at, but not contain: a debugger's breakpoints.
+    /// Guest-virtual addresses that a block may begin at, but not contain: a debugger's breakpoints. Of a movable page, see
+    /// [`crate::cache::Place`], at whatever address.
     pub breakpoints: Vec<u64>,
     /// Count PAUSEs: there are several vCPUs.
     pub count_pauses: bool,
@@ -244,7 +245,9 @@ impl Analyzer {
         let mut branches = 0;
         while insns.len() < MAX_INSNS.min(limit) && decoder.can_decode() {
             let position = decoder.position();
-            if !insns.is_empty() && self.breakpoints.contains(&page_address.wrapping_add(position as u64)) {
+            let here = page_address.wrapping_add(position as u64);
+            let movable = mode.user && page_address == 0;
+            if !insns.is_empty() && self.breakpoints.iter().any(|&b| b == here || movable && b & 0xfff == here) {
                 break;
             }
             let ins = decoder.decode();

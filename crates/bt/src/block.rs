@@ -13,6 +13,8 @@ pub const TLB_ENTRIES: usize = 4096;
 pub const IBTC_ENTRIES: usize = 4096;
 /// Cross-page jump slots per vCPU.
 pub const MAX_SLOTS: usize = 1 << 18;
+/// Pages of programs' code that a code cache may hold.
+pub const MAX_BASES: usize = 1 << 16;
 /// Groups of accesses with a common check, per block. Their deltas lie below the host's stack pointer, behind what stubs put there.
 pub const MAX_GROUPS: usize = 12;
 /// Bytes of the stack that host CALL and RET use for guest calls.
@@ -49,8 +51,11 @@ pub struct Site {
     _pad: u32,
 }
 
-/// Check sites with a prediction of their own, for each software TLB; further ones share.
-pub const MAX_SITES: usize = 2048;
+/// Check sites, for each software TLB.
+pub const MAX_SITES: usize = 8192;
+/// Those with a prediction of their own; further ones share. The rest is for operands of movable code that are relative to RIP: those of a page
+/// that lead to the same page share one.
+pub const OWN_SITES: usize = 7168;
 /// Wrong predictions in a second after which a site predicts no more.
 pub const WRONG_PREDICTIONS: i32 = 4_000;
 
@@ -144,6 +149,8 @@ pub struct VcpuBlock {
     pub ibtc: [[IbtcEntry; IBTC_ENTRIES]; 2],
     /// Host addresses of cross-page jump targets.
     pub slots: [AtomicU64; MAX_SLOTS],
+    /// Where this vCPU runs pages of movable code: guest-virtual addresses by number of the page, see [`crate::cache::Place`]. The first stays 0.
+    pub bases: [u64; MAX_BASES],
 }
 
 /// Offsets into [`VcpuBlock`], as displacements.
@@ -215,6 +222,9 @@ pub mod off {
     }
     pub const fn slot(index: u32) -> i32 {
         (offset_of!(VcpuBlock, slots) + 8 * index as usize) as i32
+    }
+    pub const fn base(index: u32) -> i32 {
+        (offset_of!(VcpuBlock, bases) + 8 * index as usize) as i32
     }
     pub const fn segment_base(index: usize) -> i32 {
         (offset_of!(VcpuBlock, state.segments) + index * size_of::<cpu::Segment>()) as i32

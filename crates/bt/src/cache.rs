@@ -1,10 +1,12 @@
 //! The code cache: translated blocks, how they are found, linked and forgotten.
 //!
-//! Blocks are keyed by guest-physical address, guest-virtual address and mode, so address spaces that map the same page at the same
-//! place share them. A block lies in one guest page. Jumps inside the page are linked directly: they stay right as long
+//! Blocks are keyed by guest-physical address and mode. A program's code is *movable*: it reaches its own page's guest-virtual address by way
+//! of the vCPU block ([`Place`]), so all programs that map the page share its translations, wherever they map it. The kernel's
+//! blocks are keyed by guest-virtual address, too. A block lies in one guest page. Jumps inside the page are linked directly: they stay right as long
 //! as the page itself is where it was. Jumps to other pages go through per-vCPU slots, which a TLB flush resets.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::hash::{BuildHasherDefault, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,7 +14,7 @@ use std::sync::atomic::Ordering;
 use iced_x86::Encoder;
 
 use crate::analyze::{Analyzer, Insn, Mode};
-use crate::emit::{Access, Context, Emitter, LinkKind, Meta, Number, Output, Part, RelocationKind, Target};
+use crate::emit::{Access, Context, Emitter, LinkKind, Meta, Number, Output, Part, Target};
 use crate::kick::KickHandle;
 use crate::memory::CodeMemory;
 use crate::stubs::{self, Stubs};
@@ -24,16 +26,46 @@ pub type BlockId = u32;
 /// Stands for an instruction that crosses into the next page: see [`Key::tail`].
 pub const STEP_ONLY: BlockId = u32::MAX;
 
+/// A guest-virtual address as translated code has it.
+///
+/// Every page of movable code has a number, and every vCPU an address for each number, its *base* ([`crate::block::VcpuBlock::bases`]): where it
+/// runs the page. Addresses in such code are relative to the base. A base is set before the page is entered, and changes only when
+/// the vCPU has forgotten all jumps (see [`crate::tlb::Tlbs::place`]). All else has base 0, which is 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Place {
+    /// Relative to the base.
+    pub address: u64,
+    /// Number of the base.
+    pub base: u32,
+}
+
+/// Programs' code below this guest-virtual address is movable. Above it, a direct jump may lead to an address that is not canonical, which only
+/// the jump's own address can tell.
+pub const MOVABLE_END: u64 = (1 << 47) - (1 << 32);
+
 /// What a block is found by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Key {
     /// Guest-physical address of the page.
     pub page: u64,
-    /// Guest-virtual address of the first instruction.
+    /// Guest-virtual address of the first instruction; of movable code, its offset in the page.
     pub address: u64,
     pub mode: Mode,
     /// For a block of one instruction that crosses into the next page: that page's guest-physical address | 1. Else 0.
     pub tail: u64,
+}
+
+impl Key {
+    /// The key, but for the tail, of the code at a guest-virtual address in the page at guest-physical address `page`.
+    pub fn new(page: u64, address: u64, mode: Mode) -> Self {
+        let movable = mode.user && address < MOVABLE_END;
+        Self { page, address: if movable { address & 0xfff } else { address }, mode, tail: 0 }
+    }
+
+    /// Is it movable code?
+    pub fn movable(&self) -> bool {
+        self.mode.user && self.address < 4096
+    }
 }
 
 impl Hash for Key {
@@ -80,6 +112,8 @@ pub type FastMap<K, V> = HashMap<K, V, BuildHasherDefault<KeyHasher>>;
 /// One translated block.
 pub struct Block {
     pub key: Key,
+    /// Number of its base.
+    pub base: u32,
     /// Positions in the code cache.
     pub hot: usize,
     pub hot_len: usize,
@@ -116,7 +150,7 @@ struct LinkEntry {
     at: usize,
     /// Position of the unlinked code.
     stub: usize,
-    target: u64,
+    target: Place,
     kind: LinkKind,
     source: BlockId,
     destination: Option<BlockId>,
@@ -125,8 +159,7 @@ struct LinkEntry {
 /// An instruction at which the dispatcher is entered.
 #[derive(Clone, Copy)]
 pub struct ExitSite {
-    /// Guest-virtual address.
-    pub address: u64,
+    pub place: Place,
     /// It uses x87 or SSE state.
     pub fpu: bool,
 }
@@ -135,8 +168,8 @@ pub struct ExitSite {
 #[derive(Clone, Copy)]
 pub struct AccessSite {
     pub access: Access,
-    /// Guest-virtual address of its instruction.
-    pub address: u64,
+    /// Its instruction.
+    pub place: Place,
     pub user: bool,
 }
 
@@ -161,17 +194,14 @@ pub struct Hit {
 /// A cross-page jump target.
 #[derive(Clone, Copy)]
 pub struct Slot {
-    pub target: u64,
+    pub target: Place,
     pub kind: LinkKind,
     /// Host address of the code that asks the dispatcher.
     pub thunk: u64,
 }
 
-/// A program's block to be copied for other addresses that its page is mapped at.
-struct Template {
-    /// Guest-virtual address it was made for.
-    address: u64,
-    mode: Mode,
+/// A translated block, not yet placed.
+struct Translated {
     end: u16,
     /// Guest instructions.
     insns: u16,
@@ -181,28 +211,8 @@ struct Template {
     output: Output,
 }
 
-impl Template {
-    /// Bytes of host memory, roughly.
-    fn size(&self) -> usize {
-        let o = &self.output;
-        size_of::<Self>()
-            + o.hot.len()
-            + o.cold.len()
-            + o.fixups.len() * size_of::<crate::emit::Fixup>()
-            + o.numbers.len() * size_of::<(usize, Number)>()
-            + o.links.len() * size_of::<crate::emit::Link>()
-            + o.accesses.len() * size_of::<Access>()
-            + self.meta.len() * size_of::<Meta>()
-    }
-}
-
 #[derive(Default)]
 struct Page {
-    templates: Vec<Template>,
-    /// Guest-virtual address at which a program ran it first.
-    address: Option<u64>,
-    /// Programs have run it at others, too.
-    moves: bool,
     blocks: Vec<BlockId>,
     steps: Vec<Key>,
     /// Blocks that end on this page and start on another.
@@ -216,8 +226,8 @@ struct Page {
 /// What was forgotten, for the vCPUs' own caches.
 #[derive(Default)]
 pub struct Forgotten {
-    /// `(guest-virtual target, user)` of entries and landing pads.
-    pub targets: Vec<(u64, bool)>,
+    /// Entries and landing pads; of a program?
+    pub targets: Vec<(Place, bool)>,
     /// Slots to reset.
     pub slots: Vec<u32>,
     /// Guest-physical pages that hold no code any more.
@@ -230,8 +240,6 @@ pub struct CacheCounters {
     pub blocks: u64,
     pub instructions: u64,
     pub code_bytes: u64,
-    /// Blocks copied from a translation for another address.
-    pub copied: u64,
     pub invalidated: u64,
     pub flushes: u64,
     pub links: u64,
@@ -256,14 +264,15 @@ pub struct Cache {
     pub sites: Arc<Sites>,
     /// All vCPUs: each has an array of slots of its own.
     vcpus: Vec<Arc<KickHandle>>,
-    slot_map: FastMap<(u64, u8, u8), u32>,
+    slot_map: FastMap<(Place, u8, u8), u32>,
+    /// Numbers of pages with movable code, by guest-physical address.
+    bases: FastMap<u64, u32>,
     hot: usize,
     cold: usize,
-    template_bytes: usize,
     /// Memory for the next block's output.
     spare: Output,
-    /// Number of the next check site.
-    next_site: u32,
+    /// Numbers of the next check sites: of the kernel and of programs, reads and writes.
+    next_sites: [[u32; 2]; 2],
     pub counters: CacheCounters,
     /// For the events of blocks.
     pub trace: Option<crate::trace::Trace>,
@@ -281,9 +290,6 @@ fn chunk_mask(start: u16, end: u16) -> u64 {
 /// How far [`Cache::shift`] may move the parts of a block.
 const HOT_SHIFT: usize = 48;
 const COLD_SHIFT: usize = 15;
-
-/// Templates kept over a flush, in bytes.
-const MAX_TEMPLATE_BYTES: usize = 96 << 20;
 
 /// Slow writes to a page with code that miss the code, before all of its code is dropped.
 const NEAR_MISSES: u32 = 64;
@@ -306,11 +312,11 @@ impl Cache {
             sites: Arc::new(Sites { exits: Table::new(), accesses: Table::new(), slots: Table::new() }),
             vcpus: Vec::new(),
             slot_map: FastMap::default(),
+            bases: FastMap::default(),
             hot: 0,
             cold: 0,
-            template_bytes: 0,
             spare: Output::default(),
-            next_site: 0,
+            next_sites: [[0; 2]; 2],
             counters: CacheCounters::default(),
             trace: None,
             generation: 0,
@@ -356,6 +362,21 @@ impl Cache {
         self.map.get(key).copied()
     }
 
+    /// The number of a block's base; 0 where there is no block.
+    pub fn base_of(&self, id: BlockId) -> u32 {
+        self.block(id).map_or(0, |block| block.base)
+    }
+
+    /// The number of the base of the page at guest-physical address `page`.
+    fn base(&mut self, page: u64) -> Result<u32, Full> {
+        let next = self.bases.len() as u32 + 1;
+        match self.bases.entry(page) {
+            Entry::Occupied(known) => Ok(*known.get()),
+            Entry::Vacant(_) if next as usize == crate::block::MAX_BASES => Err(Full),
+            Entry::Vacant(new) => Ok(*new.insert(next)),
+        }
+    }
+
     /// Makes the check site of number `site` whose load of the prediction is at `position` search its entry of the software TLB instead. Other
     /// vCPUs must be parked.
     pub fn stop_predicting(&mut self, site: u16, position: usize) {
@@ -369,7 +390,7 @@ impl Cache {
     }
 
     /// Target of link `number`.
-    pub fn link_target(&self, number: u32) -> Option<u64> {
+    pub fn link_target(&self, number: u32) -> Option<Place> {
         self.links.get(number as usize).map(|l| l.target)
     }
 
@@ -427,7 +448,9 @@ impl Cache {
         let (at, target, kind) = (entry.at, entry.target, entry.kind);
         let (source, destination) = (&self.blocks[entry.source as usize], &self.blocks[block as usize]);
         let mode = Mode { plain: kind == LinkKind::Plain, ..source.key.mode };
-        if destination.key.address != target || destination.key.page != source.key.page || destination.key.mode != mode
+        if destination.key.address != target.address
+            || destination.key.page != source.key.page
+            || destination.key.mode != mode
         {
             return false;
         }
@@ -456,63 +479,21 @@ impl Cache {
         false
     }
 
-    /// Translates the instruction at `key`, which crosses into the next page; `bytes` go 15 bytes beyond the page.
-    pub fn translate_crossing(&mut self, key: Key, bytes: &[u8]) -> Result<BlockId, Full> {
+    /// Translates the instruction at `key`, which crosses into the next page; `bytes` go 15 bytes beyond the page. `at`: its guest-virtual address.
+    pub fn translate_crossing(&mut self, key: Key, bytes: &[u8], at: u64) -> Result<BlockId, Full> {
         let page_address = key.address & !0xfff;
         let offset = (key.address & 0xfff) as usize;
         let insns = self.analyzer.block(bytes, page_address, offset, key.mode, 1);
         let Some(insn) = insns.first() else { return Ok(STEP_ONLY) };
-        let template = self.emit(key, bytes, &insns, insn.end());
-        self.analyzer.spare = insns;
-        let result = self.insert(key, &template, "translate");
-        self.spare = template.output;
-        result
+        let end = insn.end();
+        self.emit(key, bytes, insns, end, at)
     }
 
-    fn emit(&mut self, key: Key, bytes: &[u8], insns: &[Insn], end: usize) -> Template {
-        let encoder = self.encoder.take().unwrap_or_else(|| Encoder::new(64));
-        let context = Context {
-            stubs: &self.stubs,
-            mode: key.mode,
-            page: key.address & !0xfff,
-            bytes,
-            first_site: self.next_site,
-        };
-        let (output, encoder) = Emitter::block(context, insns, encoder, std::mem::take(&mut self.spare));
-        self.encoder = Some(encoder);
-        self.next_site = self.next_site.wrapping_add(output.sites);
-        let meta = output.meta.as_slice().into();
-        self.counters.blocks += 1;
-        self.counters.instructions += insns.len() as u64;
-        Template {
-            address: key.address,
-            mode: key.mode,
-            end: end as u16,
-            insns: insns.len() as u16,
-            ahead: self.analyzer.ahead,
-            meta,
-            output,
-        }
-    }
-
-    /// Translates the block at `key` from the page contents. [`STEP_ONLY`] when its first instruction crosses the page end.
-    pub fn translate(&mut self, key: Key, page: &[u8]) -> Result<BlockId, Full> {
+    /// Translates the block at `key` from the page contents. [`STEP_ONLY`] when its first instruction crosses the page end. `at`: its
+    /// guest-virtual address.
+    pub fn translate(&mut self, key: Key, page: &[u8], at: u64) -> Result<BlockId, Full> {
         let page_address = key.address & !0xfff;
         let offset = (key.address & 0xfff) as usize;
-        // A copy could contain a breakpoint that its model at another address does not.
-        let copy = self.analyzer.breakpoints.is_empty();
-        let known = self.pages.get_mut(&key.page).filter(|_| copy).and_then(|page| {
-            let same = |t: &Template| t.address & 0xfff == key.address & 0xfff && t.mode == key.mode;
-            page.templates.iter().position(same).map(|at| page.templates.swap_remove(at))
-        });
-        if let Some(template) = known {
-            self.counters.copied += 1;
-            let result = self.insert(key, &template, "copy");
-            if let Some(page) = self.pages.get_mut(&key.page) {
-                page.templates.push(template);
-            }
-            return result;
-        }
         let insns: Vec<Insn> = self.analyzer.block(page, page_address, offset, key.mode, usize::MAX);
         if insns.is_empty() {
             let entry = self.pages.entry(key.page).or_default();
@@ -524,31 +505,43 @@ impl Cache {
             return Ok(STEP_ONLY);
         }
         let end = insns.last().map_or(offset, Insn::end);
-        let mut template = self.emit(key, page, &insns, end);
-        self.analyzer.spare = insns;
-        let result = self.insert(key, &template, "translate");
-        if key.mode.user && copy && result.is_ok() {
-            // Kept only for pages that are mapped at different addresses.
-            let page = self.pages.entry(key.page).or_default();
-            let first = *page.address.get_or_insert(page_address);
-            if first != page_address {
-                page.moves = true;
-            }
-            if page.moves {
-                let output = template.output.clone();
-                self.spare = std::mem::replace(&mut template.output, output);
-                self.template_bytes += template.size();
-                page.templates.push(template);
-                return result;
-            }
+        self.emit(key, page, insns, end, at)
+    }
+
+    fn emit(&mut self, key: Key, bytes: &[u8], insns: Vec<Insn>, end: usize, at: u64) -> Result<BlockId, Full> {
+        let base = if key.movable() { self.base(key.page)? } else { 0 };
+        let encoder = self.encoder.take().unwrap_or_else(|| Encoder::new(64));
+        let context = Context {
+            stubs: &self.stubs,
+            mode: key.mode,
+            page: key.address & !0xfff,
+            base,
+            bytes,
+            first_sites: self.next_sites[usize::from(key.mode.user)],
+        };
+        let (output, encoder) = Emitter::block(context, &insns, encoder, std::mem::take(&mut self.spare));
+        self.encoder = Some(encoder);
+        for (next, used) in self.next_sites[usize::from(key.mode.user)].iter_mut().zip(output.sites) {
+            *next = next.wrapping_add(used);
         }
-        self.spare = template.output;
+        self.counters.blocks += 1;
+        self.counters.instructions += insns.len() as u64;
+        let translated = Translated {
+            end: end as u16,
+            insns: insns.len() as u16,
+            ahead: self.analyzer.ahead,
+            meta: output.meta.as_slice().into(),
+            output,
+        };
+        self.analyzer.spare = insns;
+        let result = self.insert(key, base, &translated, at);
+        self.spare = translated.output;
         result
     }
 
     /// Places a block into the cache and enters it into the tables.
-    fn insert(&mut self, key: Key, template: &Template, how: &str) -> Result<BlockId, Full> {
-        let output = &template.output;
+    fn insert(&mut self, key: Key, base: u32, translated: &Translated, at: u64) -> Result<BlockId, Full> {
+        let output = &translated.output;
         // Room: everything of this block, and a thunk for each slot.
         let mut hot_len = (output.hot.len() + 15) & !15;
         let mut cold_len = output.cold.len() + 16 * output.slots.len() + 16;
@@ -566,7 +559,7 @@ impl Cache {
             cold_len += cold;
         }
         let id = self.blocks.len() as BlockId;
-        let block = self.place(id, key, template);
+        let block = self.place(id, key, base, translated);
         let entry = self.pages.entry(key.page).or_default();
         entry.blocks.push(id);
         entry.chunks |= block.chunks();
@@ -578,12 +571,11 @@ impl Cache {
         self.counters.code_bytes += (hot_len + cold_len) as u64;
         if let Some(trace) = &self.trace {
             trace.line(format_args!(
-                "block {how} {:#x} gpa {:#x} {} insns {} bytes {} host {}+{}",
-                key.address,
+                "block translate {at:#x} gpa {:#x} {} insns {} bytes {} host {}+{}",
                 key.page + (key.address & 0xfff),
                 key.mode,
-                template.insns,
-                usize::from(template.end) - usize::from(template.address as u16 & 0xfff),
+                translated.insns,
+                usize::from(translated.end) - (key.address & 0xfff) as usize,
                 output.hot.len(),
                 output.cold.len(),
             ));
@@ -605,9 +597,9 @@ impl Cache {
         (best(Part::Hot, self.hot, 16, HOT_SHIFT), best(Part::Cold, self.cold, 5, COLD_SHIFT))
     }
 
-    fn place(&mut self, id: BlockId, key: Key, template: &Template) -> Block {
-        let output = &template.output;
-        let moved = key.address.wrapping_sub(template.address);
+    fn place(&mut self, id: BlockId, key: Key, base: u32, translated: &Translated) -> Block {
+        let output = &translated.output;
+        let place = |address| Place { address, base };
         let (hot, cold) = (self.hot, self.cold);
         self.memory.write(hot, &output.hot);
         self.memory.write(cold, &output.cold);
@@ -629,19 +621,6 @@ impl Cache {
         for &(at, exit) in &output.hot_numbers {
             self.memory.write(hot + at, &(first_exit + exit as u32).to_le_bytes());
         }
-        for relocation in &output.relocations {
-            let value = relocation.value.wrapping_add(moved);
-            let at = own(relocation.part, relocation.at);
-            match relocation.kind {
-                RelocationKind::Address => {
-                    self.memory.write(at, &value.to_le_bytes());
-                }
-                RelocationKind::TlbEntry(table) => {
-                    let offset = table + 16 * crate::block::tlb_index(value) as i32;
-                    self.memory.write(at, &offset.to_le_bytes());
-                }
-            }
-        }
         for fixup in &output.fixups {
             let target = match fixup.target {
                 Target::Own(part, at) => own(part, at),
@@ -651,7 +630,7 @@ impl Cache {
         }
         self.cold = cold + output.cold.len();
         for slot in &output.slots {
-            let number = self.slot_for(slot.target.wrapping_add(moved), Mode { plain: false, ..key.mode }, slot.kind);
+            let number = self.slot_for(place(slot.target), Mode { plain: false, ..key.mode }, slot.kind);
             let displacement = crate::block::off::slot(number);
             self.memory.write(own(slot.part, slot.at), &displacement.to_le_bytes());
         }
@@ -659,7 +638,7 @@ impl Cache {
             self.links.push(LinkEntry {
                 at: own(link.part, link.at),
                 stub: cold + link.stub,
-                target: link.target.wrapping_add(moved),
+                target: place(link.target),
                 kind: link.kind,
                 source: id,
                 destination: None,
@@ -667,17 +646,18 @@ impl Cache {
         }
         let page = key.address & !0xfff;
         for &(offset, fpu) in &output.exits {
-            self.sites.exits.push(ExitSite { address: page + u64::from(offset), fpu });
+            self.sites.exits.push(ExitSite { place: place(page + u64::from(offset)), fpu });
         }
         for &access in &output.accesses {
             let site = access.site.map(|(site, at)| (site, hot as u32 + at));
             let access = Access { site, ..access };
-            let address = page + u64::from(access.offset);
-            self.sites.accesses.push(AccessSite { access, address, user: key.mode.user });
+            let place = place(page + u64::from(access.offset));
+            self.sites.accesses.push(AccessSite { access, place, user: key.mode.user });
         }
         self.hot = (hot + output.hot.len() + 15) & !15;
         Block {
             key,
+            base,
             hot,
             hot_len: output.hot.len(),
             body: hot + output.body,
@@ -685,10 +665,10 @@ impl Cache {
             stale: cold + output.stale,
             indirect_stale: output.indirect_stale.map(|at| cold + at),
             start: (key.address & 0xfff) as u16,
-            end: template.end,
-            ahead: template.ahead,
-            pads: output.pads.iter().map(|&(at, address)| (hot + at, address.wrapping_add(moved))).collect(),
-            meta: template.meta.clone(),
+            end: translated.end,
+            ahead: translated.ahead,
+            pads: output.pads.iter().map(|&(at, address)| (hot + at, address)).collect(),
+            meta: translated.meta.clone(),
             incoming: Vec::new(),
             slots: Vec::new(),
             alive: true,
@@ -697,7 +677,7 @@ impl Cache {
 
     /// The slot for jumps to `target`; a new one gets its thunk at the end of the cold part, and leads there on all vCPUs before any
     /// code uses it.
-    fn slot_for(&mut self, target: u64, mode: Mode, kind: LinkKind) -> u32 {
+    fn slot_for(&mut self, target: Place, mode: Mode, kind: LinkKind) -> u32 {
         let map_key = (target, mode.bits(), kind as u8);
         if let Some(&number) = self.slot_map.get(&map_key) {
             return number;
@@ -718,15 +698,16 @@ impl Cache {
         number
     }
 
-    /// The block and instruction that the host address in the hot part belongs to: guest-virtual address, and how to restore state.
-    pub fn locate(&self, address: u64) -> Option<(u64, Meta)> {
+    /// The instruction that the host address in the hot part belongs to, and how to restore state.
+    pub fn locate(&self, address: u64) -> Option<(Place, Meta)> {
         let position = self.memory.position(address)?;
         let after = self.blocks.partition_point(|b| b.hot <= position);
         let block = self.blocks.get(after.checked_sub(1)?)?;
         let offset = position.checked_sub(block.hot).filter(|&o| o < block.hot_len)? as u32;
         let after = block.meta.partition_point(|m| m.at <= offset);
         let meta = block.meta.get(after.checked_sub(1)?)?;
-        Some(((block.key.address & !0xfff) + u64::from(meta.offset), *meta))
+        let address = (block.key.address & !0xfff) + u64::from(meta.offset);
+        Some((Place { address, base: block.base }, *meta))
     }
 
     /// Guest-physical bytes were written: which translations must go? From now on copies taken before make none.
@@ -766,7 +747,6 @@ impl Cache {
         let blocks = std::mem::take(&mut page.blocks);
         let steps = std::mem::take(&mut page.steps);
         let tails = std::mem::take(&mut page.tails);
-        self.template_bytes = self.template_bytes.saturating_sub(page.templates.drain(..).map(|t| t.size()).sum());
         page.chunks = 0;
         let (mut kept, mut kept_steps) = (Vec::new(), Vec::new());
         let mut chunks = 0_u64;
@@ -826,12 +806,13 @@ impl Cache {
         block.alive = false;
         if let Some(trace) = &self.trace {
             let gpa = block.key.page + (block.key.address & 0xfff);
-            trace.line(format_args!("block drop {:#x} gpa {gpa:#x} {}", block.key.address, block.key.mode));
+            trace.line(format_args!("block drop gpa {gpa:#x} {}", block.key.mode));
         }
         self.counters.invalidated += 1;
         self.map.remove(&block.key);
         let user = block.key.mode.user;
-        forgotten.targets.push((block.key.address, user));
+        let base = block.base;
+        forgotten.targets.push((Place { address: block.key.address, base }, user));
         forgotten.slots.append(&mut block.slots);
         let incoming = std::mem::take(&mut block.incoming);
         let (hot, body, stale) = (block.hot, block.body, block.stale);
@@ -844,7 +825,7 @@ impl Cache {
             self.memory.write_jump(indirect, stale);
         }
         for &(at, address) in &pads {
-            forgotten.targets.push((address, user));
+            forgotten.targets.push((Place { address, base }, user));
             self.memory.write_jump(at, self.stubs.indirect[usize::from(user)]);
         }
         for link in incoming {
@@ -858,23 +839,9 @@ impl Cache {
     }
 
     /// Forgets everything. Only when no vCPU is inside translated code, and all call stacks are reset afterwards.
-    /// The templates stay, up to a limit. Returns the pages that hold nothing any more.
+    /// Returns the pages that hold nothing any more.
     pub fn flush(&mut self) -> Vec<u64> {
-        let keep = self.template_bytes < MAX_TEMPLATE_BYTES;
-        let mut empty = Vec::new();
-        self.pages.retain(|&page, entry| {
-            entry.blocks.clear();
-            entry.steps.clear();
-            entry.tails.clear();
-            let kept = keep && !entry.templates.is_empty();
-            if !kept {
-                empty.push(page);
-            }
-            kept
-        });
-        if !keep {
-            self.template_bytes = 0;
-        }
+        let empty = self.pages.drain().map(|(page, _)| page).collect();
         self.blocks.clear();
         self.map.clear();
         self.links.clear();
@@ -882,6 +849,7 @@ impl Cache {
         self.sites.accesses.clear();
         self.sites.slots.clear();
         self.slot_map.clear();
+        self.bases.clear();
         self.reset();
         self.counters.flushes += 1;
         if let Some(trace) = &self.trace {

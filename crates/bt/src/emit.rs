@@ -25,12 +25,14 @@ use crate::stubs::lookup_indirect;
 pub struct Context<'a> {
     pub stubs: &'a crate::stubs::Stubs,
     pub mode: Mode,
-    /// Guest-virtual address of the page.
+    /// Guest-virtual address of the page, relative to the base.
     pub page: u64,
+    /// Number of the base, see [`crate::cache::Place`].
+    pub base: u32,
     /// Contents of the page.
     pub bytes: &'a [u8],
-    /// Number of the block's first check site.
-    pub first_site: u32,
+    /// Numbers of the block's first check sites: reads, writes.
+    pub first_sites: [u32; 2],
 }
 
 /// Where the guest's arithmetic flags are.
@@ -49,8 +51,8 @@ pub struct Emitter<'a> {
     cold: Asm,
     out: Output,
     flags: Flags,
-    /// Check sites so far.
-    sites: u32,
+    /// Check sites so far: reads, writes.
+    sites: [u32; 2],
     /// The group whose delta was put into R10 last.
     delta_at_hand: Option<u8>,
     encoder: Encoder,
@@ -58,7 +60,7 @@ pub struct Emitter<'a> {
 
 /// How much has been emitted.
 struct Mark {
-    lengths: [usize; 11],
+    lengths: [usize; 10],
     flags: Flags,
 }
 
@@ -134,7 +136,7 @@ impl<'a> Emitter<'a> {
             cold: Asm::reuse(std::mem::take(&mut spare.cold)),
             out: spare,
             flags: Flags::Host,
-            sites: 0,
+            sites: [0; 2],
             delta_at_hand: None,
             encoder,
         };
@@ -186,7 +188,6 @@ impl<'a> Emitter<'a> {
                 out.accesses.len(),
                 out.meta.len(),
                 out.pads.len(),
-                out.relocations.len(),
                 out.hot_numbers.len(),
             ],
             flags: self.flags,
@@ -195,7 +196,7 @@ impl<'a> Emitter<'a> {
 
     /// Takes back what was emitted since `mark`.
     fn rewind(&mut self, mark: Mark) {
-        let [hot, cold, fixups, numbers, links, slots, accesses, meta, pads, relocations, hot_numbers] = mark.lengths;
+        let [hot, cold, fixups, numbers, links, slots, accesses, meta, pads, hot_numbers] = mark.lengths;
         self.hot.bytes.truncate(hot);
         self.cold.bytes.truncate(cold);
         let out = &mut self.out;
@@ -206,7 +207,6 @@ impl<'a> Emitter<'a> {
         out.accesses.truncate(accesses);
         out.meta.truncate(meta);
         out.pads.truncate(pads);
-        out.relocations.truncate(relocations);
         out.hot_numbers.truncate(hot_numbers);
         self.flags = mark.flags;
         self.delta_at_hand = None;
@@ -442,7 +442,7 @@ impl<'a> Emitter<'a> {
             Class::Syscall => {
                 self.flags_to_host(ALL_FLAGS);
                 self.transition_exit(insn);
-                self.move_address(R10, ins.next_ip(), true);
+                self.move_address(R10, ins.next_ip());
                 self.jump_fixed(self.context.stubs.syscall);
             }
             Class::Sysret => {
@@ -577,11 +577,7 @@ impl<'a> Emitter<'a> {
         let ins = &insn.ins;
         let register = ins.op0_register();
         let to = number(register);
-        if ins.is_ip_rel_memory_operand() {
-            self.move_address(R11, ins.memory_displacement64(), true);
-        } else {
-            Self::compute(&mut self.hot, ins, true);
-        }
+        Self::compute(&mut self.hot, ins, true, self.context.base);
         if spilled(to) {
             match register.size() {
                 8 => self.hot.store(Mem::gs(off::gpr(to as usize)), R11),

@@ -25,6 +25,8 @@ struct Fetch {
     global: bool,
 }
 
+/// The epoch of a page that is mapped globally: until all jumps are forgotten.
+const GLOBALLY: u64 = u64::MAX;
 const FETCH_ENTRIES: usize = 512;
 const JOURNAL: usize = 4096;
 /// Bits of [`Tlbs::wrote`].
@@ -52,6 +54,12 @@ pub struct Tlbs {
     large: FastSet<u64>,
     huge: FastSet<u64>,
     local_overflow: bool,
+    /// When each page of movable code was placed: the epoch, or [`GLOBALLY`].
+    placed: Vec<u64>,
+    /// Pages placed [`GLOBALLY`].
+    placed_globally: Vec<u32>,
+    /// Bumped by everything that forgets jumps of programs.
+    epoch: u64,
     /// A bit for each hash of a host page that a write entry was made for since the last flush of everything.
     wrote: Box<[u64; WROTE_BITS / 64]>,
 }
@@ -68,6 +76,9 @@ impl Tlbs {
             large: FastSet::default(),
             huge: FastSet::default(),
             local_overflow: false,
+            placed: Vec::new(),
+            placed_globally: Vec::new(),
+            epoch: 1,
             wrote: Box::new([0; WROTE_BITS / 64]),
         }
     }
@@ -104,6 +115,10 @@ impl Tlbs {
             }
         }
         self.local_ibtc.clear();
+        self.epoch += 1;
+        for base in self.placed_globally.drain(..) {
+            self.placed[base as usize] = 0;
+        }
         self.fetch.fill(None);
         self.jump_pages.clear();
     }
@@ -121,6 +136,7 @@ impl Tlbs {
         for slot in self.local_slots.drain(..) {
             block.slots[slot as usize].store(thunk(slot), Ordering::Relaxed);
         }
+        self.epoch += 1;
         for number in self.local_ibtc.drain(..) {
             let (table, index) = (number as usize / IBTC_ENTRIES, number as usize % IBTC_ENTRIES);
             block.ibtc[table][index].target = never_target(index);
@@ -225,11 +241,45 @@ impl Tlbs {
         }
     }
 
+    /// Notes that the page of movable code of number `base` runs at guest-virtual address `page`. Returns whether it may be entered there: not as long
+    /// as jumps may lead to it at another address, see [`Self::flush_jumps`].
+    pub fn place(&mut self, block: &mut VcpuBlock, base: u32, page: u64, global: bool) -> bool {
+        let base = base as usize;
+        if base >= self.placed.len() {
+            self.placed.resize(base + 1, 0);
+        }
+        let placed = self.is_placed(base as u32);
+        if placed && block.bases[base] != page {
+            return false;
+        }
+        block.bases[base] = page;
+        if global && self.placed[base] != GLOBALLY {
+            self.placed[base] = GLOBALLY;
+            self.placed_globally.push(base as u32);
+        } else if !placed {
+            self.placed[base] = self.epoch;
+        }
+        true
+    }
+
+    /// Has the page been placed since jumps were forgotten? Code that is not movable always has.
+    fn is_placed(&self, base: u32) -> bool {
+        base == 0 || self.placed.get(base as usize).is_some_and(|&at| at == self.epoch || at == GLOBALLY)
+    }
+
     /// Resolves a slot.
-    pub fn fill_slot(&mut self, block: &mut VcpuBlock, slot: u32, host: u64, target: u64, global: bool) {
+    /// `base`: of the jump. If that page may be moved meanwhile, the slot stays unresolved.
+    pub fn fill_slot(&mut self, block: &mut VcpuBlock, slot: u32, base: u32, host: u64, target: u64, global: bool) {
+        if !self.is_placed(base) {
+            return;
+        }
         self.note_jump(target);
         block.slots[slot as usize].store(host, Ordering::Relaxed);
-        if global { self.global_slots.push(slot) } else { self.local_slots.push(slot) }
+        if global && (base == 0 || self.placed[base as usize] == GLOBALLY) {
+            self.global_slots.push(slot)
+        } else {
+            self.local_slots.push(slot)
+        }
     }
 
     /// Enters an indirect target.

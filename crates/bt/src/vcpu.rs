@@ -17,7 +17,7 @@ use memory::GuestRam;
 use crate::Parking;
 use crate::analyze::Mode;
 use crate::block::{VcpuBlock, WRONG_PREDICTIONS, reason};
-use crate::cache::{BlockId, Cache, Hit, STEP_ONLY, Sites};
+use crate::cache::{BlockId, Cache, Hit, Place, STEP_ONLY, Sites};
 use crate::emit::LinkKind;
 use crate::kick::KickHandle;
 use crate::signals::{self, ThreadInfo};
@@ -241,6 +241,11 @@ impl BtVcpu {
         // SAFETY: the block belongs to this vCPU and lives as long as it; only its own thread uses anything but the atomic
         // kick word, and every caller takes a fresh reference that it does not keep across translated code.
         unsafe { &mut *self.handle.memory.block() }
+    }
+
+    /// The guest-virtual address, as long as this vCPU is where translated code left it.
+    fn address(&self, place: Place) -> u64 {
+        place.address.wrapping_add(self.block().bases[place.base as usize])
     }
 
     /// Saves the x87 registers, which stay in the CPU while the monitor runs, to the state.
@@ -491,7 +496,7 @@ impl BtVcpu {
                         let cache = self.shared.cache();
                         (cache.link_target(argument), cache.link_kind(argument))
                     };
-                    let Some(target) = target else { return corrupt("link") };
+                    let Some(target) = target.map(|place| self.address(place)) else { return corrupt("link") };
                     self.leave(kind == Some(LinkKind::Call));
                     block.state.rip = target;
                     let mode = Mode { plain: kind == Some(LinkKind::Plain), ..self.mode };
@@ -509,7 +514,7 @@ impl BtVcpu {
                 }
                 reason::SLOT => {
                     let Some(slot) = self.shared.sites.slots.get(argument) else { return corrupt("slot") };
-                    let (target, kind) = (slot.target, slot.kind);
+                    let (target, kind) = (self.address(slot.target), slot.kind);
                     self.leave(kind == LinkKind::Call);
                     block.state.rip = target;
                     let generation = self.generation;
@@ -518,7 +523,7 @@ impl BtVcpu {
                         let mut cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
                         if let Some(host) = cache.entry(next, kind) {
                             cache.note_slot(next, argument);
-                            self.tlbs.fill_slot(block, argument, host, target, global);
+                            self.tlbs.fill_slot(block, argument, slot.target.base, host, target, global);
                         }
                     }
                     id = next;
@@ -542,7 +547,7 @@ impl BtVcpu {
                 reason::STEP | reason::POLL | reason::STALE | reason::PAUSE => {
                     let Some(site) = self.shared.sites.exits.get(argument) else { return corrupt("exit") };
                     self.leave(false);
-                    block.state.rip = site.address;
+                    block.state.rip = self.address(site.place);
                     return match why {
                         reason::STEP => self.interpret(site.fpu),
                         reason::STALE => Next::Run,
@@ -553,12 +558,12 @@ impl BtVcpu {
                 reason::ACCESS => {
                     let Some(site) = self.shared.sites.accesses.get(argument) else { return corrupt("access") };
                     self.leave(site.access.flags_saved);
-                    block.state.rip = site.address;
+                    block.state.rip = self.address(site.place);
                     return self.interpret(site.access.fpu);
                 }
                 reason::FAULT => {
                     let pc = block.fault_pc;
-                    let Some((address, meta)) = self.shared.cache().locate(pc) else {
+                    let Some((place, meta)) = self.shared.cache().locate(pc) else {
                         return Next::Leave(Exit::Internal(format!(
                             "host signal {} at {pc:#x} outside translated instructions",
                             block.fault_signal
@@ -570,7 +575,7 @@ impl BtVcpu {
                             block.state.gpr[usize::from(register)] = block.borrowed[i];
                         }
                     }
-                    block.state.rip = address;
+                    block.state.rip = self.address(place);
                     return self.interpret(true);
                 }
                 _ => return corrupt("reason"),
@@ -601,7 +606,9 @@ impl BtVcpu {
     /// Goes back to before an indirect jump or return to an address that is not canonical, of which exit site `argument` tells: it faults
     /// at the instruction, before it moves the stack pointer (Intel SDM Vol. 2, JMP, RET).
     fn undo_jump(&mut self, argument: u32) -> bool {
-        let Some(address) = self.shared.sites.exits.get(argument).map(|site| site.address) else { return false };
+        let Some(address) = self.shared.sites.exits.get(argument).map(|site| self.address(site.place)) else {
+            return false;
+        };
         let mut bytes = [0; 15];
         let length = (1..=bytes.len()).rev().find(|&n| self.read_virtual(address, &mut bytes[..n])).unwrap_or(0);
         let ins = iced_x86::Decoder::with_ip(64, &bytes[..length], address, iced_x86::DecoderOptions::NONE).decode();
@@ -668,7 +675,6 @@ impl BtVcpu {
         let world = &self.shared.world;
         let mut out: Vec<(String, u64)> = [
             ("blocks.translated", k.blocks),
-            ("blocks.copied", k.copied),
             ("instructions.translated", k.instructions),
             ("code-cache.bytes", k.code_bytes),
             ("blocks.invalidated", k.invalidated),

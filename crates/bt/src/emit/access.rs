@@ -7,11 +7,11 @@
 
 use iced_x86::{Instruction, Register};
 
-use super::{Access, Emitter, Flags, LinkKind, Number, Part, Relocation, RelocationKind, Target, Unsupported};
+use super::{Access, Emitter, Flags, LinkKind, Number, Part, Target, Unsupported};
 use super::{host, number, spilled};
 use crate::analyze::Insn;
 use crate::asm::{Asm, Mem, R9, R10, R11, RCX, RDI, RSI, RSP, Reg, cc};
-use crate::block::{MAX_GROUPS, MAX_SITES, off, reason, tlb_index};
+use crate::block::{MAX_GROUPS, MAX_SITES, OWN_SITES, off, reason, tlb_index};
 use crate::stubs::Failed;
 
 /// An address computed by [`Emitter::address`].
@@ -21,8 +21,8 @@ pub(super) enum Address {
     Simple(Reg, i32),
     /// A constant that fits a displacement.
     Small(i32),
-    /// A constant, possibly relative to RIP.
-    Relocatable(u64),
+    /// Another constant.
+    Constant(u64),
     /// Must be computed into R11; the steps are repeatable.
     Computed,
     /// The same by a single LEA.
@@ -57,12 +57,12 @@ impl Emitter<'_> {
         }
         if ins.is_ip_rel_memory_operand() || (base == Register::None && index == Register::None) {
             let address = ins.memory_displacement64();
-            if ins.is_ip_rel_memory_operand() && self.context.mode.user {
-                return Address::Relocatable(address);
+            if ins.is_ip_rel_memory_operand() && self.context.base != 0 {
+                return Address::Computed;
             }
             return match i32::try_from(address as i64) {
                 Ok(small) => Address::Small(small),
-                Err(_) => Address::Relocatable(address),
+                Err(_) => Address::Constant(address),
             };
         }
         let lent = |register: Register| register != Register::None && spilled(number(register));
@@ -72,13 +72,17 @@ impl Emitter<'_> {
         if lent(base) || lent(index) { Address::Computed } else { Address::Sum }
     }
 
-    /// Computes the address of the memory operand into R11, using R10. Touches flags only for FS and GS.
-    pub(super) fn compute(asm: &mut Asm, ins: &Instruction, lea: bool) {
+    /// Computes the address of the memory operand into R11, using R10. Touches flags only for FS and GS. `code_base`: number of the block's base.
+    pub(super) fn compute(asm: &mut Asm, ins: &Instruction, lea: bool, code_base: u32) {
         let base = ins.memory_base();
         let index = ins.memory_index();
         let narrow = base.is_gpr32() || index.is_gpr32() || base == Register::EIP;
         if ins.is_ip_rel_memory_operand() || (base == Register::None && index == Register::None) {
-            asm.mov_imm(R11, ins.memory_displacement64());
+            let from = if ins.is_ip_rel_memory_operand() { code_base } else { 0 };
+            move_place(asm, R11, ins.memory_displacement64(), from);
+            if ins.memory_base() == Register::EIP {
+                asm.mov32(R11, R11);
+            }
         } else {
             let index = if index == Register::None {
                 None
@@ -132,7 +136,7 @@ impl Emitter<'_> {
         self.note_flags(insn);
         match address {
             Address::Small(value) => self.check_small(insn, value, size, write),
-            Address::Relocatable(value) => Ok(self.check_constant(insn, value, size, write)),
+            Address::Constant(value) => Ok(self.check_constant(insn, value, size, write)),
             Address::Simple(base, disp) => {
                 let compute = move |asm: &mut Asm| address_of(asm, base, disp);
                 let miss = self.probe(insn, size, write, &compute);
@@ -176,13 +180,25 @@ impl Emitter<'_> {
         }
     }
 
+    /// The number of the next check site.
+    fn site_number(&mut self, insn: &Insn, write: bool) -> u32 {
+        let base = self.context.base;
+        if base != 0 && insn.ins.is_ip_rel_memory_operand() {
+            let page = (insn.ins.memory_displacement64() >> 12) as u32;
+            let hash = base.wrapping_mul(0x9e37_79b1).wrapping_add(page).wrapping_mul(0x85eb_ca6b) >> 16;
+            return OWN_SITES as u32 + hash % (MAX_SITES - OWN_SITES) as u32;
+        }
+        let write = usize::from(write);
+        let number = self.context.first_sites[write].wrapping_add(self.sites[write]) % OWN_SITES as u32;
+        self.sites[write] += 1;
+        number
+    }
+
     /// The hot part of a check by prediction; falls through with the entry's address in R10. The jump to the cold part is not bound yet: it
     /// leads to the cold part's present end.
     fn probe(&mut self, insn: &Insn, size: u16, write: bool, compute: &dyn Fn(&mut Asm)) -> Miss {
         let table = u32::from(self.context.mode.user) * 2 + u32::from(write);
-        let number = self.context.first_site.wrapping_add(self.sites) % MAX_SITES as u32;
-        let site = table * MAX_SITES as u32 + number;
-        self.sites += 1;
+        let site = table * MAX_SITES as u32 + self.site_number(insn, write);
         compute(&mut self.hot);
         let at = self.hot.len();
         self.hot.load(R10, Mem::gs(off::site(site)));
@@ -250,20 +266,16 @@ impl Emitter<'_> {
         Ok(Mem::base(R10, value))
     }
 
-    /// A constant address, possibly relative to RIP.
+    /// A constant address.
     fn check_constant(&mut self, insn: &Insn, value: u64, size: u16, write: bool) -> Mem {
-        let table = off::tlb(self.context.mode.user, write);
-        let entry = table + 16 * tlb_index(value) as i32;
-        let relative = insn.ins.is_ip_rel_memory_operand();
-        self.move_address(R11, value, relative);
+        let entry = off::tlb(self.context.mode.user, write) + 16 * tlb_index(value) as i32;
+        self.hot.mov_imm(R11, value);
         self.hot.load(R10, Mem::gs(entry));
-        self.tlb_entry(value, table, relative);
         self.hot.rr(true, &[0x31], R11, R10); // xor r10, r11
         self.hot.cmp_imm(R10, 4096 - i32::from(size));
         let slow = self.hot.jcc(cc::A);
         self.fix(Part::Hot, slow, Target::Own(Part::Cold, self.cold.len()));
         self.hot.load(R10, Mem::gs(entry + 8));
-        self.tlb_entry(value, table + 8, relative);
         let back = self.hot.len();
         let access = self.access(insn, size, write);
         self.ask(access);
@@ -311,33 +323,15 @@ impl Emitter<'_> {
         self.hot.untouch();
     }
 
-    /// `mov reg, address` in the hot part; the address moves with the page when `relative`.
-    pub(super) fn move_address(&mut self, reg: Reg, value: u64, relative: bool) {
-        if relative && self.context.mode.user {
-            self.hot.mov_imm64(reg, value);
-            let at = self.hot.len() - 8;
-            self.out.relocations.push(Relocation { part: Part::Hot, at, value, kind: RelocationKind::Address });
-        } else {
-            self.hot.mov_imm(reg, value);
-        }
-    }
-
-    /// Notes that the displacement just emitted is that of the TLB entry of `value`.
-    fn tlb_entry(&mut self, value: u64, table: i32, relative: bool) {
-        if relative && self.context.mode.user {
-            let at = self.hot.len() - 4;
-            let kind = RelocationKind::TlbEntry(table);
-            self.out.relocations.push(Relocation { part: Part::Hot, at, value, kind });
-        }
+    /// `mov reg, address` in the hot part, for an address relative to the block's base.
+    pub(super) fn move_address(&mut self, reg: Reg, value: u64) {
+        move_place(&mut self.hot, reg, value, self.context.base);
     }
 
     pub(super) fn check_operand(&mut self, insn: &Insn, size: u16, write: bool) -> Result<Mem, Unsupported> {
-        let ins = insn.ins;
+        let (ins, base) = (insn.ins, self.context.base);
         let address = self.address(&ins, false);
-        if matches!(address, Address::Computed) && ins.is_ip_rel_memory_operand() && self.context.mode.user {
-            return Err(Unsupported); // FS or GS relative to RIP
-        }
-        self.check(insn, address, size, write, &move |asm| Self::compute(asm, &ins, false))
+        self.check(insn, address, size, write, &move |asm| Self::compute(asm, &ins, false, base))
     }
 
     pub(super) fn check_stack(&mut self, insn: &Insn, disp: i32, write: bool) -> Result<Mem, Unsupported> {
@@ -419,6 +413,22 @@ impl Emitter<'_> {
         self.cold.and32_imm(R11, 0xfff);
         let at = self.cold.jmp();
         self.fix(Part::Cold, at, Target::Own(Part::Hot, back));
+    }
+}
+
+/// `mov reg, address`, where the address is relative to the base of number `base`. Leaves the flags.
+fn move_place(asm: &mut Asm, reg: Reg, address: u64, base: u32) {
+    if base == 0 {
+        asm.mov_imm(reg, address);
+        return;
+    }
+    asm.load(reg, Mem::gs(off::base(base)));
+    let distance = address as i64;
+    // A displacement that counts from the end of an instruction reaches further than one that counts from the page's start.
+    let first = distance.clamp(i64::from(i32::MIN), i64::from(i32::MAX)) as i32;
+    asm.lea(reg, Mem::base(reg, first));
+    if distance != i64::from(first) {
+        asm.lea(reg, Mem::base(reg, (distance - i64::from(first)) as i32));
     }
 }
 

@@ -2,10 +2,7 @@
 
 use iced_x86::{Code, OpKind};
 
-use super::{
-    Done, Emitter, Flags, Link, LinkKind, Number, Part, Relocation, RelocationKind, SlotUse, Target, Unsupported,
-    number,
-};
+use super::{Done, Emitter, Flags, Link, LinkKind, Number, Part, SlotUse, Target, Unsupported, number};
 use crate::analyze::{ALL_FLAGS, Insn};
 use crate::asm::{Mem, R9, R10, R11, cc};
 use crate::block::{off, reason};
@@ -88,9 +85,9 @@ impl Emitter<'_> {
         let top = self.check_stack(insn, -8, true)?;
         let address = insn.ins.next_ip();
         match i32::try_from(address as i64) {
-            Ok(small) if !self.context.mode.user => self.hot.store_imm(top, small),
+            Ok(small) if self.context.base == 0 => self.hot.store_imm(top, small),
             _ => {
-                self.move_address(R11, address, true);
+                self.move_address(R11, address);
                 self.hot.store(top, R11);
             }
         }
@@ -101,21 +98,32 @@ impl Emitter<'_> {
     /// What the callee's RET comes back to: R11 holds the guest's return address.
     pub(super) fn landing_pad(&mut self, insn: &Insn, address: u64) {
         self.out.pads.push((self.hot.len(), address));
+        let base = self.context.base;
         match i32::try_from(address as i64) {
-            Ok(small) if !self.context.mode.user => self.hot.cmp_imm(R11, small),
-            _ => {
+            Ok(small) => {
+                if base != 0 {
+                    self.hot.rm(true, &[0x2b], R11, Mem::gs(off::base(base))); // sub
+                }
+                self.hot.cmp_imm(R11, small);
+            }
+            Err(_) => {
                 // The constant lies in the cold part; R10 names the RET.
                 let constant = self.cold.len();
                 self.cold.raw(&address.to_le_bytes());
-                let kind = RelocationKind::Address;
-                self.out.relocations.push(Relocation { part: Part::Cold, at: constant, value: address, kind });
                 self.hot.raw(&[0x4c, 0x3b, 0x1d, 0, 0, 0, 0]); // cmp r11, [rip + disp32]
                 self.fix(Part::Hot, self.hot.len() - 4, Target::Own(Part::Cold, constant));
             }
         }
         let at = self.hot.jcc(cc::NE);
-        let stub = self.context.stubs.indirect[usize::from(self.context.mode.user)];
-        self.fix(Part::Hot, at, Target::Fixed(stub));
+        let mut elsewhere = Target::Fixed(self.context.stubs.indirect[usize::from(self.context.mode.user)]);
+        if base != 0 {
+            let again = self.cold.len();
+            self.cold.add_mem(R11, Mem::gs(off::base(base)));
+            let jump = self.cold.jmp();
+            self.fix(Part::Cold, jump, elsewhere);
+            elsewhere = Target::Own(Part::Cold, again);
+        }
+        self.fix(Part::Hot, at, elsewhere);
         self.delta_at_hand = None;
         self.flags = Flags::Block;
         if insn.live_after == 0 {

@@ -24,25 +24,6 @@ pub struct Fixup {
     pub target: Target,
 }
 
-/// A field that depends on the guest-virtual address of the page.
-#[derive(Clone, Copy, Debug)]
-pub struct Relocation {
-    pub part: Part,
-    pub at: usize,
-    /// The address as it was when emitted.
-    pub value: u64,
-    pub kind: RelocationKind,
-}
-
-/// What the field holds.
-#[derive(Clone, Copy, Debug)]
-pub enum RelocationKind {
-    /// The address, 64 bits.
-    Address,
-    /// The 32-bit offset in the vCPU block of the address's entry in the software TLB that starts at this offset.
-    TlbEntry(i32),
-}
-
 /// A 32-bit immediate in the cold part that takes the number of a table entry.
 #[derive(Clone, Copy, Debug)]
 pub enum Number {
@@ -62,7 +43,7 @@ pub struct Link {
     pub at: usize,
     /// Cold offset of the code that asks the dispatcher; where the rel32 leads while unlinked.
     pub stub: usize,
-    /// Guest-virtual target.
+    /// Target, relative to the block's base.
     pub target: u64,
     pub kind: LinkKind,
 }
@@ -116,7 +97,7 @@ pub struct Meta {
     pub borrowed: [u8; 3],
 }
 
-/// A translated block, not yet placed. Of a program's block, a copy can be placed for any address that the page is mapped at.
+/// A translated block, not yet placed.
 #[derive(Clone, Default)]
 pub struct Output {
     pub hot: Vec<u8>,
@@ -125,7 +106,6 @@ pub struct Output {
     pub numbers: Vec<(usize, Number)>,
     /// The same in the hot part, for exits.
     pub hot_numbers: Vec<(usize, usize)>,
-    pub relocations: Vec<Relocation>,
     pub links: Vec<Link>,
     pub slots: Vec<SlotUse>,
     /// Offsets in the page of instructions at which the dispatcher is entered, and whether they use x87 or SSE state.
@@ -142,8 +122,8 @@ pub struct Output {
     pub stale: usize,
     /// The same for the entry for indirect jumps, if that does not lead to the first one.
     pub indirect_stale: Option<usize>,
-    /// Number of check sites.
-    pub sites: u32,
+    /// Numbers of check sites with a prediction of their own: reads, writes.
+    pub sites: [u32; 2],
 }
 
 impl Output {
@@ -155,7 +135,6 @@ impl Output {
             fixups,
             numbers,
             hot_numbers,
-            relocations,
             links,
             slots,
             exits,
@@ -173,7 +152,6 @@ impl Output {
         fixups.clear();
         numbers.clear();
         hot_numbers.clear();
-        relocations.clear();
         links.clear();
         slots.clear();
         exits.clear();
@@ -184,6 +162,6 @@ impl Output {
         *indirect = (0, false);
         *stale = 0;
         *indirect_stale = None;
-        *sites = 0;
+        *sites = [0; 2];
     }
 }

@@ -98,36 +98,63 @@ impl BtVcpu {
         self.drop_written();
         let page = address & !0xfff;
         let (gpa, global) = self.fetch_page(page)?;
-        let mut key = Key { page: gpa, address, mode, tail: 0 };
-        let found = self.shared.cache().find(&key);
-        let id = match found {
-            Some(id) => id,
-            None => self.translate(key)?,
-        };
-        if id != STEP_ONLY {
-            return Some((id, global));
+        let mut key = Key::new(gpa, address, mode);
+        if self.is_breakpoint(&key, address) {
+            return None;
         }
-        let (tail, tail_global) = self.fetch_page(page.wrapping_add(4096))?;
-        key.tail = tail | 1;
-        let found = self.shared.cache().find(&key);
-        let id = match found {
-            Some(id) => id,
-            None => self.translate(key)?,
-        };
-        Some((id, global && tail_global))
+        let (mut id, mut base) = self.look_up(key, address)?;
+        let mut jumps_global = global;
+        if id == STEP_ONLY {
+            let (tail, tail_global) = self.fetch_page(page.wrapping_add(4096))?;
+            key.tail = tail | 1;
+            (id, base) = self.look_up(key, address)?;
+            jumps_global &= tail_global;
+        }
+        if base != 0 {
+            self.place(base, page, global);
+        }
+        Some((id, jumps_global))
     }
 
-    pub(super) fn translate(&mut self, key: Key) -> Option<BlockId> {
+    /// Stands a breakpoint at the address? Of movable code, at one that it shares translations with?
+    fn is_breakpoint(&self, key: &Key, address: u64) -> bool {
+        self.breakpoints.iter().any(|&b| b == address || key.movable() && b & 0xfff == key.address)
+    }
+
+    /// The block of the key and the number of its base, translated if need be.
+    fn look_up(&mut self, key: Key, address: u64) -> Option<(BlockId, u32)> {
+        let found = {
+            let cache = self.shared.cache();
+            cache.find(&key).map(|id| (id, cache.base_of(id)))
+        };
+        match found {
+            Some(found) => Some(found),
+            None => {
+                let id = self.translate(key, address)?;
+                Some((id, self.shared.cache().base_of(id)))
+            }
+        }
+    }
+
+    /// From now on, the page of movable code of number `base` runs at guest-virtual address `page`.
+    fn place(&mut self, base: u32, page: u64, global: bool) {
+        let block = self.block();
+        if !self.tlbs.place(block, base, page, global) {
+            // A program runs the page at two addresses.
+            self.tlbs.flush_jumps(block, |slot| self.shared.thunk(slot));
+            self.reset_call_stacks();
+            self.tlbs.place(block, base, page, global);
+        }
+    }
+
+    fn translate(&mut self, key: Key, address: u64) -> Option<BlockId> {
         let start = Instant::now();
-        let id = self.translate_now(key);
+        let id = self.translate_now(key, address);
         self.counters.translator_time += start.elapsed();
         id
     }
 
-    pub(super) fn translate_now(&mut self, key: Key) -> Option<BlockId> {
-        if self.breakpoints.contains(&key.address) {
-            return None;
-        }
+    fn translate_now(&mut self, key: Key, address: u64) -> Option<BlockId> {
         let mut room = true;
         loop {
             // First the mark, then the translation of what is there.
@@ -148,7 +175,7 @@ impl BtVcpu {
                 }
                 self.page_copied = Some((key.page, epoch));
                 if let Some(tamper) = self.tamper {
-                    tamper(key.address & !0xfff, &mut self.page[..4096]);
+                    tamper(address & !0xfff, &mut self.page[..4096]);
                 }
             }
             if key.tail != 0 && !self.shared.ram.read(key.tail & !1, &mut self.page[4096..]) {
@@ -162,8 +189,8 @@ impl BtVcpu {
                 match cache.find(&key) {
                     // Another vCPU was faster.
                     Some(id) => Ok(id),
-                    None if key.tail == 0 => cache.translate(key, &self.page[..4096]),
-                    None => cache.translate_crossing(key, &self.page[..]),
+                    None if key.tail == 0 => cache.translate(key, &self.page[..4096], address),
+                    None => cache.translate_crossing(key, &self.page[..], address),
                 }
             };
             match result {

@@ -160,7 +160,7 @@ impl BtVcpu {
     pub(super) fn forget(&mut self, forgotten: &Forgotten) {
         let block = self.block();
         for &(target, user) in &forgotten.targets {
-            self.tlbs.forget_indirect(block, target, user);
+            self.tlbs.forget_indirect(block, self.address(target), user);
         }
         for &slot in &forgotten.slots {
             if let Some(entry) = self.shared.sites.slots.get(slot) {

@@ -164,6 +164,7 @@ impl BtVcpu {
                         return corrupt("link");
                     };
                     drop(cache);
+                    let target = self.address(target);
                     self.leave(kind == LinkKind::Call);
                     block.state.rip = target;
                     plain = (kind == LinkKind::Plain).then_some(target);
@@ -171,6 +172,7 @@ impl BtVcpu {
                 reason::SLOT => {
                     let slot = self.shared.sites.slots.get(argument).map(|s| (s.target, s.kind));
                     let Some((target, kind)) = slot else { return corrupt("slot") };
+                    let target = self.address(target);
                     self.leave(kind == LinkKind::Call);
                     block.state.rip = target;
                 }
@@ -186,7 +188,7 @@ impl BtVcpu {
                 }
                 reason::STEP | reason::POLL | reason::STALE => {
                     let site = self.shared.sites.exits.get(argument);
-                    let Some((address, fpu)) = site.map(|site| (site.address, site.fpu)) else {
+                    let Some((address, fpu)) = site.map(|site| (self.address(site.place), site.fpu)) else {
                         return corrupt("exit");
                     };
                     self.leave(false);
@@ -195,7 +197,7 @@ impl BtVcpu {
                 }
                 reason::ACCESS => {
                     let site = self.shared.sites.accesses.get(argument);
-                    let Some((access, address)) = site.map(|site| (site.access, site.address)) else {
+                    let Some((access, address)) = site.map(|site| (site.access, self.address(site.place))) else {
                         return corrupt("access");
                     };
                     self.leave(access.flags_saved);
@@ -204,7 +206,7 @@ impl BtVcpu {
                 }
                 reason::FAULT => {
                     let pc = block.fault_pc;
-                    let Some((address, meta)) = self.shared.cache().locate(pc) else {
+                    let Some((place, meta)) = self.shared.cache().locate(pc) else {
                         return corrupt("place of a host signal");
                     };
                     self.leave(meta.flags_saved);
@@ -213,7 +215,7 @@ impl BtVcpu {
                             block.state.gpr[usize::from(register)] = block.borrowed[i];
                         }
                     }
-                    block.state.rip = address;
+                    block.state.rip = self.address(place);
                     step = Some(true);
                 }
                 _ => return corrupt("reason"),

@@ -9,6 +9,7 @@ mod interrupts;
 mod lockstep;
 mod mappings;
 mod modified;
+mod movable;
 mod sensitive;
 mod smp;
 mod trace;
