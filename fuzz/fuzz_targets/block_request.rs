@@ -40,7 +40,7 @@ struct Rig {
 fn rig() -> Rig {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(&[0x11; IMAGE as usize]).unwrap();
-    Rig { ram: GuestRam::new(32 << 20).unwrap(), disk: Disk::open(file.path(), false).unwrap(), _file: file }
+    Rig { ram: GuestRam::new(32 << 20).unwrap(), disk: Disk::open(&virtio::DiskConfig::new(file.path())).unwrap(), _file: file }
 }
 
 thread_local! {

@@ -1,6 +1,6 @@
 //! Raw disks: byte n of the disk is byte n of the file or block device.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,13 +17,23 @@ const MAX_PIECES: usize = libc::UIO_MAXIOV as usize;
 #[derive(Debug)]
 pub struct Raw {
     file: File,
+    /// Keeps the lock. A file that io_uring was given is let go some time after the process has ended: the lock must not wait for that.
+    _lock: Option<File>,
     len: AtomicU64,
 }
 
 impl Raw {
     /// From an open file.
     pub fn new(file: DiskFile) -> Self {
-        Self { file: file.file, len: AtomicU64::new(file.len) }
+        let len = AtomicU64::new(file.len);
+        // SAFETY: only asks how it was opened.
+        let mode = unsafe { libc::fcntl(file.file.as_raw_fd(), libc::F_GETFL) } & libc::O_ACCMODE;
+        let again = format!("/proc/self/fd/{}", file.file.as_raw_fd());
+        match OpenOptions::new().read(true).write(mode == libc::O_RDWR).open(again) {
+            Ok(again) => Self { file: again, _lock: Some(file.file), len },
+            // Without /proc.
+            Err(_) => Self { file: file.file, _lock: None, len },
+        }
     }
 
     fn transfer(&self, offset: u64, buffers: &[Slice<'_>], read: bool) -> (u64, io::Result<()>) {

@@ -116,8 +116,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub append: Vec<String>,
 
-    /// A raw disk image or block device, which the guest sees as /dev/vda (then vdb, …); `,ro` keeps it from being written
-    #[arg(long, value_name = "FILE[,ro]", value_hint = ValueHint::FilePath)]
+    /// A disk image (raw or qcow2) or block device, which the guest sees as /dev/vda (then vdb, …); `tightrope disk create` makes one.
+    /// Takes ,ro (is not written) ,shared (other VMs that say so write to it too) ,format=raw or qcow2 (else by its name) ,serial=TEXT
+    /// ,bps=100M ,iops=500 (limits) ,cache=writeback, writethrough or unsafe ,discard=off ,backing=DIRECTORY or backing=allow
+    /// (where backing files may be beside the image's own directory) ,io=threads or uring
+    #[arg(long, value_name = "FILE[,OPTION…]", value_hint = ValueHint::FilePath)]
     pub disk: Vec<DiskConfig>,
 
     /// The guest's network: `user` (no privilege needed: DHCP, DNS, the world; the host is host.tightrope.internal), `none`,

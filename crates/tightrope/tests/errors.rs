@@ -130,7 +130,8 @@ fn disks_that_are_none() {
     let mut qcow = vec![0; 1024];
     qcow[..4].copy_from_slice(b"QFI\xfb");
     std::fs::write(&path, &qcow).unwrap();
-    disk(&name, &["qcow2", "qemu-img convert"]);
+    disk(&name, &["starts like a qcow2", "format=qcow2"]);
+    disk(&format!("{name},format=qcow2"), &[&name, "cut off"]);
     // The same disk twice in one VM.
     std::fs::write(&path, [0; 1024]).unwrap();
     check(&finish(kernel.run(&["--disk", &name, "--disk", &name]), b""), 1, &[&name, "in use"]);

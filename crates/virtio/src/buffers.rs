@@ -92,7 +92,7 @@ impl<'m> Buffers<'m> {
         done
     }
 
-    /// The host addresses of the pieces, for `preadv` and `pwritev`; at most `max` pieces. Valid as long as the guest memory is
+    /// The host addresses of the pieces, for `readv` and `writev`; at most `max` pieces. Valid as long as the guest memory is
     /// mapped, so for `'m`. After writing through them call [`Self::written`] before anything else.
     pub fn iovecs(&self, max: usize) -> Vec<libc::iovec> {
         self.pieces
@@ -102,7 +102,16 @@ impl<'m> Buffers<'m> {
             .collect()
     }
 
-    /// Tells the code tracker that the first `count` bytes were written through [`Self::iovecs`].
+    /// The pieces for a disk to read or write. After writing through them call [`Self::written`] before anything else.
+    pub fn slices(&self) -> Vec<VolatileSlice<'m, ()>> {
+        self.pieces
+            .iter()
+            // SAFETY: the same memory for the same time; only the tracker is left away, for which the caller stands in.
+            .map(|piece| unsafe { VolatileSlice::new(piece.ptr_guard_mut().as_ptr(), piece.len()) })
+            .collect()
+    }
+
+    /// Tells the code tracker that the first `count` bytes were written through [`Self::slices`].
     pub fn written(&self, count: u32) {
         // The data must be visible before the tracker's bits are read: an engine sets its bit first and then reads the code.
         fence(Ordering::SeqCst);

@@ -23,8 +23,7 @@ use crate::net::NetState;
 use crate::queue::Virtqueue;
 use crate::runner::Doorbell;
 
-/// Takes lines for the VM's user: a disk that fails, a driver that breaks the rules.
-pub type Reporter = Arc<dyn Fn(&str) + Send + Sync>;
+pub use disk::Reporter;
 
 /// How a device reaches its driver. Called from any thread; never blocks.
 pub trait Interrupt: Send + Sync {

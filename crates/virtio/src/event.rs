@@ -34,6 +34,18 @@ impl Event {
     }
 }
 
+impl Event {
+    /// As [`Self::wait`], for `at_most` at most.
+    pub fn wait_for(&self, at_most: std::time::Duration) {
+        let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let time = i32::try_from(at_most.as_millis().max(1)).unwrap_or(i32::MAX);
+        // SAFETY: one initialized entry.
+        if unsafe { libc::poll(&raw mut poll, 1, time) } > 0 {
+            self.wait();
+        }
+    }
+}
+
 impl AsFd for Event {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()

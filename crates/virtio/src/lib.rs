@@ -25,7 +25,7 @@ pub mod runner;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
 
-pub use block::{Block, Disk, DiskError};
+pub use block::{Block, Disk, DiskConfig, DiskError, SizeWatch};
 pub use console::{Console, ConsoleHandle};
 pub use device::{Interrupt, Reporter, VirtioDevice};
 pub use entropy::Entropy;

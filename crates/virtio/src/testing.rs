@@ -121,7 +121,12 @@ impl DriverQueue {
 
     /// The device's end.
     pub fn device_end(&self, event_idx: bool, interrupt: Arc<dyn Interrupt>) -> Virtqueue {
-        Virtqueue::new(0, &self.state(), self.size, event_idx, self.ram.shared(), interrupt).unwrap()
+        self.device_end_of(0, event_idx, interrupt)
+    }
+
+    /// As [`Self::device_end`], of the queue with this number.
+    pub fn device_end_of(&self, index: u16, event_idx: bool, interrupt: Arc<dyn Interrupt>) -> Virtqueue {
+        Virtqueue::new(index, &self.state(), self.size, event_idx, self.ram.shared(), interrupt).unwrap()
     }
 
     /// Writes descriptor `index` of the table at `table`.

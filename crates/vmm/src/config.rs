@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
+pub use disk::DiskConfig;
+
 use crate::net::{NetConfig, PortForward};
 
 /// Guest memory when nobody says otherwise, in bytes.
@@ -165,34 +167,6 @@ impl FromStr for StatsFormat {
     }
 }
 
-/// `--disk FILE[,ro]`
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DiskConfig {
-    /// A raw image or a block device.
-    pub path: PathBuf,
-    /// May the guest not write to it?
-    pub read_only: bool,
-}
-
-impl FromStr for DiskConfig {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (path, read_only) = match text.rsplit_once(',') {
-            Some((path, "ro")) => (path, true),
-            Some((path, "rw")) => (path, false),
-            Some((_, option)) if !text.contains('/') || !option.contains('/') => {
-                return Err(format!("'{option}' is no option of a disk: only ,ro and ,rw are"));
-            }
-            _ => (text, false),
-        };
-        if path.is_empty() {
-            return Err("the name of the disk image is missing".into());
-        }
-        Ok(Self { path: path.into(), read_only })
-    }
-}
-
 /// `--serial`
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum SerialMode {
@@ -341,16 +315,6 @@ mod tests {
         for bad in ["", "M", "1X", "-5M", "12.5M", "99999999999999999999", "1M", "2000T", "18446744073709551615T"] {
             assert!(parse_memory(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn disks() {
-        assert_eq!("a.img".parse(), Ok(DiskConfig { path: "a.img".into(), read_only: false }));
-        assert_eq!("a.img,ro".parse(), Ok(DiskConfig { path: "a.img".into(), read_only: true }));
-        assert_eq!("/x,y/a.img".parse(), Ok(DiskConfig { path: "/x,y/a.img".into(), read_only: false }));
-        assert!("a.img,rp".parse::<DiskConfig>().is_err());
-        assert!(",ro".parse::<DiskConfig>().is_err());
-        assert!("".parse::<DiskConfig>().is_err());
     }
 
     #[test]

@@ -307,38 +307,11 @@ fn lz4_cut_off(bytes: &[u8]) -> bool {
     at > bytes.len()
 }
 
-/// Opens and locks a disk image. The second value is a line for the user, if there is something to say.
+/// Opens and locks a disk. The second value is a line for the user, if there is something to say.
 pub(crate) fn open_disk(config: &DiskConfig) -> Result<(Disk, Option<String>), Error> {
-    let disk = Disk::open(&config.path, config.read_only).map_err(|error| Error::Input(error.to_string()))?;
-    let what = "disk";
-    let path = &config.path;
-    let mut head = [0; 16];
-    let len = File::open(path)
-        .and_then(|file| read_head(&file, &mut head))
-        .map_err(|error| open_error(what, path, &error))?;
-    if let Some(problem) = disk_problem(head.get(..len).unwrap_or_default()) {
-        return Err(Error::file(what, path, problem));
-    }
+    let disk = Disk::open(config).map_err(|error| Error::Input(error.to_string()))?;
     let warning = disk.warning();
     Ok((disk, warning))
-}
-
-fn disk_problem(head: &[u8]) -> Option<String> {
-    let format = if head.starts_with(b"QFI\xfb") {
-        "qcow2"
-    } else if head.starts_with(b"KDMV") || head.starts_with(b"# Disk Descripto") {
-        "vmdk"
-    } else if head.starts_with(b"vhdxfile") {
-        "vhdx"
-    } else if head.starts_with(b"\xfd7zXZ\0")
-        || head.starts_with(&[0x1f, 0x8b])
-        || head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd])
-    {
-        return Some("is compressed: unpack it first".into());
-    } else {
-        return None;
-    };
-    Some(format!("is a {format} image, and raw ones are needed: qemu-img convert -O raw makes one"))
 }
 
 #[cfg(test)]

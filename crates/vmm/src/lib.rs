@@ -18,6 +18,7 @@ mod board;
 mod config;
 mod console;
 mod crash;
+mod disks;
 pub mod doctor;
 mod engine;
 mod error;

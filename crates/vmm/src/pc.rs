@@ -111,13 +111,17 @@ impl PcMaker {
     ) -> Result<Vec<Arc<dyn PciDevice>>, Error> {
         let reporter: Reporter = Arc::new(|line: &str| terminal::message(&format!("tightrope: {line}")));
         let mut devices: Vec<(String, Box<dyn VirtioDevice>)> = Vec::new();
+        let mut watches = Vec::new();
         for (number, disk) in std::mem::take(&mut self.disks).into_iter().enumerate() {
             disk.set_reporter(reporter.clone());
             let queues = self.cpus.min(4) as u16;
             let block = Block::new(disk, &format!("tightrope-disk-{number}"), queues)
                 .map_err(|error| Error::Host(format!("the host gives no thread for a disk: {error}")))?;
+            watches.extend(block.size_watch());
             devices.push((format!("disk{number}"), Box::new(block)));
         }
+        crate::disks::watch(watches)
+            .map_err(|error| Error::Host(format!("the host gives no thread for the disks: {error}")))?;
         if let Some(Network { port, mac, mtu, .. }) = self.network.take() {
             let net = Net::new(port, mac, mtu, Some(reporter.clone()))
                 .map_err(|error| Error::Host(format!("the host gives no thread for the network: {error}")))?;

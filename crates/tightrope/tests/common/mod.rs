@@ -90,6 +90,22 @@ impl Session {
         self.child.stdin.as_mut().expect("open").write_all(text).expect("write");
     }
 
+    /// Collects output for this long.
+    pub fn watch(&mut self, time: Duration) {
+        let deadline = Instant::now() + time;
+        while let Ok(bytes) = self.out.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            self.seen.extend(bytes);
+        }
+    }
+
+    /// Ends the process by SIGKILL; returns all that it wrote.
+    pub fn kill(mut self) -> String {
+        self.child.kill().expect("kill");
+        self.child.wait().expect("wait");
+        self.seen.extend(self.out.iter().flatten());
+        String::from_utf8_lossy(&self.seen).into_owned()
+    }
+
     /// Closes the process's input.
     pub fn end_input(&mut self) {
         self.child.stdin = None;

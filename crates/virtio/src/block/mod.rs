@@ -1,20 +1,20 @@
 //! virtio-blk (virtio 1.3, 5.2): a disk.
 //!
-//! * [`Disk`]: the host's file, locked; made before the process confines itself.
+//! * [`Disk`]: the host's side, open and locked; made before the process confines itself.
 //! * [`request`]: one request, from header to status.
-//! * [`Block`]: the device: configuration space, and a thread for each queue.
+//! * [`Block`]: the device: configuration space, and whoever serves its queues: a `pool` of threads, or `uring`.
 //!
-//! Data goes between file and guest memory with one `preadv` or `pwritev` a request. The cache is write-back when the
-//! driver knows flushes (VIRTIO_BLK_F_FLUSH) and leaves it so: a completed flush is a completed `fdatasync`, and a request
+//! The cache is write-back when the driver knows flushes (VIRTIO_BLK_F_FLUSH) and leaves it so: a completed flush is a completed `fdatasync`, and a request
 //! is in the used ring only when all that it asks for is done. For a driver without flushes every write is made durable at once.
 
-mod disk;
+mod pool;
 pub mod request;
 #[cfg(test)]
 mod tests;
+mod uring;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
@@ -23,12 +23,15 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES,
 };
 
-pub use disk::{Disk, DiskError, SECTOR};
+use disk::{Cache, Format, Io};
+pub use disk::{Disk, DiskConfig, DiskError, SECTOR};
 
 use crate::device::{DeviceState, Interrupt, VirtioDevice, read_bytes};
 use crate::queue::Virtqueue;
-use crate::runner::{Doorbell, Job, StopFlag, Worker};
+use crate::runner::Doorbell;
+use pool::Pool;
 use request::Policy;
+use uring::Uring;
 
 /// Descriptors of each queue.
 const QUEUE_SIZE: u16 = 256;
@@ -36,6 +39,10 @@ const QUEUE_SIZE: u16 = 256;
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Largest data buffer, in bytes.
 const SIZE_MAX: u32 = 4 << 20;
+/// Threads that help those of the queues, where a disk is not served by io_uring.
+const HELPERS: u16 = 3;
+/// Is io_uring taken where nobody chose? (docs/disks.md has the measurements.)
+const AUTO_IS_URING: bool = true;
 /// Offset of the `writeback` byte in the configuration space.
 const WRITEBACK: u64 = 32;
 
@@ -51,53 +58,105 @@ pub struct BlockState {
 }
 
 /// What the queues of one device share.
-#[derive(Debug)]
 struct Shared {
     disk: Disk,
     serial: Vec<u8>,
     write_back: AtomicBool,
+    /// Sectors that the driver is told of: at most what the disk has.
+    sectors: AtomicU64,
+    /// Counts changes of the configuration space.
+    generation: AtomicU32,
+    interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
 }
 
-/// The work on one queue.
-struct BlockJob {
-    queue: Virtqueue,
-    shared: Arc<Shared>,
-    /// The driver knows flushes.
-    flush: bool,
+impl Shared {
+    /// How to serve a driver that knows flushes or does not.
+    fn policy(&self, flush: bool) -> Policy<'_> {
+        Policy { serial: &self.serial, write_back: flush.then_some(&self.write_back) }
+    }
 }
 
-impl Job for BlockJob {
-    fn run(&mut self, stop: &StopFlag) {
-        let (shared, flush) = (&self.shared, self.flush);
-        self.queue.serve(stop, |chain| {
-            let write_back = flush.then_some(&shared.write_back);
-            request::serve(&shared.disk, Policy { serial: &shared.serial, write_back }, chain)
-        });
+/// Who serves the queues.
+enum Server {
+    Threads(Pool),
+    /// One for each queue.
+    Uring(Vec<Uring>),
+}
+
+/// Sees to it that the driver hears of a disk that became larger.
+#[derive(Clone)]
+pub struct SizeWatch(Arc<Shared>);
+
+impl SizeWatch {
+    /// Looks at the disk's file. Returns the new size in sectors of 512 bytes if it has grown.
+    pub fn look(&self) -> Option<u64> {
+        let sectors = self.0.disk.look_again()?;
+        self.0.sectors.store(sectors, Ordering::SeqCst);
+        self.0.generation.fetch_add(1, Ordering::SeqCst);
+        if let Some(interrupt) = &*self.0.interrupt.lock().unwrap_or_else(PoisonError::into_inner) {
+            interrupt.config();
+        }
+        Some(sectors)
     }
 
-    fn failed(&mut self) {
-        self.queue.fail(&"the disk's thread failed");
+    /// The disk's file.
+    pub fn path(&self) -> &std::path::Path {
+        self.0.disk.path()
     }
 }
 
 /// A virtio disk.
 pub struct Block {
     shared: Arc<Shared>,
-    workers: Vec<Worker<BlockJob>>,
-    active: Option<(u64, Arc<dyn Interrupt>)>,
+    server: Server,
+    queues: u16,
+    flush: bool,
 }
 
 impl Block {
-    /// A device for `disk` with `queues` queues (1 to 64), each with a thread, and the serial number `serial` (cut to 20 bytes)
-    /// that the guest sees under /dev/disk/by-id.
+    /// A device for `disk` with `queues` queues (1 to 64), and the serial number `serial` (cut to 20 bytes, and only if the disk has
+    /// none of its own) that the guest sees under /dev/disk/by-id.
     ///
     /// # Errors
     /// When the host gives no threads.
     pub fn new(disk: Disk, serial: &str, queues: u16) -> std::io::Result<Self> {
+        let queues = queues.clamp(1, 64);
+        let serial = disk.config().serial.clone().unwrap_or_else(|| serial.into());
         let serial = serial.bytes().take(VIRTIO_BLK_ID_BYTES as usize).collect();
-        let workers = (0..queues.clamp(1, 64)).map(|n| Worker::new(&format!("blk-{n}"))).collect::<Result<_, _>>()?;
-        let shared = Shared { disk, serial, write_back: AtomicBool::new(true) };
-        Ok(Self { shared: Arc::new(shared), workers, active: None })
+        let wanted = disk.config().io;
+        let shared = Arc::new(Shared {
+            sectors: AtomicU64::new(disk.sectors()),
+            disk,
+            serial,
+            write_back: AtomicBool::new(true),
+            generation: AtomicU32::new(0),
+            interrupt: Mutex::default(),
+        });
+        let rings = if AUTO_IS_URING && wanted == Io::Auto || wanted == Io::Uring {
+            (0..queues).map(|number| Uring::new(shared.clone(), number)).collect::<Result<Vec<_>, _>>().ok()
+        } else {
+            None
+        };
+        let server = match rings {
+            Some(rings) => Server::Uring(rings),
+            None => Server::Threads(Pool::new(shared.clone(), queues, HELPERS)?),
+        };
+        Ok(Self { shared, server, queues, flush: false })
+    }
+
+    /// Does the kernel's io_uring carry out the requests?
+    pub fn uses_uring(&self) -> bool {
+        matches!(self.server, Server::Uring(_))
+    }
+
+    /// Something that looks for a new size, if this disk can get one.
+    pub fn size_watch(&self) -> Option<SizeWatch> {
+        self.shared.disk.plain_file().map(|_| SizeWatch(self.shared.clone()))
+    }
+
+    /// Is every write made durable before it is answered, whatever the driver knows?
+    fn write_through(&self) -> bool {
+        self.shared.disk.config().cache == Cache::WriteThrough
     }
 
     /// `struct virtio_blk_config` (5.2.4), up to the write-zeroes fields.
@@ -111,7 +170,7 @@ impl Block {
             at += bytes.len();
         };
         let (zero_sectors, zero_segments) = (request::MAX_ZERO_SECTORS, request::MAX_ZERO_SEGMENTS);
-        put(&self.shared.disk.sectors().to_le_bytes());
+        put(&self.shared.sectors.load(Ordering::SeqCst).to_le_bytes());
         put(&SIZE_MAX.to_le_bytes());
         put(&SEG_MAX.to_le_bytes());
         put(&[0; 4]); // geometry
@@ -119,10 +178,12 @@ impl Block {
         // Topology: physical blocks of 2^3 logical ones, aligned, 8 blocks as the least I/O for performance, no optimum.
         put(&[3, 0, 8, 0, 0, 0, 0, 0]);
         put(&[self.shared.write_back.load(Ordering::SeqCst).into(), 0]); // writeback
-        put(&(self.workers.len() as u16).to_le_bytes());
+        put(&self.queues.to_le_bytes());
         put(&zero_sectors.to_le_bytes()); // discard
         put(&zero_segments.to_le_bytes());
-        put(&8u32.to_le_bytes()); // discard_sector_alignment
+        // What is given back to the host at once: a cluster, or a block of its file system.
+        let alignment: u32 = if self.shared.disk.format() == Format::Qcow2 { 128 } else { 8 };
+        put(&alignment.to_le_bytes()); // discard_sector_alignment
         put(&zero_sectors.to_le_bytes()); // write zeroes
         put(&zero_segments.to_le_bytes());
         put(&[1, 0, 0, 0]); // write_zeroes_may_unmap
@@ -141,19 +202,27 @@ impl VirtioDevice for Block {
             VIRTIO_BLK_F_SEG_MAX,
             VIRTIO_BLK_F_BLK_SIZE,
             VIRTIO_BLK_F_TOPOLOGY,
-            VIRTIO_BLK_F_FLUSH,
             VIRTIO_BLK_F_MQ,
         ];
+        if !self.write_through() {
+            bits.push(VIRTIO_BLK_F_FLUSH);
+        }
         if self.shared.disk.read_only() {
             bits.push(VIRTIO_BLK_F_RO);
         } else {
-            bits.extend([VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
+            bits.push(VIRTIO_BLK_F_WRITE_ZEROES);
+            if self.shared.disk.config().discard {
+                bits.push(VIRTIO_BLK_F_DISCARD);
+            }
+            if !self.write_through() {
+                bits.push(VIRTIO_BLK_F_CONFIG_WCE);
+            }
         }
         bits.iter().fold(0, |features, bit| features | 1 << bit)
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![QUEUE_SIZE; self.workers.len()]
+        vec![QUEUE_SIZE; self.queues.into()]
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -162,6 +231,7 @@ impl VirtioDevice for Block {
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         if !self.shared.disk.read_only()
+            && !self.write_through()
             && let (WRITEBACK, [value]) = (offset, data)
         {
             self.shared.write_back.store(*value != 0, Ordering::SeqCst);
@@ -173,27 +243,34 @@ impl VirtioDevice for Block {
         }
     }
 
+    fn config_generation(&self) -> u32 {
+        self.shared.generation.load(Ordering::SeqCst)
+    }
+
     fn activate(&mut self, features: u64, interrupt: Arc<dyn Interrupt>) {
-        self.active = Some((features, interrupt));
+        self.flush = features & 1 << VIRTIO_BLK_F_FLUSH != 0;
+        *self.shared.interrupt.lock().unwrap_or_else(PoisonError::into_inner) = Some(interrupt);
     }
 
     fn start_queue(&mut self, queue: Virtqueue) -> Arc<dyn Doorbell> {
-        let flush = self.active.as_ref().is_some_and(|(features, _)| features & 1 << VIRTIO_BLK_F_FLUSH != 0);
-        match self.workers.get(usize::from(queue.index())) {
-            Some(worker) => {
-                worker.start(BlockJob { queue, shared: self.shared.clone(), flush });
-                worker.doorbell()
-            }
-            None => crate::runner::silent(),
+        match &self.server {
+            Server::Threads(pool) => pool.start(queue, self.flush),
+            Server::Uring(rings) => match rings.get(usize::from(queue.index())) {
+                Some(ring) => ring.start(queue, self.flush),
+                None => crate::runner::silent(),
+            },
         }
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<Virtqueue> {
-        self.workers.get(usize::from(index))?.stop().map(|job| job.queue)
+        match &self.server {
+            Server::Threads(pool) => pool.stop(index),
+            Server::Uring(rings) => rings.get(usize::from(index))?.stop(),
+        }
     }
 
     fn reset(&mut self) {
-        self.active = None;
+        *self.shared.interrupt.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.shared.write_back.store(true, Ordering::SeqCst);
     }
 
@@ -215,12 +292,5 @@ impl VirtioDevice for Block {
         }
         self.shared.write_back.store(state.write_back, Ordering::SeqCst);
         Ok(())
-    }
-}
-
-impl Drop for Block {
-    /// What the guest wrote and did not flush survives the monitor in the host's cache; workers end before the disk is unlocked.
-    fn drop(&mut self) {
-        self.workers.clear();
     }
 }

@@ -65,7 +65,7 @@ fn pc(entropy: bool) -> Pc {
     let device: Box<dyn VirtioDevice> = if entropy {
         Box::new(Entropy::default())
     } else {
-        Box::new(Block::new(Disk::open(file.path(), false).unwrap(), "x", 2).unwrap())
+        Box::new(Block::new(Disk::open(&crate::DiskConfig::new(file.path())).unwrap(), "x", 2).unwrap())
     };
     let lines = Arc::new(Mutex::new(Vec::new()));
     let for_reporter = lines.clone();

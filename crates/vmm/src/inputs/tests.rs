@@ -136,7 +136,7 @@ fn message<T>(result: Result<T, Error>) -> String {
 fn disks() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("d.img");
-    let config = |read_only| DiskConfig { path: path.clone(), read_only };
+    let config = |read_only| DiskConfig { read_only, ..DiskConfig::new(&path) };
     assert!(message(open_disk(&config(false))).contains("check the path"));
     std::fs::write(&path, [0; 1024]).unwrap();
     {
@@ -154,11 +154,11 @@ fn disks() {
     let mut qcow = vec![0; 1024];
     qcow[..4].copy_from_slice(b"QFI\xfb");
     std::fs::write(&path, qcow).unwrap();
-    assert!(message(open_disk(&config(true))).contains("qemu-img convert"));
+    assert!(message(open_disk(&config(true))).contains("format=qcow2"));
     std::fs::write(&path, []).unwrap();
     assert!(message(open_disk(&config(true))).contains("smaller than one sector"));
-    let directory = DiskConfig { path: dir.path().into(), read_only: false };
+    let directory = DiskConfig::new(dir.path());
     assert!(message(open_disk(&directory)).contains("directory"));
-    let device = DiskConfig { path: "/dev/null".into(), read_only: false };
+    let device = DiskConfig::new("/dev/null");
     assert!(message(open_disk(&device)).contains("no disk"));
 }
