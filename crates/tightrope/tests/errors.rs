@@ -131,7 +131,7 @@ fn disks_that_are_none() {
     qcow[..4].copy_from_slice(b"QFI\xfb");
     std::fs::write(&path, &qcow).unwrap();
     disk(&name, &["starts like a qcow2", "format=qcow2"]);
-    disk(&format!("{name},format=qcow2"), &[&name, "cut off"]);
+    disk(&format!("{name},format=qcow2"), &[&name, "version 0"]);
     // The same disk twice in one VM.
     std::fs::write(&path, [0; 1024]).unwrap();
     check(&finish(kernel.run(&["--disk", &name, "--disk", &name]), b""), 1, &[&name, "in use"]);
