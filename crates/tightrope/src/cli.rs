@@ -100,7 +100,8 @@ pub enum Command {
 #[derive(Args, Clone, Debug, Default)]
 #[command(after_help = EXAMPLES)]
 pub struct RunArgs {
-    /// The image to run: `debian`, the only one so far, is Debian stable's own kernel and a BusyBox shell
+    /// The image to run: `busybox` is Debian stable's own kernel and a BusyBox shell; debian[:SUITE][+PACKAGE…], such as debian,
+    /// debian:12 or debian+nginx+git, is a whole Debian, made at the first time (see `tightrope pull`) [default: busybox]
     #[arg(conflicts_with = "kernel")]
     pub image: Option<String>,
 
@@ -170,6 +171,10 @@ pub struct RunArgs {
     /// Where to fetch Debian from [default: what the host's own APT uses]
     #[arg(long, value_name = "URL", env = "TIGHTROPE_MIRROR", value_hint = ValueHint::Url)]
     pub mirror: Option<String>,
+
+    /// Keep what the guest writes to the disk of its image under this name, and go on with it the next time; otherwise it ends with the VM
+    #[arg(long, value_name = "NAME", requires = "image")]
+    pub keep: Option<String>,
 
     /// End when the process that started this one ends
     #[arg(long, hide = true)]

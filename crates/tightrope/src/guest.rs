@@ -7,6 +7,7 @@ use vmm::{SandboxMode, VmConfig};
 
 use crate::cli::RunArgs;
 use crate::settings::Settings;
+use crate::system;
 
 /// For every kernel: where the console is.
 const CONSOLE: &str = "console=ttyS0";
@@ -52,10 +53,15 @@ pub fn configure(args: &RunArgs, settings: &Settings) -> Result<VmConfig> {
 
 /// Fills in kernel and initrd of the default image, fetching it if need be; returns its command line.
 fn default_image(args: &RunArgs, settings: &Settings, config: &mut VmConfig) -> Result<String> {
-    if let Some(name) = &args.image
-        && name != "debian"
-    {
-        bail!("there is no image '{name}': leave it away for Debian, or name your own kernel with --kernel");
+    if let Some(reference) = system::reference(args)? {
+        let own = system::configure(&reference, args, settings, config)?;
+        config.unpacked_kernel = unpacked(&config.kernel);
+        let mut words = vec![CONSOLE.to_string(), own, DEFAULT_IMAGE.to_string()];
+        words.extend(terminal_words());
+        return Ok(words.join(" "));
+    }
+    if args.keep.is_some() {
+        bail!("the small image has no disk to --keep: name another, for example debian");
     }
     let options =
         image::Options { mirror: args.mirror.clone().or_else(|| settings.mirror.clone()), ..image::Options::default() };

@@ -9,7 +9,9 @@ mod disks;
 mod doctor;
 mod guest;
 mod images;
+mod layers;
 mod settings;
+mod system;
 
 use std::ffi::OsString;
 use std::io::Write;

@@ -32,6 +32,8 @@ pub struct VmConfig {
     pub cmdline: String,
     /// Disks, in the order the guest sees them (`vda`, `vdb`, …).
     pub disks: Vec<DiskConfig>,
+    /// Files, disks among them, that are removed as soon as the VM has them open: they end with it.
+    pub temporary: Vec<PathBuf>,
     /// The network.
     pub net: NetConfig,
     /// Ports of the host that lead to the guest.
@@ -77,6 +79,7 @@ impl VmConfig {
             trusted_image: false,
             cmdline: String::new(),
             disks: Vec::new(),
+            temporary: Vec::new(),
             net: NetConfig::None,
             forwards: Vec::new(),
             net_server: None,

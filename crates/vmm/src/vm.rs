@@ -103,6 +103,10 @@ impl Vm {
                 terminal::message(&format!("tightrope: warning: {warning}"));
             }
         }
+        for file in &config.temporary {
+            // It may stay where it cannot be removed: space, nothing more.
+            let _ = std::fs::remove_file(file);
+        }
         let opening = net::Opening {
             config: &config.net,
             forwards: &config.forwards,

@@ -391,7 +391,8 @@ fn build(store: &ImageStore, workshop: &Path, plan: &Plan, options: &Options, ma
 
 /// What the builder's initramfs has besides the usual: its own process 1, and what makes a file system.
 fn tools(debs: &[PathBuf]) -> Result<Vec<u8>> {
-    const PACKAGES: &[&str] = &["e2fsprogs_", "libext2fs2", "libcom-err2_", "libblkid1_", "libuuid1_", "libc6_"];
+    const PACKAGES: &[&str] =
+        &["e2fsprogs", "libext2fs2", "libext2fs2t64", "libcom-err2", "libblkid1", "libuuid1", "libc6"];
     const LIBRARIES: &[&str] =
         &["libext2fs.so.2", "libe2p.so.2", "libcom_err.so.2", "libblkid.so.1", "libuuid.so.1", "libc.so.6"];
     const LOADER: &str = "ld-linux-x86-64.so.2";
@@ -401,8 +402,10 @@ fn tools(debs: &[PathBuf]) -> Result<Vec<u8>> {
     let mut found = Vec::new();
     for deb in debs {
         let name = deb.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        // In the cache it is <hash>-<package>_<version>_<architecture>.deb.
         let name = name.split_once('-').map_or("", |(_, name)| name);
-        if !PACKAGES.iter().any(|p| name.starts_with(p)) {
+        let name = name.split('_').next().unwrap_or_default().trim_end_matches(".deb");
+        if !PACKAGES.contains(&name) {
             continue;
         }
         let wanted = |path: &str| {
