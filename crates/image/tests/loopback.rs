@@ -4,9 +4,11 @@ mod mirror;
 
 use std::fs;
 use std::net::TcpListener;
-use std::time::Duration;
 
 use image::{Error, Flavour, Host, Options, default_image, fetch_closure, fetch_packages};
+use pgp::composed::{ArmorOptions, CleartextSignedMessage, SignedPublicKey};
+use pgp::types::Password;
+
 use mirror::{IN_RELEASE, Manner, World, hex, key, sign};
 
 #[test]

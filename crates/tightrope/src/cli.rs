@@ -70,15 +70,15 @@ pub enum Command {
         #[arg(long, value_name = "URL", env = "TIGHTROPE_MIRROR", value_hint = ValueHint::Url)]
         mirror: Option<String>,
     },
-    /// List the images that are there
+    /// List the images that are there, and the disks that were kept
     Images {
         /// As JSON, for programs, with all packages
         #[arg(long)]
         json: bool,
     },
-    /// Remove images
+    /// Remove images, and disks that were kept (--keep)
     Rm {
-        /// Names or ids
+        /// Names, or ids of images
         #[arg(required = true)]
         images: Vec<String>,
     },

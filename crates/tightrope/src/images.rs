@@ -9,6 +9,7 @@ use anyhow::{Result, bail};
 use image::{BuildGuest, Image, ImageStore, Machine, Options, Pulled, Reference};
 use serde_json::json;
 
+use crate::layers;
 use crate::settings::Settings;
 
 /// How long the guest that makes a disk may be silent. Its longest steps write a line each few seconds.
@@ -152,7 +153,16 @@ pub fn list(as_json: bool) -> Result<i32> {
                 })
             })
             .collect();
-        writeln!(out, "{}", serde_json::to_string_pretty(&all)?)?;
+        let kept: Vec<_> = layers::list(&store)
+            .into_iter()
+            .map(|(name, kept)| {
+                let size = layers::size(&store, &name);
+                json!({
+                    "name": name, "image": kept.image, "image_digest": kept.digest, "created": kept.created, "size": size,
+                })
+            })
+            .collect();
+        writeln!(out, "{}", serde_json::to_string_pretty(&json!({"images": all, "kept": kept}))?)?;
         return Ok(0);
     }
     let width = all.iter().map(|i| i.manifest.name.len()).max().unwrap_or(0).clamp(14, 60);
@@ -163,6 +173,17 @@ pub fn list(as_json: bool) -> Result<i32> {
         let (packages, created) = (m.packages.len(), date(m.created));
         writeln!(out, "{:width$}  {:12}  {packages:>8}  {size:>8}  {created:10}  {}", m.name, i.id(), m.kernel)?;
     }
+    for (name, kept) in layers::list(&store) {
+        let size = format!("{} MiB", layers::size(&store, &name) >> 20);
+        writeln!(
+            out,
+            "{name:width$}  {:12}  {:>8}  {size:>8}  {:10}  kept, of {}",
+            "",
+            "",
+            date(kept.created),
+            kept.image
+        )?;
+    }
     Ok(0)
 }
 
@@ -172,20 +193,39 @@ pub fn list(as_json: bool) -> Result<i32> {
 /// One line for the user: there is no such image, or it is in use.
 pub fn remove(names: &[String]) -> Result<i32> {
     let store = ImageStore::open(&image::Host::current())?;
+    let kept = layers::list(&store);
     // All names are looked at before anything is removed.
-    let mut all: Vec<Image> = Vec::new();
+    let (mut all, mut disks): (Vec<Image>, Vec<&str>) = (Vec::new(), Vec::new());
     for name in names {
+        if let Some((name, _)) = kept.iter().find(|(n, _)| n == name) {
+            disks.push(name);
+            continue;
+        }
         let found = store.named(name);
-        let ids: std::collections::BTreeSet<_> = found.iter().map(|i| &i.manifest.name).collect();
-        match (found.is_empty(), ids.len()) {
-            (true, _) => {
+        let different: std::collections::BTreeSet<_> = found.iter().map(|i| &i.manifest.name).collect();
+        match different.len() {
+            0 => {
                 let there = store.list();
-                let near = image::names::nearest(name, there.iter().map(|i| i.manifest.name.as_str()));
+                let there = there.iter().map(|i| i.manifest.name.as_str());
+                let near = image::names::nearest(name, there.chain(kept.iter().map(|(n, _)| n.as_str())));
                 bail!("there is no image '{name}'{}: `tightrope images` lists them", image::names::did_you_mean(&near));
             }
-            (_, 1) => all.extend(found),
+            1 => all.extend(found),
             _ => bail!("'{name}' is the start of several ids: give more of it"),
         }
+    }
+    for image in &all {
+        let stands = |(name, kept): &&(String, layers::Kept)| {
+            kept.digest == image.manifest.digest && !disks.contains(&name.as_str())
+        };
+        if let Some((disk, _)) = kept.iter().find(stands) {
+            let name = &image.manifest.name;
+            bail!("the disk '{disk}' that you keep stands on {name}: remove that first (tightrope rm {disk})");
+        }
+    }
+    for name in disks {
+        layers::remove(&store, name)?;
+        writeln!(std::io::stdout(), "removed {name}")?;
     }
     for image in &all {
         store.remove(image, image::Progress::Auto)?;
@@ -200,7 +240,10 @@ pub fn remove(names: &[String]) -> Result<i32> {
 /// Failures of the file system, in one line.
 pub fn prune() -> Result<i32> {
     let host = image::Host::current();
-    let freed = ImageStore::open(&host)?.prune(image::Progress::Auto, |_| false)?;
+    let store = ImageStore::open(&host)?;
+    let kept = layers::list(&store);
+    let stands = |image: &Image| kept.iter().any(|(_, kept)| kept.digest == image.manifest.digest);
+    let freed = store.prune(image::Progress::Auto, stands)?;
     let packages = image::prune_cache(&Options::default())?;
     writeln!(std::io::stdout(), "freed {} MiB", (freed + packages) >> 20)?;
     Ok(0)

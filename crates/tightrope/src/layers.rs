@@ -132,9 +132,8 @@ fn copy_data(from: &File, to: &File) -> Result<()> {
         let mut there = at;
         while at < end {
             let length = usize::try_from(end - at).unwrap_or(usize::MAX).min(1 << 30);
-            match rustix::fs::copy_file_range(from, Some(&mut at), to, Some(&mut there), length)? {
-                0 => bail!("the image is shorter than it was"),
-                _ => {}
+            if rustix::fs::copy_file_range(from, Some(&mut at), to, Some(&mut there), length)? == 0 {
+                bail!("the image is shorter than it was");
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Running a whole Debian: its image (made first if it is not there), a layer to write to, and what boots it.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use image::{Image, ImageStore, Options, Reference};
 use vmm::{DiskConfig, VmConfig};
 
@@ -32,7 +32,21 @@ pub fn reference(args: &RunArgs) -> Result<Option<Reference>> {
 pub fn image(reference: &Reference, args: &RunArgs, settings: &Settings) -> Result<(ImageStore, Image)> {
     let options: Options = images::options(args.mirror.as_ref(), settings);
     let store = ImageStore::open(&options.host)?;
-    let image = match store.find(reference) {
+    let named = reference.to_string();
+    let mut there = store.list().into_iter().filter(|i| i.manifest.name == named);
+    // A disk that was kept goes on with the image that it stands on, even if there is a newer one.
+    let kept = args.keep.as_ref().and_then(|name| layers::list(&store).into_iter().find(|(n, _)| n == name));
+    let found = match kept {
+        None => there.next(),
+        Some((name, kept)) => match there.find(|i| i.manifest.digest == kept.digest) {
+            None => bail!(
+                "the disk '{name}' stands on the image {}: name that, or choose another name for --keep",
+                kept.image
+            ),
+            found => found,
+        },
+    };
+    let image = match found {
         Some(image) => image,
         None => {
             let engine = args.engine.or(settings.engine).unwrap_or_default();
