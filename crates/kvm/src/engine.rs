@@ -10,6 +10,7 @@ use memory::GuestRam;
 
 use crate::chips::KernelChips;
 use crate::cpuid::GuestCpuid;
+use crate::dirty::{Dirty, DirtyLog, Log};
 use crate::host::{Host, cap};
 use crate::kick::Cell;
 use crate::msr;
@@ -38,14 +39,14 @@ pub struct Options {
     pub model: CpuidModel,
     /// Leave vCPUs that are in the parking code asleep until the mailbox calls them, instead of letting them spin.
     pub parking: Option<Parking>,
-    /// Note which pages the guest writes: see [`KvmEngine::take_dirty`].
-    pub dirty_log: bool,
+    /// Whether and how to note which pages the guest writes: see [`KvmEngine::take_dirty`].
+    pub dirty_log: DirtyLog,
 }
 
 impl Options {
     /// The usual settings for a guest with this CPUID model.
     pub fn new(model: CpuidModel) -> Self {
-        Self { model, parking: None, dirty_log: false }
+        Self { model, parking: None, dirty_log: DirtyLog::Off }
     }
 }
 
@@ -61,6 +62,7 @@ pub struct KvmEngine {
     enforce_pv_features: bool,
     loses_registers: bool,
     parking: Option<Parking>,
+    dirty: Option<Arc<Log>>,
 }
 
 impl KvmEngine {
@@ -106,10 +108,11 @@ impl KvmEngine {
         };
         let vm = Arc::new(vm);
         let chips = KernelChips::create(vm.clone(), features, capabilities.eventfds)?;
+        let dirty = Log::new(vm.clone(), &ram, capabilities, options.dirty_log);
         for (slot, (start, address, len)) in (0..).zip(ram.pieces()) {
             let region = b::kvm_userspace_memory_region {
                 slot,
-                flags: if options.dirty_log { b::KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+                flags: if dirty.is_some() { b::KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
                 guest_phys_addr: start,
                 memory_size: len,
                 userspace_addr: address as u64,
@@ -129,27 +132,8 @@ impl KvmEngine {
             enforce_pv_features: capabilities.enforces_pv_features,
             loses_registers: host_is_amd(),
             parking: options.parking,
+            dirty,
         })
-    }
-}
-
-/// Pages that the guest wrote in one piece of RAM.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Dirty {
-    /// Guest-physical address of the first page.
-    pub start: u64,
-    /// A bit a page of 4 KiB, the first in bit 0 of the first word.
-    pub bitmap: Vec<u64>,
-}
-
-impl Dirty {
-    /// The guest-physical addresses of the pages.
-    pub fn pages(&self) -> impl Iterator<Item = u64> {
-        let set = |bits: u64| (0..64_u64).filter(move |bit| bits >> bit & 1 != 0);
-        (0..)
-            .zip(&self.bitmap)
-            .flat_map(move |(word, bits): (u64, _)| set(*bits).map(move |bit| word * 64 + bit))
-            .map(|page| self.start + page * memory::PAGE_SIZE)
     }
 }
 
@@ -160,13 +144,12 @@ impl KvmEngine {
     /// # Errors
     /// One line why not.
     pub fn take_dirty(&self) -> Result<Vec<Dirty>, String> {
-        let take = |(slot, (start, _, len)): (u32, (u64, *mut u8, u64))| {
-            let bitmap = self.vm.get_dirty_log(slot, len as usize);
-            bitmap
-                .map(|bitmap| Dirty { start, bitmap })
-                .map_err(|error| format!("KVM does not tell what was written: {}", std::io::Error::from(error)))
-        };
-        (0..).zip(self.ram.pieces()).map(take).collect()
+        self.dirty.as_ref().ok_or("nobody asked to note which pages are written")?.take()
+    }
+
+    /// Are they noted in rings (and not in bitmaps)?
+    pub fn has_dirty_rings(&self) -> bool {
+        self.dirty.as_ref().is_some_and(|log| log.by_rings())
     }
 }
 
@@ -204,6 +187,9 @@ impl Engine for KvmEngine {
         if self.cpuid.has_arch_capabilities() {
             registers::set_msr(&fd, cpu::msr::ARCH_CAPABILITIES, self.arch_capabilities)?;
         }
+        if let Some(dirty) = &self.dirty {
+            dirty.add(&fd).map_err(|error| format!("KVM gives no ring of written pages: {error}"))?;
+        }
         let cell = Cell::new(fd);
         self.chips.add(cell.clone());
         let parts = VcpuParts {
@@ -215,6 +201,7 @@ impl Engine for KvmEngine {
             watch: self.watch.clone(),
             keep_last: self.loses_registers,
             parking: self.parking,
+            dirty: self.dirty.clone(),
         };
         Ok(Box::new(KvmVcpu::new(parts)))
     }

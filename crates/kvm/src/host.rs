@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 pub const DEVICE: &str = "/dev/kvm";
 /// The only version of the KVM API there has been since 2007.
 const API_VERSION: i32 = 12;
+/// Bytes of an entry of a dirty ring.
+const DIRTY_RING_ENTRY: u32 = 16;
 
 /// Why KVM cannot be used, told apart by what helps.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
@@ -142,7 +144,7 @@ impl Host {
             max_vcpus: kvm.get_max_vcpus() as u32,
             recommended_vcpus: kvm.get_nr_vcpus() as u32,
             memory_slots: kvm.get_nr_memslots() as u32,
-            dirty_ring: raw(cap::DIRTY_LOG_RING_ACQ_REL).max(raw(cap::DIRTY_LOG_RING)),
+            dirty_ring: raw(cap::DIRTY_LOG_RING_ACQ_REL).max(raw(cap::DIRTY_LOG_RING)) / DIRTY_RING_ENTRY,
             msr_filter: raw(cap::X86_USER_SPACE_MSR) != 0 && raw(cap::X86_MSR_FILTER) != 0,
             enforces_pv_features: raw(cap::ENFORCE_PV_FEATURE_CPUID) != 0,
             tsc_scaling: kvm.check_extension(Cap::TscControl),

@@ -40,6 +40,7 @@ ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, b::kvm_device_attr);
 ioctl_iow_nr!(KVM_SET_GSI_ROUTING, KVMIO, 0x6a, b::kvm_irq_routing);
 ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, b::kvm_ioeventfd);
 ioctl_iow_nr!(KVM_IRQFD, KVMIO, 0x76, b::kvm_irqfd);
+ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, b::kvm_dirty_log);
 
 /// The `request` arguments of all `ioctl`s that a VM makes after it is built: what the sandbox is to allow. No VM, vCPU or device can be
@@ -79,6 +80,7 @@ pub fn after_start() -> Vec<u64> {
         KVM_SET_DEVICE_ATTR(),
         KVM_GET_DEVICE_ATTR(),
         KVM_GET_DIRTY_LOG(),
+        KVM_RESET_DIRTY_RINGS(),
         // The guest chooses at run time where its devices' doorbells are and which interrupts they send.
         KVM_IOEVENTFD(),
         KVM_SET_GSI_ROUTING(),

@@ -13,6 +13,7 @@ use vmm_sys_util::ioctl::ioctl;
 
 use crate::Parking;
 use crate::debug::{Breakpoints, Mode};
+use crate::dirty::Log;
 use crate::ioctls::KVM_RUN;
 use crate::kick::{ALL, Cell, Handle, LOOK, STOP, WAKE};
 use crate::msr;
@@ -33,6 +34,7 @@ struct Counters {
     msr: u64,
     kicks: u64,
     debug: u64,
+    dirty: u64,
     other: u64,
 }
 
@@ -57,12 +59,15 @@ pub struct VcpuParts {
     /// This CPU loses registers at a triple fault (AMD-V does).
     pub keep_last: bool,
     pub parking: Option<Parking>,
+    /// Noting what is written, if somebody wants to know.
+    pub dirty: Option<Arc<Log>>,
 }
 
 pub struct KvmVcpu {
     cell: Arc<Cell>,
     index: u32,
     parking: Option<Parking>,
+    dirty: Option<Arc<Log>>,
     bus: Arc<dyn Bus>,
     ram: GuestRam,
     features: Features,
@@ -81,7 +86,7 @@ pub struct KvmVcpu {
 
 impl KvmVcpu {
     pub fn new(parts: VcpuParts) -> Self {
-        let VcpuParts { cell, index, bus, ram, features, watch, keep_last, parking } = parts;
+        let VcpuParts { cell, index, bus, ram, features, watch, keep_last, parking, dirty } = parts;
         let number = watch.add(cell.clone());
         if keep_last {
             cell.fd().get_kvm_run().kvm_valid_regs = u64::from(b::KVM_SYNC_X86_REGS | b::KVM_SYNC_X86_SREGS);
@@ -90,6 +95,7 @@ impl KvmVcpu {
             cell,
             index,
             parking,
+            dirty,
             bus,
             ram,
             features,
@@ -187,6 +193,14 @@ impl KvmVcpu {
             b::KVM_EXIT_DEBUG => {
                 self.counters.debug += 1;
                 return Next::Exit(Exit::Debug);
+            }
+            b::KVM_EXIT_DIRTY_RING_FULL => {
+                self.counters.dirty += 1;
+                if let Some(Err(error)) = self.dirty.as_ref().map(|log| log.harvest()) {
+                    return Next::Exit(Exit::Internal(format!(
+                        "KVM does not empty its ring of written pages: {error}"
+                    )));
+                }
             }
             b::KVM_EXIT_INTR => return Next::Kicked,
             b::KVM_EXIT_SHUTDOWN => return Next::Exit(Exit::TripleFault),
@@ -453,6 +467,7 @@ impl Vcpu for KvmVcpu {
             ("exits.msr", c.msr),
             ("exits.kicks", c.kicks),
             ("exits.debug", c.debug),
+            ("exits.dirty-ring", c.dirty),
             ("exits.other", c.other),
         ];
         all.into_iter().map(|(name, count)| (format!("kvm.{name}"), count)).collect()

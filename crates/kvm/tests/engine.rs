@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use cpu::cpuid::CpuidModel;
 use cpu::{Bus, CpuState, Engine, Exit, FpState, Nothing, TableRegister, Vcpu, VcpuSetup, gpr};
-use kvm::{Host, KvmEngine, Options};
+use kvm::{DirtyLog, Host, KvmEngine, Options};
 use memory::GuestRam;
 
 const PML4: u64 = 0x1000;
@@ -43,7 +43,7 @@ struct Rig {
 }
 
 /// A vCPU in 64-bit mode at `code`, with 4 GiB mapped onto themselves; `None` without a KVM that works.
-fn rig(code: &[u8], dirty_log: bool) -> Option<Rig> {
+fn rig(code: &[u8], dirty_log: DirtyLog) -> Option<Rig> {
     let host = match kvm::probe::usable() {
         Ok(host) => host,
         Err(why) => {
@@ -100,7 +100,7 @@ fn run_for(vcpu: &mut dyn Vcpu, time: Duration) -> Exit {
 
 #[test]
 fn state_there_and_back() {
-    let Some(mut rig) = rig(&[0xf4], false) else { return };
+    let Some(mut rig) = rig(&[0xf4], DirtyLog::Off) else { return };
     let first = rig.vcpu.state();
     let mut state = start();
     for (at, register) in state.gpr.iter_mut().enumerate() {
@@ -130,7 +130,7 @@ fn state_there_and_back() {
 
 #[test]
 fn a_state_that_cannot_be_is_told() {
-    let Some(mut rig) = rig(&[0xf4], false) else { return };
+    let Some(mut rig) = rig(&[0xf4], DirtyLog::Off) else { return };
     let mut state = start();
     // Long mode active without paging.
     state.cr0 &= !cpu::cr0::PG;
@@ -143,7 +143,7 @@ fn a_state_that_cannot_be_is_told() {
 #[test]
 fn stopped_again_and_again() {
     // 1: inc rax; jmp 1b
-    let Some(mut rig) = rig(&[0x48, 0xff, 0xc0, 0xeb, 0xfb], false) else { return };
+    let Some(mut rig) = rig(&[0x48, 0xff, 0xc0, 0xeb, 0xfb], DirtyLog::Off) else { return };
     let mut last = 0;
     for _ in 0..50 {
         assert_eq!(run_for(&mut *rig.vcpu, Duration::from_millis(2)), Exit::Stopped);
@@ -173,7 +173,7 @@ fn io_of_all_kinds() {
         0x48, 0x89, 0x07, // mov [rdi], rax
         0xf4, // hlt
     ];
-    let Some(mut rig) = rig(&code, false) else { return };
+    let Some(mut rig) = rig(&code, DirtyLog::Off) else { return };
     assert_eq!(rig.vcpu.run(), Exit::Stuck, "HLT with interrupts off");
     let state = rig.vcpu.state();
     assert_eq!((state.gpr[gpr::RBX], state.gpr[gpr::RAX]), (0x34, 0x0908_0706));
@@ -195,7 +195,7 @@ fn emulated() -> bool {
 fn steps_and_breakpoints() {
     // Ten NOPs, then back.
     let code = [[0x90; 10].as_slice(), &[0xeb, 0xf4]].concat();
-    let Some(mut rig) = rig(&code, false) else { return };
+    let Some(mut rig) = rig(&code, DirtyLog::Off) else { return };
     for n in 1..=3 {
         assert_eq!(rig.vcpu.step(), Exit::Debug);
         assert_eq!(rig.vcpu.state().rip, CODE + n);
@@ -227,7 +227,7 @@ fn steps_and_breakpoints() {
 
 #[test]
 fn memory_by_linear_address() {
-    let Some(mut rig) = rig(&[0xf4], false) else { return };
+    let Some(mut rig) = rig(&[0xf4], DirtyLog::Off) else { return };
     assert!(rig.ram.write(0x2f_fffc, b"across a page"));
     let mut bytes = [0; 13];
     assert!(rig.vcpu.read_virtual(0x2f_fffc, &mut bytes));
@@ -242,7 +242,7 @@ fn memory_by_linear_address() {
 fn msrs_are_filtered() {
     let read = |number: u32| [&[0xb9], &number.to_le_bytes()[..], &[0x0f, 0x32, 0xf4]].concat();
     // FEATURE_CONTROL: the monitor's answer. IA32_PMC0, a Hyper-V register, KVM's steal time, the AMD VM_CR: not there.
-    let Some(mut rig) = rig(&read(0x3a), false) else { return };
+    let Some(mut rig) = rig(&read(0x3a), DirtyLog::Off) else { return };
     assert_eq!(rig.vcpu.run(), Exit::Stuck);
     assert_eq!(rig.vcpu.state().gpr[gpr::RAX], 1);
     for number in [0xc1, 0x4000_0000, 0x4b56_4d03, 0xc001_0114] {
@@ -252,26 +252,72 @@ fn msrs_are_filtered() {
     }
 }
 
+/// By rings where this KVM has them, and by bitmaps; the same pages either way.
 #[test]
 fn written_pages_are_noted() {
     // mov [0x300000], eax; mov [0x3fff000], eax; hlt
     let code = [0x89, 0x04, 0x25, 0, 0, 0x30, 0, 0x89, 0x04, 0x25, 0, 0xf0, 0xff, 0x03, 0xf4];
-    let Some(mut rig) = rig(&code, true) else { return };
-    rig.engine.take_dirty().unwrap();
-    assert_eq!(rig.vcpu.run(), Exit::Stuck);
-    let pages: Vec<u64> =
-        rig.engine.take_dirty().unwrap().iter().flat_map(|dirty| dirty.pages().collect::<Vec<_>>()).collect();
-    for page in [0x30_0000, 0x3ff_f000] {
-        assert!(pages.contains(&page), "{pages:x?}");
+    for how in [DirtyLog::Best, DirtyLog::Bitmap] {
+        let Some(mut rig) = rig(&code, how) else { return };
+        let rings = Host::open().is_ok_and(|host| host.capabilities().dirty_ring > 0);
+        assert_eq!(rig.engine.has_dirty_rings(), rings && how == DirtyLog::Best);
+        rig.engine.take_dirty().unwrap();
+        for _ in 0..2 {
+            rig.vcpu.set_state(&start());
+            assert_eq!(rig.vcpu.run(), Exit::Stuck);
+            let pages = pages(&rig.engine);
+            for page in [0x30_0000, 0x3ff_f000] {
+                assert!(pages.contains(&page), "{how:?}: {pages:x?}");
+            }
+            assert!(!pages.contains(&0x31_0000));
+            assert!(self::pages(&rig.engine).is_empty(), "{how:?}");
+        }
     }
-    assert!(!pages.contains(&0x31_0000));
-    let again = rig.engine.take_dirty().unwrap();
-    assert_eq!(again.iter().map(|dirty| dirty.pages().count()).sum::<usize>(), 0);
+    let Some(rig) = rig(&code, DirtyLog::Off) else { return };
+    assert!(rig.engine.take_dirty().is_err());
+}
+
+fn pages(engine: &KvmEngine) -> Vec<u64> {
+    engine.take_dirty().unwrap().iter().flat_map(|dirty| dirty.pages().collect::<Vec<_>>()).collect()
+}
+
+/// More pages than a ring has room for: the vCPU leaves the guest, nothing is lost, and others take from the ring meanwhile.
+#[test]
+fn a_full_ring_loses_nothing() {
+    // mov edi, 0x400000; mov ecx, 12288; 1: mov [rdi], ecx; add rdi, 4096; loop 1b; hlt
+    let code =
+        [0xbf, 0, 0, 0x40, 0, 0xb9, 0, 0x30, 0, 0, 0x89, 0x0f, 0x48, 0x81, 0xc7, 0, 0x10, 0, 0, 0xe2, 0xf5, 0xf4];
+    let Some(Rig { engine, mut vcpu, .. }) = rig(&code, DirtyLog::Best) else { return };
+    engine.take_dirty().unwrap();
+    let wanted: std::collections::BTreeSet<u64> = (0..12288).map(|n| 0x40_0000 + n * 4096).collect();
+    for concurrent in [false, true] {
+        vcpu.set_state(&start());
+        let done = AtomicU64::new(0);
+        let mut seen = std::collections::BTreeSet::new();
+        std::thread::scope(|scope| {
+            let taker = scope.spawn(|| {
+                let mut seen = Vec::new();
+                while concurrent && done.load(Ordering::SeqCst) == 0 {
+                    seen.extend(pages(&engine));
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                seen
+            });
+            assert_eq!(vcpu.run(), Exit::Stuck);
+            done.store(1, Ordering::SeqCst);
+            seen.extend(taker.join().unwrap());
+        });
+        seen.extend(pages(&engine));
+        assert!(seen.is_superset(&wanted), "{} of {}", seen.intersection(&wanted).count(), wanted.len());
+        let counters = vcpu.counters();
+        let full = counters.iter().find(|(name, _)| name == "kvm.exits.dirty-ring").map_or(0, |(_, count)| *count);
+        assert!(concurrent || !engine.has_dirty_rings() || full > 0, "the ring was never full");
+    }
 }
 
 #[test]
 fn clock_goes_on_from_where_it_is_set() {
-    let Some(rig) = rig(&[0xf4], false) else { return };
+    let Some(rig) = rig(&[0xf4], DirtyLog::Off) else { return };
     rig.engine.set_clock(3_600_000_000_000);
     let now = rig.engine.clock();
     assert!(now.wrapping_sub(3_600_000_000_000) < 1_000_000_000, "{now}");
@@ -281,7 +327,7 @@ fn clock_goes_on_from_where_it_is_set() {
 #[test]
 fn a_storm_of_kicks() {
     // 1: out 0x80, al; inc rbx; jmp 1b
-    let Some(mut rig) = rig(&[0xe6, 0x80, 0x48, 0xff, 0xc3, 0xeb, 0xf9], false) else { return };
+    let Some(mut rig) = rig(&[0xe6, 0x80, 0x48, 0xff, 0xc3, 0xeb, 0xf9], DirtyLog::Off) else { return };
     let done = Arc::new(AtomicU64::new(0));
     let threads: Vec<_> = (0..3)
         .map(|_| {
@@ -313,7 +359,7 @@ fn doorbells_do_not_leave_the_guest() {
     // mov edi, 0xd0000000; mov ecx, 1000; 1: mov [rdi], cx; mov [rdi], ecx; mov [rdi + 4], cl; loop 1b; hlt
     let code =
         [0xbf, 0, 0, 0, 0xd0, 0xb9, 0xe8, 3, 0, 0, 0x66, 0x89, 0x0f, 0x89, 0x0f, 0x88, 0x4f, 0x04, 0xe2, 0xf6, 0xf4];
-    let Some(mut rig) = rig(&code, false) else { return };
+    let Some(mut rig) = rig(&code, DirtyLog::Off) else { return };
     let chips = rig.engine.chips().unwrap();
     let event = vmm_sys_util::eventfd::EventFd::new(libc::EFD_NONBLOCK).unwrap();
     // SAFETY: the descriptor is open as long as `event`.
@@ -341,7 +387,7 @@ fn message_lines_interrupt() {
     // RDI has the local APIC's page, which is switched on by its spurious vector register.
     let eoi = [0xc7, 0x87, 0xb0, 0, 0, 0, 0, 0, 0, 0, 0x48, 0xcf];
     let switch_on = [0xc7, 0x87, 0xf0, 0, 0, 0, 0xff, 1, 0, 0, 0xfb, 0xf4, 0xeb, 0xfc];
-    let Some(mut rig) = rig(&switch_on, false) else { return };
+    let Some(mut rig) = rig(&switch_on, DirtyLog::Off) else { return };
     for (vector, handler, count) in [(0x41_u64, 0x1_1000_u64, [0x49, 0xff, 0xc0]), (0x42, 0x1_1100, [0x49, 0xff, 0xc1])]
     {
         assert!(rig.ram.write(handler, &[&count[..], &eoi].concat()));
