@@ -108,6 +108,20 @@ pub mod leaf_d_eax {
     pub const XGETBV1: u32 = 1 << 2;
 }
 
+/// Feature bits of leaf 0x4000_0001, EAX (`Documentation/virt/kvm/x86/cpuid.rst`).
+#[allow(missing_docs)]
+pub mod kvm_eax {
+    pub const CLOCKSOURCE: u32 = 1 << 0;
+    pub const NOP_IO_DELAY: u32 = 1 << 1;
+    pub const CLOCKSOURCE2: u32 = 1 << 3;
+    pub const STEAL_TIME: u32 = 1 << 5;
+    pub const PV_EOI: u32 = 1 << 6;
+    pub const PV_UNHALT: u32 = 1 << 7;
+    pub const PV_TLB_FLUSH: u32 = 1 << 9;
+    pub const PV_SEND_IPI: u32 = 1 << 11;
+    pub const CLOCKSOURCE_STABLE: u32 = 1 << 24;
+}
+
 /// Feature words of a CPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features {
@@ -280,9 +294,12 @@ impl CpuidModel {
                 let [max, first, third, second] = text_leaf(0x4000_0010, b"KVMKVMKVM\0\0\0");
                 [max, first, second, third]
             }
-            // CLOCKSOURCE, NOP_IO_DELAY, CLOCKSOURCE2, CLOCKSOURCE_STABLE.
-            // And PV_UNHALT.
-            0x4000_0001 => [1 | 1 << 1 | 1 << 3 | 1 << 24 | u32::from(self.pv_unhalt) << 7, 0, 0, 0],
+            0x4000_0001 => {
+                use kvm_eax as k;
+                let always = k::CLOCKSOURCE | k::NOP_IO_DELAY | k::CLOCKSOURCE2 | k::STEAL_TIME | k::PV_EOI;
+                let more = k::PV_TLB_FLUSH | k::PV_SEND_IPI | k::CLOCKSOURCE_STABLE;
+                [always | more | if self.pv_unhalt { k::PV_UNHALT } else { 0 }, 0, 0, 0]
+            }
             0x4000_0010 => [self.tsc_khz, LAPIC_HZ / 1000, 0, 0],
             0x8000_0000 => [0x8000_0008, 0, 0, 0],
             0x8000_0001 => [0, 0, f.extended_ecx, f.extended_edx],

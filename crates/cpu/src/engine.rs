@@ -62,6 +62,12 @@ pub trait LocalApic: Send + Sync {
     fn acknowledge_init(&self);
     /// EOI by paravirtual means, or by MSR write: here for hypercalls.
     fn eoi(&self);
+    /// Sends an interprocessor interrupt to the vCPU with this APIC id, by the hypercall for that: `vector`, or an NMI. `false`: there is
+    /// no such vCPU.
+    fn send_ipi(&self, apic_id: u32, vector: u8, nmi: bool) -> bool {
+        let _ = (apic_id, vector, nmi);
+        false
+    }
 }
 
 /// Makes a vCPU look at its local APIC and its requests soon: wakes it when halted, stops it at the next block when it runs.

@@ -294,6 +294,10 @@ pub struct CpuState {
     pub wait_for_sipi: bool,
 }
 
+/// Indices into [`CpuState::kvm_misc`].
+const KVM_PV_EOI: usize = 1;
+const KVM_STEAL_TIME: usize = 2;
+
 impl Default for CpuState {
     /// The state after RESET (SDM volume 3, table 9-1), except that CS:RIP and the mode are for the loader to set.
     fn default() -> Self {
@@ -351,6 +355,26 @@ impl CpuState {
     /// The current privilege level, 0 to 3.
     pub const fn cpl(&self) -> u8 {
         if self.cr0 & cr0::PE == 0 { 0 } else { self.segments[SegmentIndex::Ss as usize].dpl() }
+    }
+
+    /// MSR_KVM_STEAL_TIME: guest-physical address | enable bit.
+    pub const fn kvm_steal_time(&self) -> u64 {
+        self.kvm_misc[KVM_STEAL_TIME]
+    }
+
+    /// Sets MSR_KVM_STEAL_TIME.
+    pub const fn set_kvm_steal_time(&mut self, value: u64) {
+        self.kvm_misc[KVM_STEAL_TIME] = value;
+    }
+
+    /// MSR_KVM_PV_EOI_EN: guest-physical address | enable bit.
+    pub const fn kvm_pv_eoi(&self) -> u64 {
+        self.kvm_misc[KVM_PV_EOI]
+    }
+
+    /// Sets MSR_KVM_PV_EOI_EN.
+    pub const fn set_kvm_pv_eoi(&mut self, value: u64) {
+        self.kvm_misc[KVM_PV_EOI] = value;
     }
 
     /// Is the CPU in IA-32e mode with a 64-bit code segment?

@@ -186,6 +186,7 @@ impl InterpVcpu {
 
 impl Vcpu for InterpVcpu {
     fn run(&mut self) -> Exit {
+        self.interp.resumed(&self.state);
         let mut look = 0;
         let mut first = true;
         loop {

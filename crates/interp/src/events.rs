@@ -95,6 +95,7 @@ impl Interp {
     /// [`TripleFault`]: the guest's tables are broken beyond a double fault.
     pub fn deliver_interrupt(&mut self, state: &mut CpuState, vector: u8) -> Result<(), TripleFault> {
         state.halted = false;
+        self.steal.look(&self.mmu.ram, self.model.tsc_khz, state);
         let (row, column) = (usize::from(vector / 32), usize::from(vector % 32));
         self.counters.interrupts[row][column] += 1;
         let (rip, flags) = (state.rip, state.rflags);

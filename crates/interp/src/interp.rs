@@ -15,6 +15,7 @@ use crate::mmu::{Mmu, Target};
 use crate::msr::MsrEnv;
 use crate::native::Assist;
 use crate::ops::Cx;
+use crate::steal::StealClock;
 use crate::tsc;
 
 /// DR6: single step.
@@ -105,6 +106,7 @@ pub struct Interp {
     pub(crate) counters: Counters,
     pub(crate) assist: Assist,
     pub(crate) observer: Option<Box<dyn Observer>>,
+    pub(crate) steal: StealClock,
     cache: DecodeCache,
 }
 
@@ -121,6 +123,7 @@ impl Interp {
             counters: Counters::default(),
             assist: Assist::ready(),
             observer: None,
+            steal: StealClock::default(),
             cache: DecodeCache::new(),
         }
     }
@@ -173,6 +176,11 @@ impl Interp {
         });
         let taken = self.counters.interrupts.iter().flatten().enumerate().filter(|(_, number)| **number > 0);
         exceptions.chain(taken.map(|(vector, number)| (format!("interrupts.{vector:#04x}"), *number))).collect()
+    }
+
+    /// The vCPU begins to run, or goes on after it was stopped or moved here. To be called before its first step.
+    pub fn resumed(&mut self, state: &CpuState) {
+        self.steal.resumed(&self.mmu.ram, state);
     }
 
     /// What [`crate::msr`] needs.

@@ -29,6 +29,7 @@ pub mod msr;
 mod native;
 mod ops;
 mod registers;
+mod steal;
 pub mod tsc;
 
 pub use engine::InterpEngine;

@@ -11,7 +11,7 @@ use cpu::paging::{PHYSICAL_BITS, is_canonical};
 use cpu::{CpuState, LocalApic, MsrError, SegmentIndex, cr0, efer};
 use memory::GuestRam;
 
-use crate::tsc;
+use crate::{steal, tsc};
 
 /// What MSRs reach beyond [`CpuState`].
 pub struct MsrEnv<'a> {
@@ -79,6 +79,8 @@ pub fn read(env: &MsrEnv<'_>, state: &CpuState, msr: u32) -> Result<u64, MsrErro
         n::PAT => state.pat,
         n::KVM_SYSTEM_TIME | n::KVM_SYSTEM_TIME_OLD => state.kvm_system_time,
         n::KVM_WALL_CLOCK | n::KVM_WALL_CLOCK_OLD => state.kvm_wall_clock,
+        n::KVM_STEAL_TIME => state.kvm_steal_time(),
+        n::KVM_PV_EOI => state.kvm_pv_eoi(),
         n::EFER => state.efer,
         n::STAR => state.star,
         n::LSTAR => state.lstar,
@@ -153,6 +155,15 @@ pub fn write(env: &MsrEnv<'_>, state: &mut CpuState, msr: u32, value: u64) -> Re
         n::KVM_WALL_CLOCK | n::KVM_WALL_CLOCK_OLD => {
             state.kvm_wall_clock = value;
             write_wall_clock(env, value);
+        }
+        n::KVM_STEAL_TIME => {
+            check(steal::valid(value))?;
+            state.set_kvm_steal_time(value);
+        }
+        // Kept; the bit that saves an end of interrupt is never set, because here that is no exit.
+        n::KVM_PV_EOI => {
+            check(value & 2 == 0)?;
+            state.set_kvm_pv_eoi(value);
         }
         n::EFER => {
             const WRITABLE: u64 = efer::SCE | efer::LME | efer::NXE;
@@ -297,6 +308,8 @@ mod tests {
             (n::EFER, 1 << 12),
             (n::EFER, 0),
             (n::MTRR_DEFAULT, 2),
+            (n::KVM_STEAL_TIME, 0x1003),
+            (n::KVM_PV_EOI, 0x1003),
             (n::MTRR_CAP, 0),
             (n::ARCH_CAPABILITIES, 0),
             (n::SPEC_CTRL, 8),

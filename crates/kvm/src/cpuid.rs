@@ -80,6 +80,11 @@ impl GuestCpuid {
         self.model.features.leaf7_edx & leaf7_edx::ARCH_CAPABILITIES != 0
     }
 
+    /// The paravirtual features shown: EAX of leaf 0x4000_0001.
+    pub fn paravirtual(&self) -> u32 {
+        self.answer(0, &CpuState::default(), 0x4000_0001, 0)[0]
+    }
+
     /// All leaves for vCPU `index`.
     pub fn entries(&self, index: u32) -> Result<CpuId, String> {
         let mut entries = Vec::new();

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cpu::cpuid::{ARCH_CAPABILITIES, CpuidModel};
+use cpu::cpuid::{ARCH_CAPABILITIES, CpuidModel, kvm_eax};
 use cpu::{Chips, Engine, Vcpu, VcpuSetup};
 use kvm_bindings as b;
 use kvm_ioctls::VmFd;
@@ -103,6 +103,8 @@ impl KvmEngine {
             xsave: cpuid.model().features.leaf1_ecx & cpu::cpuid::leaf1_ecx::XSAVE != 0,
             xcr0: cpuid.model().xcr0_mask(),
             spec_ctrl: cpuid.has_spec_ctrl(),
+            steal_time: cpuid.paravirtual() & kvm_eax::STEAL_TIME != 0,
+            pv_eoi: cpuid.paravirtual() & kvm_eax::PV_EOI != 0,
             tsc_offset: capabilities.tsc_offset,
             physical_mask: (1 << cpuid.physical_bits()) - 1,
         };

@@ -10,7 +10,7 @@ use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, Vm
 use crate::host::cap;
 
 /// `(first, last)` of the MSRs that KVM answers itself. Those of the local APIC (0x800 to 0x8ff) cannot be filtered.
-const ALLOWED: [(u32, u32); 21] = [
+const ALLOWED: [(u32, u32); 22] = [
     (n::TSC, n::KVM_SYSTEM_TIME_OLD),
     (n::APIC_BASE, n::APIC_BASE),
     (n::TSC_ADJUST, n::TSC_ADJUST),
@@ -29,6 +29,7 @@ const ALLOWED: [(u32, u32); 21] = [
     (n::MTRR_DEFAULT, n::MTRR_DEFAULT),
     (n::TSC_DEADLINE, n::TSC_DEADLINE),
     (n::KVM_WALL_CLOCK, n::KVM_SYSTEM_TIME),
+    (n::KVM_STEAL_TIME, n::KVM_PV_EOI),
     (n::EFER, n::FMASK),
     (n::FS_BASE, n::KERNEL_GS_BASE),
     (n::TSC_AUX, n::TSC_AUX),

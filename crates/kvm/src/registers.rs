@@ -19,6 +19,10 @@ pub struct Features {
     pub xcr0: u64,
     /// IA32_SPEC_CTRL exists.
     pub spec_ctrl: bool,
+    /// MSR_KVM_STEAL_TIME exists.
+    pub steal_time: bool,
+    /// MSR_KVM_PV_EOI_EN exists.
+    pub pv_eoi: bool,
     /// The TSC's offset can be read and set exactly.
     pub tsc_offset: bool,
     /// The bits that addresses of MTRRs may have.
@@ -193,6 +197,7 @@ fn msrs<'a>(state: &'a mut CpuState, features: &Features) -> Vec<(u32, &'a mut u
     let [default, mtrrs @ ..] = &mut state.mtrr;
     let numbers = n::MTRR_FIXED.into_iter().chain(n::MTRR_VARIABLE..=n::MTRR_VARIABLE_LAST);
     let [cs, esp, eip] = &mut state.sysenter;
+    let [_, pv_eoi, steal_time, _] = &mut state.kvm_misc;
     let mut all = vec![
         (n::STAR, &mut state.star),
         (n::LSTAR, &mut state.lstar),
@@ -212,6 +217,14 @@ fn msrs<'a>(state: &'a mut CpuState, features: &Features) -> Vec<(u32, &'a mut u
     ];
     if features.spec_ctrl {
         all.push((n::SPEC_CTRL, &mut state.spec_ctrl));
+    }
+    // One that is in use and does not exist here is to be refused.
+    for (exists, number, place) in
+        [(features.steal_time, n::KVM_STEAL_TIME, steal_time), (features.pv_eoi, n::KVM_PV_EOI, pv_eoi)]
+    {
+        if exists || *place != 0 {
+            all.push((number, place));
+        }
     }
     all.extend(numbers.zip(mtrrs));
     all
@@ -394,12 +407,20 @@ mod tests {
 
     #[test]
     fn all_registers_have_a_place_of_their_own() {
-        let features = Features { xsave: true, xcr0: 7, spec_ctrl: true, tsc_offset: true, physical_mask: u64::MAX };
+        let features = Features {
+            xsave: true,
+            xcr0: 7,
+            spec_ctrl: true,
+            steal_time: true,
+            pv_eoi: true,
+            tsc_offset: true,
+            physical_mask: u64::MAX,
+        };
         let mut state = CpuState::default();
         let mut numbers: Vec<u32> = msrs(&mut state, &features).into_iter().map(|(number, _)| number).collect();
-        assert_eq!(numbers.len(), 16 + 27);
+        assert_eq!(numbers.len(), 18 + 27);
         numbers.sort_unstable();
         numbers.dedup();
-        assert_eq!(numbers.len(), 16 + 27);
+        assert_eq!(numbers.len(), 18 + 27);
     }
 }

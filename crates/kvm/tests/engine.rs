@@ -117,6 +117,8 @@ fn state_there_and_back() {
     (state.sysenter, state.tsc_offset, state.tsc_adjust) = ([0x10, 0x2000, 0x3000], 1 << 40, 5);
     (state.dr[0], state.interrupt_shadow, state.nmi_blocked) = (0x1234, true, true);
     state.mtrr[12] = 0x8000_0006;
+    state.set_kvm_steal_time(0x30_0001);
+    state.set_kvm_pv_eoi(0x30_0041);
     rig.vcpu.set_state(&state);
     assert_eq!(rig.vcpu.state(), state);
     state.halted = true;
@@ -241,11 +243,11 @@ fn memory_by_linear_address() {
 #[test]
 fn msrs_are_filtered() {
     let read = |number: u32| [&[0xb9], &number.to_le_bytes()[..], &[0x0f, 0x32, 0xf4]].concat();
-    // FEATURE_CONTROL: the monitor's answer. IA32_PMC0, a Hyper-V register, KVM's steal time, the AMD VM_CR: not there.
+    // FEATURE_CONTROL: the monitor's answer. IA32_PMC0, a Hyper-V register, KVM's asynchronous page faults, the AMD VM_CR: not there.
     let Some(mut rig) = rig(&read(0x3a), DirtyLog::Off) else { return };
     assert_eq!(rig.vcpu.run(), Exit::Stuck);
     assert_eq!(rig.vcpu.state().gpr[gpr::RAX], 1);
-    for number in [0xc1, 0x4000_0000, 0x4b56_4d03, 0xc001_0114] {
+    for number in [0xc1, 0x4000_0000, 0x4b56_4d02, 0xc001_0114] {
         assert!(rig.ram.write(CODE, &read(number)));
         rig.vcpu.set_state(&start());
         assert_eq!(rig.vcpu.run(), Exit::TripleFault, "{number:#x}");

@@ -157,9 +157,9 @@ fn several_vcpus() {
         return;
     }
     for cpus in ["2", "4", "8", "64"] {
-        // Each process hashes the same bytes; then all are to be found equal.
+        // (QEMU's emulation of AMD-V makes kernels warn of the XSAVE area.) Each process hashes the same bytes; then all are to be found equal.
         let input = format!(
-            "nproc; cat /proc/cpuinfo | grep -c ^processor; dmesg | grep -c -E 'BUG|WARNING|soft lockup|stall|not responding'\n\
+            "nproc; cat /proc/cpuinfo | grep -c ^processor; dmesg | grep -E 'BUG|WARNING|soft lockup|stall|not responding' | grep -v -c fpu/xstate\n\
              for i in $(seq {cpus}) 1 2 3 4; do (seq 3000 | sha256sum > /tmp/sum.$i) & done; wait\n\
              cat /tmp/sum.* | sort -u | wc -l; echo sums-checked; poweroff\n"
         );
@@ -186,7 +186,8 @@ fn several_vcpus_reboot_and_crash() {
     session.send(b"echo l > /proc/sysrq-trigger; dmesg | grep -c 'NMI backtrace for cpu'; echo traced\n");
     session.expect("2\r\ntraced");
     session.send(b"echo 1 > /proc/sys/kernel/panic; echo c > /proc/sysrq-trigger\n");
-    session.expect("Kernel panic");
+    // What the kernel says before may stand in the middle of the command's echo.
+    session.expect("Rebooting in");
     session.expect(PROMPT);
     session.send(b"nproc; poweroff\n");
     session.expect("2\r\n");

@@ -262,7 +262,19 @@ fn moves_between_engines() {
 #[ignore = "takes many minutes"]
 fn all_whole_machine_tests() {
     let debian = "--skip generic --skip cloud";
-    let runs = [("engine", ""), ("toys", ""), ("terminal", ""), ("moves", ""), ("debian", debian)];
+    // Images are made without an engine.
+    let errors = "--skip cache --skip first_run";
+    let runs = [
+        ("engine", ""),
+        ("toys", ""),
+        ("terminal", ""),
+        ("footprint", ""),
+        ("paravirtual", ""),
+        ("moves", ""),
+        ("network", ""),
+        ("errors", errors),
+        ("debian", debian),
+    ];
     pass(&runs, Duration::from_secs(3600));
 }
 

@@ -32,6 +32,7 @@ impl Vcpu for BtVcpu {
     fn run(&mut self) -> Exit {
         let start = Instant::now();
         let _running = Running::new(self);
+        self.interp.resumed(&self.block().state);
         let exit = self.run_guest();
         self.counters.run_time += start.elapsed();
         exit

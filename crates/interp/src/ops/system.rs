@@ -1,6 +1,6 @@
 //! Sensitive instructions that are no control-register or segment loads.
 
-use cpu::gpr::{R11, RAX, RBX, RCX, RDX};
+use cpu::gpr::{R11, RAX, RBX, RCX, RDX, RSI};
 use cpu::paging::is_canonical;
 use cpu::{Exception, Segment, SegmentIndex, cr4, efer, rflags};
 
@@ -44,6 +44,7 @@ pub(super) fn hlt(cx: &mut Cx<'_>, _insn: &Insn) -> Result<(), Exception> {
     cx.privileged()?;
     cx.st.halted = true;
     cx.it.counters.halts += 1;
+    cx.it.steal.pause();
     cx.outcome = Some(Outcome::Halted);
     Ok(())
 }
@@ -202,10 +203,13 @@ pub(super) fn invlpg(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
 /// KVM's hypercalls: number in RAX, arguments in RBX, RCX, RDX, RSI, answer in RAX (`Documentation/virt/kvm/x86/hypercalls.rst`).
 pub(super) fn vmcall(cx: &mut Cx<'_>, _insn: &Insn) -> Result<(), Exception> {
     const KICK_CPU: u64 = 5;
+    const SEND_IPI: u64 = 10;
     const KVM_ENOSYS: i64 = 1000;
     const KVM_EPERM: i64 = 1;
     let answer = if cx.st.cpl() != 0 {
         -KVM_EPERM
+    } else if cx.st.gpr[RAX] == SEND_IPI {
+        send_ipi(cx)
     } else if cx.st.gpr[RAX] == KICK_CPU && cx.hooks.kick_cpu(cx.st.gpr[RCX] as u32) {
         0
     } else {
@@ -213,6 +217,24 @@ pub(super) fn vmcall(cx: &mut Cx<'_>, _insn: &Insn) -> Result<(), Exception> {
     };
     cx.st.gpr[RAX] = answer as u64;
     Ok(())
+}
+
+/// KVM_HC_SEND_IPI: to the APIC ids from RDX on that have a bit in RCX:RBX, what RSI says as an ICR. Returns how many there were.
+fn send_ipi(cx: &mut Cx<'_>) -> i64 {
+    const KVM_EINVAL: i64 = 22;
+    /// Destination mode and shorthand, which have no meaning here.
+    const NOT_HERE: u64 = 1 << 11 | 3 << 18;
+    const FIXED: u64 = 0;
+    const NMI: u64 = 4;
+    let g = &cx.st.gpr;
+    let (bits, first, icr) = (u128::from(g[RCX]) << 64 | u128::from(g[RBX]), g[RDX] as u32, g[RSI]);
+    let mode = icr >> 8 & 7;
+    if icr & NOT_HERE != 0 || !matches!(mode, FIXED | NMI) {
+        return -KVM_EINVAL;
+    }
+    let lapic = &cx.it.setup.lapic;
+    let wanted = (0..128_u32).filter(|bit| bits >> bit & 1 != 0).filter_map(|bit| first.checked_add(bit));
+    wanted.filter(|id| lapic.send_ipi(*id, icr as u8, mode == NMI)).count() as i64
 }
 
 fn fsgsbase_enabled(cx: &Cx<'_>) -> Result<(), Exception> {
@@ -279,5 +301,86 @@ impl Cx<'_> {
             _ => self.it.mmu.flush(),
         }
         self.hooks.tlb_flush(what);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use cpu::cpuid::CpuidModel;
+    use cpu::{Bus, CpuState, InterruptStatus, LocalApic, MsrError, Nothing, VcpuSetup, gpr};
+    use memory::GuestRam;
+
+    use crate::interp::{Interp, NoHooks, Outcome};
+
+    /// Three vCPUs' local APICs, which keep what is sent.
+    #[derive(Default)]
+    struct Three(Mutex<Vec<(u32, u8, bool)>>);
+
+    impl LocalApic for Three {
+        fn read_msr(&self, _: u32) -> Result<u64, MsrError> {
+            Err(MsrError)
+        }
+        fn write_msr(&self, _: u32, _: u64) -> Result<(), MsrError> {
+            Err(MsrError)
+        }
+        fn cr8(&self) -> u8 {
+            0
+        }
+        fn set_cr8(&self, _: u8) {}
+        fn status(&self) -> InterruptStatus {
+            InterruptStatus::default()
+        }
+        fn acknowledge(&self) -> Option<u8> {
+            None
+        }
+        fn acknowledge_nmi(&self) {}
+        fn acknowledge_init(&self) {}
+        fn eoi(&self) {}
+        fn send_ipi(&self, apic_id: u32, vector: u8, nmi: bool) -> bool {
+            self.0.lock().unwrap().push((apic_id, vector, nmi));
+            apic_id < 3
+        }
+    }
+
+    #[test]
+    fn interrupts_to_many_by_one_hypercall() {
+        let ram = GuestRam::new(32 << 20).unwrap();
+        assert!(ram.write(0x1000, &0x2003_u64.to_le_bytes()) && ram.write(0x2000, &0x83_u64.to_le_bytes()));
+        assert!(ram.write(0x5000, &[0x0f, 0x01, 0xc1]));
+        let lapic = Arc::new(Three::default());
+        let bus: Arc<dyn Bus> = Arc::new(Nothing);
+        let model = Arc::new(CpuidModel::new(3, 2_000_000));
+        let mut interp = Interp::new(VcpuSetup { index: 0, lapic: lapic.clone(), bus }, ram, model);
+        let mut call = |low: u64, high: u64, first: u64, icr: u64, user: bool| {
+            let mut state = CpuState::default();
+            state.enter_long_mode(0x1000, 0x10, 0x18);
+            state.rip = 0x5000;
+            for (register, value) in
+                [(gpr::RAX, 10), (gpr::RBX, low), (gpr::RCX, high), (gpr::RDX, first), (gpr::RSI, icr)]
+            {
+                state.gpr[register] = value;
+            }
+            if user {
+                assert!(interp.mmu.ram.write(0x1000, &0x2007_u64.to_le_bytes()));
+                assert!(interp.mmu.ram.write(0x2000, &0x87_u64.to_le_bytes()));
+                state.segments[2].attributes |= 3 << 5;
+                state.segments[1].attributes |= 3 << 5;
+            }
+            assert_eq!(interp.step(&mut state, &mut NoHooks), Outcome::Done);
+            (state.gpr[gpr::RAX] as i64, std::mem::take(&mut *lapic.0.lock().unwrap()))
+        };
+        assert_eq!(call(0b110, 0, 0, 0x51, false), (2, vec![(1, 0x51, false), (2, 0x51, false)]));
+        assert_eq!(
+            call(1, 1, 2, 0x400, false),
+            (1, vec![(2, 0, true), (66, 0, true)]),
+            "NMI, and one that is not there"
+        );
+        assert_eq!(call(u64::MAX, u64::MAX, u64::from(u32::MAX), 0x51, false).1.len(), 1, "no id beyond 32 bits");
+        for icr in [0x851, 0x4_0051, 0x151] {
+            assert_eq!(call(1, 0, 0, icr, false), (-22, vec![]));
+        }
+        assert_eq!(call(1, 0, 0, 0x51, true), (-1, vec![]), "not for user programs");
     }
 }

@@ -359,4 +359,11 @@ impl cpu::LocalApic for Lapic {
     fn eoi(&self) {
         self.access(|registers, _, _| ((), registers.end_of_interrupt()));
     }
+
+    fn send_ipi(&self, apic_id: u32, vector: u8, nmi: bool) -> bool {
+        let delivery = if nmi { Delivery::Nmi } else { Delivery::Fixed };
+        let shorthand = set::Shorthand::None;
+        let message = IcrMessage { vector, delivery, logical: false, level: false, shorthand, destination: apic_id };
+        set::send_to_one(&self.shared, message)
+    }
 }

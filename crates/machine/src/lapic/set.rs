@@ -79,6 +79,16 @@ pub(super) fn send(shared: &Shared, message: IcrMessage, sender: Option<u32>) {
     }
 }
 
+/// Delivers to the local APIC whose id is the destination; `false` if there is none.
+pub(super) fn send_to_one(shared: &Shared, message: IcrMessage) -> bool {
+    let lapics = shared.lapics.read().unwrap_or_else(PoisonError::into_inner);
+    let lapic = lapics.get(message.destination as usize);
+    if let Some(lapic) = lapic {
+        lapic.deliver(message.delivery, message.vector, message.level);
+    }
+    lapic.is_some()
+}
+
 /// The local APICs of all vCPUs.
 pub struct Lapics {
     shared: Arc<Shared>,

@@ -380,3 +380,16 @@ fn state() {
     bad.swap(0, 1);
     assert!(other.lapics.restore(&bad).is_err());
 }
+
+#[test]
+fn interrupts_by_hypercall() {
+    // In xAPIC mode too, where no MSR could send them.
+    let rig = Rig::new(2);
+    rig.cpu(1).write_msr(MSR_APIC_BASE, 0xfee0_0c00).unwrap();
+    rig.cpu(1).write_msr(0x80f, 0x1ff).unwrap();
+    assert!(LocalApic::send_ipi(&*rig.cpu(0), 1, 0x51, false));
+    assert_eq!(rig.cpu(1).acknowledge(), Some(0x51));
+    assert!(LocalApic::send_ipi(&*rig.cpu(0), 1, 0, true));
+    assert!(rig.cpu(1).status().nmi);
+    assert!(!LocalApic::send_ipi(&*rig.cpu(0), 2, 0x51, false), "nobody there");
+}
