@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! ~/.local/share/tightrope/layers/
-//!   run-<process>-<time>.raw   of a VM that is just being started; removed as soon as it is open, so it ends with the VM
+//!   run-<process>-<time>.qcow2   of a VM that is just being started; removed as soon as it is open, so it ends with the VM
 //!   <name>/                      kept by --keep NAME
-//!     disk.raw, layer.json     the layer, and over which image
+//!     disk.qcow2, layer.json     the layer, and over which image
 //!     lock                       flock(2)ed while a VM runs with it
 //! ```
 
@@ -67,7 +67,7 @@ pub fn temporary(store: &ImageStore, image: &Image) -> Result<Layer> {
     fs::create_dir_all(&layers).with_context(|| format!("cannot make {}", layers.display()))?;
     clear(&layers);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let path = layers.join(format!("run-{}-{}.raw", std::process::id(), now.as_nanos()));
+    let path = layers.join(format!("run-{}-{}.qcow2", std::process::id(), now.as_nanos()));
     make(&path, image)?;
     Ok(Layer { path, temporary: true })
 }
@@ -85,7 +85,7 @@ pub fn kept(store: &ImageStore, image: &Image, name: &str) -> Result<Layer> {
     };
     // It belongs to this process, which is the VM, to its end.
     std::mem::forget(lock);
-    let (path, about) = (dir.join("disk.raw"), dir.join("layer.json"));
+    let (path, about) = (dir.join("disk.qcow2"), dir.join("layer.json"));
     match read(&dir) {
         Some(kept) if kept.digest == image.manifest.digest => {}
         Some(kept) => bail!("the disk '{name}' stands on the image {}: choose another name for --keep", kept.image),
@@ -101,42 +101,12 @@ pub fn kept(store: &ImageStore, image: &Image, name: &str) -> Result<Layer> {
     Ok(Layer { path, temporary: false })
 }
 
-/// Makes the layer: a copy that shares the image's blocks where the host's file system can do that (Btrfs, XFS), and has its holes anywhere.
+/// Makes an empty layer over an image.
 fn make(path: &Path, image: &Image) -> Result<()> {
-    let (from, size) = (File::open(image.disk()), image.manifest.disk_size);
-    let from = from.with_context(|| format!("cannot read {}", image.disk().display()))?;
-    let made = File::create_new(path).map_err(anyhow::Error::from).and_then(|to| {
-        to.set_len(size)?;
-        match rustix::fs::ioctl_ficlone(&to, &from) {
-            Ok(()) => Ok(()),
-            Err(_) => copy_data(&from, &to),
-        }
-    });
-    made.map_err(|error| {
-        let _ = fs::remove_file(path);
-        error.context(format!("cannot make the disk {}", path.display()))
-    })
-}
-
-/// Copies what is no hole.
-fn copy_data(from: &File, to: &File) -> Result<()> {
-    use rustix::fs::SeekFrom;
-    let mut end = 0;
-    loop {
-        let mut at = match rustix::fs::seek(from, SeekFrom::Data(end)) {
-            Ok(at) => at,
-            Err(Errno::NXIO) => return Ok(()),
-            Err(e) => return Err(e.into()),
-        };
-        end = rustix::fs::seek(from, SeekFrom::Hole(at))?;
-        let mut there = at;
-        while at < end {
-            let length = usize::try_from(end - at).unwrap_or(usize::MAX).min(1 << 30);
-            if rustix::fs::copy_file_range(from, Some(&mut at), to, Some(&mut there), length)? == 0 {
-                bail!("the image is shorter than it was");
-            }
-        }
-    }
+    let base = disk::DiskConfig { format: Some(disk::Format::Raw), ..disk::DiskConfig::new(image.disk()) };
+    let backing = Some(disk::trusting(base));
+    disk::create(&disk::Create { path: path.to_path_buf(), size: None, format: disk::Format::Qcow2, backing })?;
+    Ok(())
 }
 
 /// All that are kept, by name.
@@ -150,7 +120,7 @@ pub fn list(store: &ImageStore) -> Vec<(String, Kept)> {
 /// What one takes up on the host's disk, in bytes.
 pub fn size(store: &ImageStore, name: &str) -> u64 {
     use std::os::unix::fs::MetadataExt;
-    let disk = directory(store).join(name).join("disk.raw");
+    let disk = directory(store).join(name).join("disk.qcow2");
     fs::metadata(disk).map_or(0, |m| m.blocks().saturating_mul(512))
 }
 

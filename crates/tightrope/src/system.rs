@@ -72,7 +72,14 @@ pub fn configure(reference: &Reference, args: &RunArgs, settings: &Settings, con
         Some(name) => layers::kept(&store, &image, name)?,
         None => layers::temporary(&store, &image)?,
     };
-    let root: DiskConfig = format!("{},rw", layer.path.display()).parse().map_err(anyhow::Error::msg)?;
+    let root = DiskConfig {
+        format: Some(disk::Format::Qcow2),
+        // It names the image's disk, and that is all it may name.
+        backing: disk::Backing::Under(image.dir().to_path_buf()),
+        // What ends with the VM need not survive a power failure.
+        cache: if layer.temporary { disk::Cache::Unsafe } else { disk::Cache::default() },
+        ..DiskConfig::new(&layer.path)
+    };
     config.disks.insert(0, root);
     if layer.temporary {
         config.temporary.push(layer.path);
