@@ -113,12 +113,23 @@ impl Session {
 
     /// Waits until the output has `text` behind what was waited for last.
     pub fn expect(&mut self, text: &str) {
-        let deadline = Instant::now() + LIMIT;
+        self.expect_within(text, LIMIT);
+    }
+
+    /// As [`Self::expect`], with a limit of one's own.
+    pub fn expect_within(&mut self, text: &str, limit: Duration) {
+        self.expect_one_of(&[text], limit);
+    }
+
+    /// Waits for one of several texts, and says which came first.
+    pub fn expect_one_of(&mut self, texts: &[&str], limit: Duration) -> usize {
+        let deadline = Instant::now() + limit;
         loop {
-            let found = self.seen[self.searched..].windows(text.len()).position(|window| window == text.as_bytes());
-            if let Some(at) = found {
-                self.searched += at + text.len();
-                return;
+            let place = |text: &str| self.seen[self.searched..].windows(text.len()).position(|w| w == text.as_bytes());
+            let found = texts.iter().enumerate().filter_map(|(i, text)| Some((place(text)? + text.len(), i))).min();
+            if let Some((end, which)) = found {
+                self.searched += end;
+                return which;
             }
             match self.out.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(bytes) => self.seen.extend(bytes),
@@ -126,13 +137,18 @@ impl Session {
                     let what = if why == RecvTimeoutError::Timeout { "in time" } else { "before the end" };
                     let _ = self.child.kill();
                     panic!(
-                        "{text:?} did not come {what}; output: {}\nerrors: {}",
+                        "{texts:?} did not come {what}; output: {}\nerrors: {}",
                         String::from_utf8_lossy(&self.seen),
                         String::from_utf8_lossy(&self.err.iter().flatten().collect::<Vec<u8>>())
                     );
                 }
             }
         }
+    }
+
+    /// The end of what came so far.
+    pub fn seen(&self) -> String {
+        String::from_utf8_lossy(&self.seen[self.seen.len().saturating_sub(4000)..]).into_owned()
     }
 
     /// Waits for the end of the process.

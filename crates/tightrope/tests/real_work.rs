@@ -1,0 +1,272 @@
+//! Real work in guests, checked: docs/real-work.md says what was shown. All of it is long and needs a Debian mirror, so it runs only when
+//! asked for: `cargo test -p tightrope --test real_work -- --ignored --nocapture --test-threads 1`, or one test by its name.
+//! Images are made in the user's store and stay there.
+
+mod common;
+
+use std::fs;
+use std::io::Write;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Session, engine, tightrope};
+
+/// Who has not answered by then does not: a busy machine takes minutes to install a large package.
+const PATIENCE: Duration = Duration::from_secs(1800);
+
+/// A Debian at its prompt.
+struct Guest {
+    session: Session,
+    commands: u32,
+}
+
+impl Guest {
+    /// Boots an image (made first if it is not there).
+    fn boot(image: &str, args: &[&str]) -> Self {
+        let mut command = tightrope(&["run", "--engine", &engine(), image]);
+        command.args(args);
+        if let Ok(mirror) = std::env::var("TIGHTROPE_MIRROR") {
+            command.env("TIGHTROPE_MIRROR", mirror);
+        }
+        let mut session = Session::start(command);
+        let started = Instant::now();
+        session.expect_within("root@debian:~# ", PATIENCE);
+        eprintln!("{image}: prompt after {:.1} s", started.elapsed().as_secs_f64());
+        Self { session, commands: 0 }
+    }
+
+    /// Runs a command, which must succeed.
+    fn run(&mut self, command: &str) {
+        self.commands += 1;
+        let started = Instant::now();
+        // The sign of the end is not what was typed.
+        let mark = format!("end-{}", self.commands);
+        self.session.send(
+            format!(
+                "( {command} ) </dev/null && echo end\"-\"{} ok || echo end\"-\"{} failed\n",
+                self.commands, self.commands
+            )
+            .as_bytes(),
+        );
+        self.session.expect_within(&format!("{mark} "), PATIENCE);
+        let well = self.session.expect_one_of(&["ok", "failed"], PATIENCE) == 0;
+        eprintln!("{:7.1} s  {command}", started.elapsed().as_secs_f64());
+        assert!(well, "{command} failed: {}", self.session.seen());
+    }
+
+    /// Installs packages from the mirror, through the NAT.
+    fn install(&mut self, packages: &str) {
+        self.run("apt-get -q update >/tmp/log 2>&1 || { cat /tmp/log; false; }");
+        self.run(&format!(
+            "DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends {packages} >/tmp/log 2>&1 || {{ tail -50 /tmp/log; false; }}"
+        ));
+    }
+
+    fn power_off(mut self) {
+        self.session.send(b"poweroff\n");
+        let done = self.session.finish();
+        assert_eq!(done.code(), Some(0), "{}", done.err);
+    }
+}
+
+/// A program of the host's that is ended with the test.
+struct Daemon(Child);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Runs a program of the host's, which must succeed; returns what it prints.
+fn host(program: &str, args: &[&str], dir: &Path) -> String {
+    let done = Command::new(program).args(args).current_dir(dir).stdin(Stdio::null()).output();
+    let done = done.unwrap_or_else(|e| panic!("{program}: {e}; it is needed on the host"));
+    assert!(done.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&done.stderr));
+    String::from_utf8_lossy(&done.stdout).trim().to_owned()
+}
+
+const NO_FAILED_UNIT: &str = "systemctl is-system-running --wait && test -z \"$(systemctl --failed --no-legend)\"";
+
+#[test]
+#[ignore = "long, needs a mirror"]
+fn systemd_boots_with_no_failed_unit() {
+    for image in ["debian:12", "debian:13"] {
+        let mut guest = Guest::boot(image, &[]);
+        guest.run(NO_FAILED_UNIT);
+        guest.run("test -z \"$(dpkg --audit)\" && apt-get -q check");
+        guest.power_off();
+    }
+}
+
+#[test]
+#[ignore = "long, needs a mirror"]
+fn servers_are_installed_and_serve() {
+    let mut guest = Guest::boot("debian:13", &["--memory=2G"]);
+    guest.install("nginx redis-server postgresql curl");
+    guest.run("systemctl is-active nginx redis-server postgresql");
+    guest.run("curl -sS http://localhost/ | grep -i 'welcome to nginx'");
+    guest.run("test \"$(redis-cli set a 42)\" = OK && test \"$(redis-cli get a)\" = 42");
+    let query = "create table t as select generate_series(1,1000) n; select sum(n) from t";
+    guest.run(&format!("cd / && su postgres -c \"psql -Atc '{query}'\" | grep -x 500500"));
+    guest.run("systemctl restart nginx redis-server postgresql && sleep 1 && test \"$(redis-cli get a)\" = 42");
+    guest.run(NO_FAILED_UNIT);
+    guest.power_off();
+}
+
+#[test]
+#[ignore = "long, needs a mirror"]
+fn ssh_comes_in_and_git_goes_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ssh_port, git_port) = (free_port(), free_port());
+    let forward = format!("{ssh_port}:22");
+    let mut guest = Guest::boot("debian:13+git+openssh-server", &["-p", &forward]);
+
+    host("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-f", "key"], dir.path());
+    let key = fs::read_to_string(dir.path().join("key.pub")).unwrap();
+    guest.run(&format!("mkdir -p -m 700 .ssh && echo '{}' >.ssh/authorized_keys", key.trim()));
+    guest.run("systemctl is-active ssh && ls /etc/ssh/ssh_host_ed25519_key");
+    let port = ssh_port.to_string();
+    let options = [
+        "-i",
+        "key",
+        "-p",
+        &port,
+        "-o",
+        "StrictHostKeyChecking=no",
+        "-o",
+        "UserKnownHostsFile=known",
+        "-o",
+        "BatchMode=yes",
+    ];
+    let ssh = |command: &str| host("ssh", &[&options[..], &["root@127.0.0.1", command]].concat(), dir.path());
+    assert_eq!(ssh("hostname; whoami"), "debian\nroot");
+    // A megabyte there and back, unharmed.
+    let data: Vec<u8> = (0..1_000_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let mut child = Command::new("ssh")
+        .args(options)
+        .args(["root@127.0.0.1", "cat"])
+        .current_dir(dir.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let sent = data.clone();
+    let writer = std::thread::spawn(move || stdin.write_all(&sent).unwrap());
+    assert!(child.wait_with_output().unwrap().stdout == data, "what came back is something else");
+    writer.join().unwrap();
+
+    let git = |args: &[&str]| host("git", args, dir.path());
+    git(&["init", "-q", "-b", "main", "work"]);
+    fs::write(dir.path().join("work/readme"), "from the host\n").unwrap();
+    git(&["-C", "work", "add", "readme"]);
+    let me = ["-c", "user.name=Host", "-c", "user.email=host@example.org"];
+    git(&[&["-C", "work"], &me[..], &["commit", "-q", "-m", "first"]].concat());
+    git(&["clone", "-q", "--bare", "work", "repo.git"]);
+    let serve = ["daemon", "--export-all", "--enable=receive-pack", "--listen=127.0.0.1", "--reuseaddr"];
+    let daemon = Command::new("git")
+        .args(serve)
+        .args([format!("--port={git_port}"), format!("--base-path={}", dir.path().display())])
+        .spawn()
+        .unwrap();
+    let _daemon = Daemon(daemon);
+    let url = format!("git://host.tightrope.internal:{git_port}/repo.git");
+    guest.run(&format!("git clone -q {url} repo && grep 'from the host' repo/readme"));
+    guest.run(
+        "cd repo && echo 'from the guest' >>readme && git -c user.name=Guest -c user.email=guest@example.org commit -qam second && git push -q",
+    );
+    assert_eq!(git(&["-C", "repo.git", "log", "-1", "--format=%s by %an"]), "second by Guest");
+    assert_eq!(git(&["-C", "repo.git", "show", "main:readme"]), "from the host\nfrom the guest");
+    guest.run(NO_FAILED_UNIT);
+    guest.power_off();
+}
+
+#[test]
+#[ignore = "long, needs a mirror"]
+fn a_container_runs() {
+    let mut guest = Guest::boot("debian:13", &["--memory=2G"]);
+    guest.install("podman crun");
+    // No registry is needed: the image is one program.
+    guest.run(
+        "mkdir -p c/bin && cp /usr/bin/busybox c/bin/ && ln -s busybox c/bin/sh && tar -C c -c . | podman import - box",
+    );
+    guest.run("podman run --rm --network=none box /bin/busybox echo from-a-container | grep from-a-container");
+    guest.run("test \"$(podman run --rm --network=none box /bin/sh -c 'busybox ps | busybox wc -l')\" -lt 6");
+    guest.run("test \"$(podman run --rm --network=none --hostname inside box /bin/busybox hostname)\" = inside");
+    guest.power_off();
+}
+
+#[test]
+#[ignore = "long, needs a mirror"]
+fn a_kernel_module_is_built_and_loaded() {
+    let mut guest = Guest::boot("debian:13", &["--memory=2G"]);
+    guest.install("linux-headers-cloud-amd64 gcc make");
+    guest.run(r#"mkdir m && cd m && echo 'obj-m := hello.o' >Makefile && printf '%s\n' '#include <linux/module.h>' 'static int n = 6; module_param(n, int, 0444);' 'static int __init hello(void) { pr_info("hello from a module: %d\\n", n * 7); return 0; }' 'static void __exit bye(void) { pr_info("bye\\n"); }' 'module_init(hello); module_exit(bye); MODULE_LICENSE("GPL");' >hello.c"#);
+    guest.run("make -s -C /lib/modules/$(uname -r)/build M=/root/m modules 2>&1");
+    guest.run("insmod m/hello.ko n=9 && dmesg | grep 'hello from a module: 63' && lsmod | grep hello");
+    guest.run("rmmod hello && dmesg | grep -w bye");
+    guest.power_off();
+}
+
+#[test]
+#[ignore = "long, needs a mirror"]
+fn file_systems_are_made_filled_and_checked() {
+    let dir = tempfile::tempdir().unwrap();
+    let disks: Vec<String> = (0..3).map(|i| dir.path().join(format!("{i}.raw")).display().to_string()).collect();
+    for disk in &disks {
+        fs::File::create(disk).unwrap().set_len(1 << 30).unwrap();
+    }
+    let args: Vec<&str> = disks.iter().flat_map(|d| ["--disk", d]).collect();
+    let mut guest = Guest::boot("debian:13", &args);
+    guest.install("xfsprogs btrfs-progs");
+    for (disk, make, check) in [
+        ("vdb", "mkfs.ext4 -q -F", "e2fsck -fn"),
+        ("vdc", "mkfs.xfs -q -f", "xfs_repair -n"),
+        ("vdd", "mkfs.btrfs -q -f", "btrfs check -p"),
+    ] {
+        guest.run(&format!("{make} /dev/{disk} && mount /dev/{disk} /mnt"));
+        guest.run("cp -a /usr/share /usr/bin /mnt/ && dd if=/dev/urandom of=/mnt/big bs=1M count=64 status=none");
+        guest.run("cd /mnt && find . -type f | sort | xargs -d '\\n' sha256sum >/root/sums && rm -rf share/doc/[a-l]* && cp -a big big2");
+        guest.run(&format!("umount /mnt && mount /dev/{disk} /mnt && cd /mnt && grep -v share/doc /root/sums | sha256sum -c --quiet && cmp big big2"));
+        guest.run(&format!("umount /mnt && {check} /dev/{disk}"));
+    }
+    guest.power_off();
+}
+
+#[test]
+#[ignore = "long, needs a mirror"]
+fn three_guests_at_once_and_one_crashes() {
+    // Memtest86+, which is no Linux: a kernel of its own out of a Debian package.
+    let dir = tempfile::tempdir().unwrap();
+    let debs = image::fetch_packages("bookworm", &["memtest86+"], &image::Options::default()).unwrap();
+    image::unpack_deb(&debs[0], dir.path()).unwrap();
+    let memtest = dir.path().join("boot/memtest86+x64.bin").display().to_string();
+    let mut command = tightrope(&["run", "--engine", &engine(), "--kernel", &memtest, "--net=none", "--memory=64M"]);
+    command.args(["--append", "console=ttyS0,115200"]);
+    let mut third = Session::start(command);
+    third.expect_within("Memtest86+", PATIENCE);
+    eprintln!("Memtest86+ runs");
+
+    let mut twelve = Guest::boot("debian:12", &[]);
+    let mut thirteen = Guest::boot("debian:13", &[]);
+    let work = "for i in $(seq 20); do head -c 4000000 /dev/zero | sha256sum; done | sort -u | wc -l | grep -x 1";
+    twelve.run(work);
+    thirteen.run(work);
+    thirteen.run("echo 1 >/proc/sys/kernel/sysrq");
+    thirteen.session.send(b"echo 1 >/proc/sys/kernel/panic; echo c >/proc/sysrq-trigger\n");
+    thirteen.session.expect_within("sysrq triggered crash", PATIENCE);
+    // The others go on.
+    twelve.run(work);
+    twelve.run(NO_FAILED_UNIT);
+    third.expect_within("Pass", PATIENCE);
+    twelve.power_off();
+    drop((third.kill(), thirteen.session.kill()));
+}
