@@ -131,9 +131,9 @@ fn parse_bzimage(file: &[u8]) -> Result<BzImage<'_>, BootError> {
     };
     let setup = (sectors + 1) * 512;
     let code = usize::try_from(setup).ok().and_then(|setup| file.get(setup..)).unwrap_or_default();
-    // The header counts the code in 16-byte units; files may have more (signatures), not less.
+    // The header counts the code in 16-byte units, of which the last need not be whole; files may have more (signatures), not less.
     let code_len = u64::from(u32_at(file, 0x1f4).ok_or_else(cut)?) * 16;
-    if code.len() < 0x400 || (code.len() as u64) < code_len {
+    if code.len() < 0x400 || (code.len() as u64).next_multiple_of(16) < code_len {
         return Err(BootError::Truncated("the file is shorter than its header says"));
     }
     let (offset, len) = (u32_at(file, 0x248).ok_or_else(cut)?, u32_at(file, 0x24c).ok_or_else(cut)?);

@@ -119,6 +119,13 @@ fn message(mib: u64, source: BootSource<'_>) -> String {
 }
 
 #[test]
+fn the_last_unit_of_code_may_be_cut_short() {
+    let good = bzimage(&[1; 100]);
+    let source = BootSource { kernel: &good[..good.len() - 12], ..Default::default() };
+    load(&ram(64), &source).unwrap();
+}
+
+#[test]
 fn mistakes_get_a_line_with_a_remedy() {
     fn kernel(kernel: &[u8]) -> BootSource<'_> {
         BootSource { kernel, ..Default::default() }
@@ -128,6 +135,8 @@ fn mistakes_get_a_line_with_a_remedy() {
     let good = bzimage(&packed_elf());
     assert!(message(64, kernel(&good[..0x810])).contains("truncated"));
     assert!(message(64, kernel(&good[..0x210])).contains("truncated"));
+    let end = good.len() & !15;
+    assert!(message(64, kernel(&good[..end - 16])).contains("truncated"));
     let mut bad = good.clone();
     bad[0x236] = 0;
     assert!(message(64, kernel(&bad)).contains("for 32-bit x86"));
