@@ -13,6 +13,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::events::{self, Doorbell, Line, Routes};
 use crate::kick::Cell;
+use crate::refusal::{refused, told};
 use crate::registers::{self, Features};
 
 /// The timer's wire goes to this pin of the IOAPIC, as the MADT says.
@@ -39,10 +40,6 @@ pub struct KernelChips {
     routes: Option<Arc<Routes>>,
 }
 
-fn told(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> String {
-    move |error| format!("KVM refuses {what}: {}", std::io::Error::from(error))
-}
-
 /// Now, on the clock by which the kernel dates the PIT's counts.
 fn monotonic() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
@@ -54,12 +51,12 @@ fn monotonic() -> u64 {
 impl KernelChips {
     /// Makes the chips in `vm`, which has no vCPU yet.
     pub fn create(vm: Arc<VmFd>, features: Features, eventfds: bool) -> Result<Arc<Self>, String> {
-        vm.create_irq_chip().map_err(told("interrupt chips"))?;
+        vm.create_irq_chip().map_err(refused("interrupt chips"))?;
         // Port 0x61 belongs to the PIT's second channel and goes with it.
         vm.create_pit2(b::kvm_pit_config { flags: b::KVM_PIT_SPEAKER_DUMMY, ..Default::default() })
-            .map_err(told("a timer chip"))?;
+            .map_err(refused("a timer chip"))?;
         let wires = wires();
-        events::set_routes(&vm, &wires).map_err(told("the interrupts' routing"))?;
+        events::set_routes(&vm, &wires).map_err(refused("the interrupts' routing"))?;
         let routes = eventfds.then(|| Arc::new(Routes::new(vm.clone(), wires)));
         Ok(Arc::new(Self { vm, features, vcpus: Mutex::default(), routes }))
     }

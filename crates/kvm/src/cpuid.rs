@@ -7,6 +7,8 @@ use cpu::cpuid::{CpuidModel, leaf1_ecx, leaf7_edx};
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
+use crate::refusal::refused;
+
 /// Leaf and subleaf to EAX, EBX, ECX, EDX.
 type Leaves = HashMap<(u32, u32), [u32; 4]>;
 
@@ -29,9 +31,7 @@ pub struct GuestCpuid {
 impl GuestCpuid {
     /// `model` cut to what `kvm` can give.
     pub fn new(kvm: &Kvm, model: &CpuidModel) -> Result<Self, String> {
-        let list = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(|error| format!("KVM does not tell its CPUID: {}", std::io::Error::from(error)))?;
+        let list = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("to tell its CPUID"))?;
         let supported: Leaves =
             list.as_slice().iter().map(|e| ((e.function, e.index), [e.eax, e.ebx, e.ecx, e.edx])).collect();
         Ok(Self::cut(model, supported, kvm.check_extension(Cap::TscDeadlineTimer)))

@@ -14,6 +14,7 @@ use crate::dirty::{Dirty, DirtyLog, Log};
 use crate::host::{Host, cap};
 use crate::kick::Cell;
 use crate::msr;
+use crate::refusal::refused;
 use crate::registers::{self, Features};
 use crate::vcpu::{KvmVcpu, VcpuParts};
 use crate::watch::Watch;
@@ -89,7 +90,6 @@ impl KvmEngine {
             ));
         }
         let vm = host.create_vm().map_err(|error| error.to_string())?;
-        let refused = |what: &'static str| move |error| format!("KVM refuses {what}: {}", std::io::Error::from(error));
         vm.set_tss_address(TSS_ADDRESS).map_err(refused("a place for the task-state segment"))?;
         vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(refused("a place for page tables"))?;
         if capabilities.msr_filter {
@@ -178,7 +178,6 @@ impl Engine for KvmEngine {
     }
 
     fn create_vcpu(&self, setup: VcpuSetup) -> Result<Box<dyn Vcpu>, String> {
-        let refused = |what: &'static str| move |error| format!("KVM refuses {what}: {}", std::io::Error::from(error));
         let fd = self.vm.create_vcpu(setup.index.into()).map_err(refused("a vCPU"))?;
         if self.enforce_pv_features {
             let mut enforce = b::kvm_enable_cap { cap: cap::ENFORCE_PV_FEATURE_CPUID, ..Default::default() };

@@ -39,7 +39,9 @@ pub enum Unusable {
     #[error("this kernel's KVM has no {0}: Linux 5.10 or newer has it")]
     TooOld(String),
     /// No VM can be made.
-    #[error("KVM makes no virtual machine here ({0})")]
+    #[error(
+        "KVM makes no virtual machine here ({0}): look at dmesg, and load its module again (modprobe kvm_intel or kvm_amd)"
+    )]
     Refused(String),
     /// It opens, but does not run a 64-bit guest.
     #[error(

@@ -22,6 +22,7 @@ mod ioctls;
 mod kick;
 mod msr;
 pub mod probe;
+mod refusal;
 mod registers;
 mod vcpu;
 mod watch;

@@ -9,6 +9,7 @@ use kvm_ioctls::VcpuFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use crate::ioctls::{KVM_GET_DEVICE_ATTR, KVM_SET_DEVICE_ATTR};
+use crate::refusal::told;
 
 /// What decides which registers exist.
 #[derive(Clone, Copy, Debug)]
@@ -30,10 +31,6 @@ pub struct Features {
 }
 
 type Result<T> = std::result::Result<T, String>;
-
-fn told(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> String {
-    move |error| format!("KVM refuses {what}: {}", std::io::Error::from(error))
-}
 
 /// The host's TSC.
 pub fn host_tsc() -> u64 {

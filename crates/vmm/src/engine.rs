@@ -134,7 +134,11 @@ pub(crate) fn choose(
         (EngineChoice::Kvm, KvmState::NotAsked) => return Err(Error::Engine("engine kvm was not opened".into())),
         (EngineChoice::Kvm, KvmState::Not(why)) => return Err(no_kvm(&why)),
         (EngineChoice::Kvm, KvmState::Works(host)) => {
-            return Ok((self::kvm(config, ram, tsc_khz, &host)?, "engine kvm: asked for".to_string()));
+            let engine = self::kvm(config, ram, tsc_khz, &host).map_err(|why| {
+                kvm::probe::forget();
+                Error::Engine(format!("engine kvm cannot be used: {why}; or choose --engine bt"))
+            })?;
+            return Ok((engine, "engine kvm: asked for".to_string()));
         }
         (EngineChoice::Auto, KvmState::Works(host)) => match self::kvm(config, ram.clone(), tsc_khz, &host) {
             Ok(engine) => return Ok((engine, "engine kvm: this host runs 64-bit guests by hardware".to_string())),
