@@ -53,14 +53,14 @@ fn check(name: &'static str, verdict: Verdict, found: impl Into<String>, remedy:
 impl Report {
     /// Looks at this host. `more` are the caller's checks.
     pub fn new(more: Vec<Check>) -> Self {
-        let (kvm_check, capabilities) = kvm_check();
+        let (mut checks, capabilities) = kvm_check();
         let bt = bt_check();
         let engine = match (&capabilities, bt.verdict) {
             (Some(_), _) => Some("kvm"),
             (None, Verdict::Good) => Some("bt"),
             _ => None,
         };
-        let mut checks = vec![kvm_check, bt, cpu_check(), fsgsbase_check()];
+        checks.extend([bt, cpu_check(), fsgsbase_check()]);
         checks.extend([memory_check(), overcommit_check(), mappings_check(), threads_check(), huge_pages_check()]);
         checks.extend([landlock_check(), seccomp_check(), namespaces_check()]);
         checks.extend(more);
@@ -84,9 +84,9 @@ impl Report {
                 Verdict::Bad => "BAD    ",
             };
             // Writing to a String cannot fail.
-            let _ = writeln!(text, "{mark}  {:<12} {}", check.name, check.found);
+            let _ = writeln!(text, "{mark}  {:<13} {}", check.name, check.found);
             if let Some(remedy) = &check.remedy {
-                let _ = writeln!(text, "{:23}to change it: {remedy}", "");
+                let _ = writeln!(text, "{:24}to change it: {remedy}", "");
             }
         }
         let _ = match self.engine {
@@ -103,11 +103,32 @@ impl Report {
     }
 }
 
-fn kvm_check() -> (Check, Option<kvm::Capabilities>) {
+/// What a kernel from Linux 5.18 on has; without it VMs run all the same.
+fn kvm_features(c: &kvm::Capabilities) -> Check {
+    let all = [
+        ("doorbells and interrupts by event counters", c.eventfds),
+        ("rings of written pages", c.dirty_ring > 0),
+        ("a filter of MSRs", c.msr_filter),
+        ("a filter of paravirtual features", c.enforces_pv_features),
+        ("an exact TSC offset", c.tsc_offset),
+    ];
+    let names =
+        |there: bool| all.iter().filter(|(_, is)| *is == there).map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+    let scaling = if c.tsc_scaling { "; the TSC can be scaled" } else { "; the TSC cannot be scaled" };
+    match names(false) {
+        missing if missing.is_empty() => check("kvm features", Verdict::Good, names(true) + scaling, None),
+        missing => {
+            let found = format!("KVM lacks {missing}{scaling}");
+            check("kvm features", Verdict::Limited, found, Some("a newer kernel (Linux 5.18 has all of it)"))
+        }
+    }
+}
+
+fn kvm_check() -> (Vec<Check>, Option<kvm::Capabilities>) {
     let host = match kvm::Host::open() {
         Ok(host) => host,
         // The message ends with its remedy.
-        Err(why) => return (without_kvm(&why), None),
+        Err(why) => return (vec![without_kvm(&why)], None),
     };
     let found = kvm::probe::look(&host, false);
     match found.verdict {
@@ -115,15 +136,13 @@ fn kvm_check() -> (Check, Option<kvm::Capabilities>) {
             let c = host.capabilities();
             let took = found.took.map_or(0.0, |took| took.as_secs_f64() * 1000.0);
             let text = format!(
-                "a 64-bit test guest ran in {took:.0} ms; up to {} vCPUs, {} memory slots, dirty ring {}, MSR filter {}",
-                c.max_vcpus,
-                c.memory_slots,
-                if c.dirty_ring > 0 { "yes" } else { "no" },
-                if c.msr_filter { "yes" } else { "no" }
+                "a 64-bit test guest ran in {took:.0} ms; up to {} vCPUs a VM (recommended: {}), {} pieces of memory",
+                c.max_vcpus, c.recommended_vcpus, c.memory_slots
             );
-            (check("kvm", Verdict::Good, text, None), Some(c.clone()))
+            let features = kvm_features(c);
+            (vec![check("kvm", Verdict::Good, text, None), features], Some(c.clone()))
         }
-        Err(why) => (without_kvm(&why), None),
+        Err(why) => (vec![without_kvm(&why)], None),
     }
 }
 
@@ -337,6 +356,20 @@ mod tests {
         for check in &report.checks {
             assert!(!check.found.is_empty() && !check.found.contains('\n'), "{check:?}");
         }
+    }
+
+    #[test]
+    fn features_that_are_missing_are_named() {
+        let mut c = kvm::Capabilities { eventfds: true, dirty_ring: 65536, msr_filter: true, ..Default::default() };
+        let check = kvm_features(&c);
+        assert_eq!(check.verdict, Verdict::Limited);
+        assert!(
+            check.found.contains("lacks a filter of paravirtual") && !check.found.contains("MSRs"),
+            "{}",
+            check.found
+        );
+        (c.enforces_pv_features, c.tsc_offset) = (true, true);
+        assert_eq!(kvm_features(&c).verdict, Verdict::Good);
     }
 
     #[test]
