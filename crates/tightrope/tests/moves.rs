@@ -6,11 +6,15 @@ mod common;
 use common::{Session, engine, tightrope};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// In the guest (which echoes this, so it must not contain what is looked for): reads the disk again and again past its cache, compares, looks at the clocks, sleeps, counts.
+/// In the guest (which echoes this, so it must not contain what is looked for): reads the disk again and again past its cache, compares, asks
+/// the gateway, looks at the clocks, sleeps, counts. A second reader keeps requests in flight. (An answer may be lost with the old
+/// network server, not two.)
 const WORK: &str = "\
-sum=$(md5sum </dev/vda); nice -n 19 sh -c 'while :; do :; done' & \
+sum=$(md5sum </dev/vda); network wait; nice -n 19 sh -c 'while :; do :; done' & \
+while [ ! -e /stop ]; do dd if=/dev/vda of=/dev/null bs=64k 2>/dev/null; done & \
+p() { ping -q -c 1 -W 10 10.0.2.2 >/dev/null; }; \
 n=0; last=0; while [ ! -e /stop ]; do \
-echo 1 >/proc/sys/vm/drop_caches; [ \"$(md5sum </dev/vda)\" = \"$sum\" ] || echo BA''D-disk-$n; \
+echo 1 >/proc/sys/vm/drop_caches; [ \"$(md5sum </dev/vda)\" = \"$sum\" ] || echo BA''D-disk-$n; p || p || echo BA''D-net-$n; \
 read now rest </proc/uptime; now=${now%.*}${now#*.}; [ $now -ge $last ] || echo BA''D-time-$last-$now; last=$now; \
 n=$((n+1)); echo tick-$n-; sleep 0.02; \
 done &\n";
