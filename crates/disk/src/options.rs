@@ -49,10 +49,8 @@ pub enum Cache {
 /// How requests reach the file of a raw disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Io {
-    /// What measured best here (see docs/disks.md).
-    #[default]
-    Auto,
     /// A pool of threads.
+    #[default]
     Threads,
     /// io_uring; threads where the host has it not.
     Uring,
@@ -145,7 +143,7 @@ impl DiskConfig {
             }
             ("backing", _) => Err("backing is allow (any file) or a directory with / or ./ in front".into()),
             ("io", _) => {
-                let choices = [("auto", Io::Auto), ("threads", Io::Threads), ("uring", Io::Uring)];
+                let choices = [("threads", Io::Threads), ("uring", Io::Uring)];
                 set(&mut self.io, choose(key, value, &choices))
             }
             _ => return None,
@@ -241,7 +239,8 @@ mod tests {
         assert_eq!(parse("a.img"), Ok(DiskConfig::new("a.img")));
         assert_eq!(parse("a.img,ro"), Ok(DiskConfig { read_only: true, ..DiskConfig::new("a.img") }));
         assert_eq!(parse("/x,y/a.img"), Ok(DiskConfig::new("/x,y/a.img")));
-        let all = "d,x/a,format=raw,serial=S-1,bps=1M,iops=500,cache=writethrough,discard=off,shared,backing=allow,io=threads";
+        let all =
+            "d,x/a,format=raw,serial=S-1,bps=1M,iops=500,cache=writethrough,discard=off,shared,backing=allow,io=uring";
         let wanted = DiskConfig {
             shared: true,
             format: Some(Format::Raw),
@@ -250,7 +249,7 @@ mod tests {
             discard: false,
             limits: Limits { bytes: Some(1 << 20), operations: Some(500) },
             backing: Backing::Anywhere,
-            io: Io::Threads,
+            io: Io::Uring,
             ..DiskConfig::new("d,x/a")
         };
         assert_eq!(parse(all), Ok(wanted));

@@ -120,7 +120,7 @@ pub struct RunArgs {
     /// A disk image (raw or qcow2) or block device, which the guest sees as /dev/vda (then vdb, …); `tightrope disk create` makes one.
     /// Takes ,ro (is not written) ,shared (other VMs that say so write to it too) ,format=raw or qcow2 (else by its name) ,serial=TEXT
     /// ,bps=100M ,iops=500 (limits) ,cache=writeback, writethrough or unsafe ,discard=off ,backing=DIRECTORY or backing=allow
-    /// (where backing files may be beside the image's own directory) ,io=threads or uring
+    /// (where backing files may be beside the image's own directory) ,io=uring (else threads)
     #[arg(long, value_name = "FILE[,OPTION…]", value_hint = ValueHint::FilePath)]
     pub disk: Vec<DiskConfig>,
 

@@ -117,6 +117,9 @@ impl PcMaker {
             let queues = self.cpus.min(4) as u16;
             let block = Block::new(disk, &format!("tightrope-disk-{number}"), queues)
                 .map_err(|error| Error::Host(format!("the host gives no thread for a disk: {error}")))?;
+            if block.lacks_uring() {
+                reporter("this host gives no io_uring: threads carry out the disk's requests");
+            }
             watches.extend(block.size_watch());
             devices.push((format!("disk{number}"), Box::new(block)));
         }

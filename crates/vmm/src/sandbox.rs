@@ -37,6 +37,8 @@ pub(crate) struct Needs {
     pub kvm: bool,
     /// A network interface: telling a TAP device what the guest takes, and a network server that it is not needed any more.
     pub network: bool,
+    /// Disks whose requests io_uring carries out.
+    pub uring: bool,
 }
 
 fn host(what: &str) -> impl FnOnce(std::io::Error) -> Error {
@@ -143,8 +145,6 @@ fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<Rule>>, seccompiler::Backen
         libc::SYS_fallocate,
         // A qcow2 image grows with what the guest writes.
         libc::SYS_ftruncate,
-        // To rings that were made before, which take reads, writes and syncs of the disks and nothing else (virtio::block).
-        libc::SYS_io_uring_enter,
         libc::SYS_close,
         libc::SYS_poll,
         libc::SYS_ppoll,
@@ -235,6 +235,10 @@ fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<Rule>>, seccompiler::Backen
         requests.push(libc::TUNSETOFFLOAD);
     }
     rules.insert(libc::SYS_ioctl, one_of(1, &requests)?);
+    if needs.uring {
+        // To rings that were made before, which take reads, writes and syncs of the disks and nothing else (virtio::block).
+        rules.insert(libc::SYS_io_uring_enter, vec![]);
+    }
     if needs.sockets {
         for call in [libc::SYS_accept4, libc::SYS_recvfrom, libc::SYS_sendto, libc::SYS_shutdown, libc::SYS_setsockopt]
         {
@@ -311,7 +315,11 @@ mod tests {
             let refused = std::fs::File::open("/etc/passwd").is_err();
             std::process::exit(if refused { 0 } else { 5 });
         }
-        close(mode, Needs { sockets: deed == "accept", kvm: deed.starts_with("kvm"), network: false }).unwrap();
+        close(
+            mode,
+            Needs { sockets: deed == "accept", kvm: deed.starts_with("kvm"), network: false, uring: deed == "uring" },
+        )
+        .unwrap();
         match deed.as_str() {
             "ordinary" => {
                 let mut text = String::new();
@@ -368,6 +376,10 @@ mod tests {
                 const KVM_RUN: libc::Ioctl = 0xae80;
                 assert_eq!(libc::ioctl(-1, KVM_RUN, 0), -1);
             },
+            // SAFETY: there is no such file; nothing is touched.
+            "uring" | "uring without leave" => unsafe {
+                assert_eq!(libc::syscall(libc::SYS_io_uring_enter, -1, 0, 0, 0, 0, 0), -1);
+            },
             // SAFETY: as above.
             "kvm create VM" => unsafe {
                 const KVM_CREATE_VM: libc::Ioctl = 0xae01;
@@ -395,7 +407,7 @@ mod tests {
         let output = try_in_sandbox("ordinary", "on");
         assert_eq!(output.status.code(), Some(7), "{output:?}");
         assert!(String::from_utf8_lossy(&output.stdout).contains("done"));
-        for deed in ["accept", "kvm run"] {
+        for deed in ["accept", "kvm run", "uring"] {
             assert_eq!(try_in_sandbox(deed, "on").status.code(), Some(7), "{deed}");
         }
     }
@@ -412,6 +424,7 @@ mod tests {
             "mprotect exec",
             "run a vCPU without leave",
             "kvm create VM",
+            "uring without leave",
             "fork",
             "kill init",
             "ptrace",

@@ -139,6 +139,7 @@ impl Vm {
                 || console.as_ref().is_some_and(Serial::needs_sockets)
                 || matches!(config.gdb, Some(GdbAddress::Tcp(_) | GdbAddress::Unix(_))),
             network: network.is_some(),
+            uring: config.disks.iter().any(|disk| disk.io == disk::Io::Uring),
         };
         signals::restore_terminal_when_fatal();
         let ram = GuestRam::new(config.memory).map_err(|error| Error::Host(error.to_string()))?;

@@ -239,7 +239,7 @@ fn write_cache_follows_the_driver(io: Io) {
 
 #[test]
 fn configuration_space() {
-    let mut rig = rig(Io::Auto, false, flushing());
+    let mut rig = rig(Io::Threads, false, flushing());
     let field = |rig: &Rig, offset: u64, len: usize| {
         let mut data = [0; 8];
         rig.device.read_config(offset, &mut data[..len]);
@@ -262,7 +262,7 @@ fn configuration_space() {
 
 #[test]
 fn state() {
-    let mut rig = rig(Io::Auto, false, flushing());
+    let mut rig = rig(Io::Threads, false, flushing());
     rig.device.write_config(32, &[0]);
     let state = rig.device.save();
     let DeviceState::Block(block) = &state else { panic!() };
@@ -379,7 +379,7 @@ fn limits_are_kept(io: Io) {
 
 #[test]
 fn a_disk_that_grows() {
-    let mut rig = rig(Io::Auto, false, flushing());
+    let mut rig = rig(Io::Threads, false, flushing());
     let watch = rig.device.size_watch().unwrap();
     assert_eq!(watch.look(), None);
     assert_eq!(rig.request(0, SECTORS, &[(DATA, 512, true)]).0, 1);
