@@ -1,9 +1,12 @@
 //! The vCPU's own caches of translations: software TLB, jump slots, indirect targets, fetch TLB.
 
+mod spaces;
+
 use std::sync::atomic::Ordering;
 
 use crate::cache::FastSet;
 
+use self::spaces::Spaces;
 use crate::block::{IBTC_ENTRIES, TLB_ENTRIES, TlbEntry, VcpuBlock, ibtc_index, tlb_index};
 
 /// A tag that no address compares equal to in entry `index`.
@@ -23,12 +26,15 @@ struct Fetch {
     gpa: u64,
     user: bool,
     global: bool,
+    /// Of a page that is not global: when it was entered.
+    epoch: u64,
 }
 
 /// The epoch of a page that is mapped globally: until all jumps are forgotten.
 const GLOBALLY: u64 = u64::MAX;
 const FETCH_ENTRIES: usize = 512;
-const JOURNAL: usize = 4096;
+/// Twice the entries of all software TLBs: when a journal of them is full, most of it is void.
+const JOURNAL: usize = 8 * TLB_ENTRIES;
 /// Bits of [`Tlbs::wrote`].
 const WROTE_BITS: usize = 1 << 15;
 
@@ -43,11 +49,13 @@ pub struct Tlbs {
     fetch: Vec<Option<Fetch>>,
     /// Software-TLB entries filled from non-global pages: table * TLB_ENTRIES + index.
     local_tlb: Vec<u32>,
-    /// Slots resolved, by whether their target's page is global.
-    local_slots: Vec<u32>,
+    /// A bit for each entry of the software TLBs that was filled from a global page.
+    global_tlb: Box<[u64; 4 * TLB_ENTRIES / 64]>,
+    /// Slots resolved, by whether their target's page is global; where they lead.
+    local_slots: Vec<(u32, u64)>,
     global_slots: Vec<u32>,
-    /// Indirect targets filled from non-global pages: user * IBTC_ENTRIES + index.
-    local_ibtc: Vec<u32>,
+    /// Indirect targets filled from non-global pages: user * IBTC_ENTRIES + index, target.
+    local_ibtc: Vec<(u32, u64)>,
     /// Pages that jumps may lead to.
     jump_pages: FastSet<u64>,
     /// 2 MiB regions touched through large pages (address >> 21), and 1 GiB ones (address >> 30).
@@ -58,6 +66,10 @@ pub struct Tlbs {
     placed: Vec<u64>,
     /// Pages placed [`GLOBALLY`].
     placed_globally: Vec<u32>,
+    /// The others that were placed in this epoch.
+    placed_here: Vec<u32>,
+    /// What is kept of other address spaces.
+    spaces: Spaces,
     /// Bumped by everything that forgets jumps of programs.
     epoch: u64,
     /// A bit for each hash of a host page that a write entry was made for since the last flush of everything.
@@ -68,16 +80,19 @@ impl Tlbs {
     pub fn new() -> Self {
         Self {
             fetch: vec![None; FETCH_ENTRIES],
-            local_tlb: Vec::with_capacity(JOURNAL),
+            local_tlb: Vec::new(),
+            global_tlb: Box::new([0; 4 * TLB_ENTRIES / 64]),
             local_slots: Vec::new(),
             global_slots: Vec::new(),
-            local_ibtc: Vec::with_capacity(JOURNAL),
+            local_ibtc: Vec::new(),
             jump_pages: FastSet::default(),
             large: FastSet::default(),
             huge: FastSet::default(),
             local_overflow: false,
             placed: Vec::new(),
             placed_globally: Vec::new(),
+            placed_here: Vec::new(),
+            spaces: Spaces::default(),
             epoch: 1,
             wrote: Box::new([0; WROTE_BITS / 64]),
         }
@@ -92,6 +107,7 @@ impl Tlbs {
         }
         self.local_tlb.clear();
         self.local_overflow = false;
+        self.spaces.clear();
         self.wrote.fill(0);
         self.large.clear();
         self.huge.clear();
@@ -106,7 +122,9 @@ impl Tlbs {
 
     /// Forgets all jump targets: slots, indirect targets, fetch translations.
     pub fn flush_jumps(&mut self, block: &mut VcpuBlock, thunk: impl Fn(u32) -> u64) {
-        for slot in self.local_slots.drain(..).chain(self.global_slots.drain(..)) {
+        self.spaces.forget_jumps();
+        let local = self.local_slots.drain(..).map(|(slot, _)| slot);
+        for slot in local.chain(self.global_slots.drain(..)) {
             block.slots[slot as usize].store(thunk(slot), Ordering::Relaxed);
         }
         for table in &mut block.ibtc {
@@ -116,6 +134,7 @@ impl Tlbs {
         }
         self.local_ibtc.clear();
         self.epoch += 1;
+        self.placed_here.clear();
         for base in self.placed_globally.drain(..) {
             self.placed[base as usize] = 0;
         }
@@ -133,19 +152,53 @@ impl Tlbs {
             let (table, index) = (number as usize / TLB_ENTRIES, number as usize % TLB_ENTRIES);
             block.tlb[table][index].tag = never(index);
         }
-        for slot in self.local_slots.drain(..) {
+        for (slot, _) in self.local_slots.drain(..) {
             block.slots[slot as usize].store(thunk(slot), Ordering::Relaxed);
         }
         self.epoch += 1;
-        for number in self.local_ibtc.drain(..) {
+        self.placed_here.clear();
+        for (number, _) in self.local_ibtc.drain(..) {
             let (table, index) = (number as usize / IBTC_ENTRIES, number as usize % IBTC_ENTRIES);
             block.ibtc[table][index].target = never_target(index);
         }
-        for entry in &mut self.fetch {
-            if entry.is_some_and(|e| !e.global) {
-                *entry = None;
-            }
+    }
+
+    /// From one process-context identifier to another. What is known of the first is kept for when it comes back. `keep`: what was kept of
+    /// the other is good. Returns whether there was something.
+    pub fn switch(
+        &mut self,
+        block: &mut VcpuBlock,
+        from: u16,
+        to: u16,
+        keep: bool,
+        thunk: impl Fn(u32) -> u64,
+    ) -> bool {
+        if self.local_overflow {
+            self.flush_all(block, thunk);
+            return false;
         }
+        if from == to && keep {
+            return true;
+        }
+        let known = self.spaces.take(to).filter(|_| keep);
+        if from == to {
+            self.flush_local(block, thunk);
+            return false;
+        }
+        let space = self.put_away(block, from, thunk);
+        self.spaces.keep(space);
+        match known {
+            Some(space) => {
+                self.bring_back(block, space);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Other address spaces must be asked for their jumps anew.
+    pub fn forget_kept_jumps(&mut self) {
+        self.spaces.forget_jumps();
     }
 
     /// INVLPG. Returns whether jumps were flushed (call stacks must be emptied then).
@@ -192,14 +245,7 @@ impl Tlbs {
             let (word, bit) = wrote_bit(host_page);
             self.wrote[word] |= bit;
         }
-        block.tlb[table][index] = TlbEntry { tag: page, delta };
-        if !global {
-            if self.local_tlb.len() < JOURNAL {
-                self.local_tlb.push((table * TLB_ENTRIES + index) as u32);
-            } else {
-                self.local_overflow = true;
-            }
-        }
+        self.enter(block, table * TLB_ENTRIES + index, TlbEntry { tag: page, delta }, global);
         if page_size > 4096 {
             if page_size >= 1 << 30 {
                 self.huge.insert(page >> 30);
@@ -210,12 +256,35 @@ impl Tlbs {
         delta
     }
 
+    /// Sets entry `number` of the software TLBs.
+    fn enter(&mut self, block: &mut VcpuBlock, number: usize, entry: TlbEntry, global: bool) {
+        block.tlb.as_flattened_mut()[number] = entry;
+        let (word, bit) = (number / 64, 1 << (number % 64));
+        if global {
+            self.global_tlb[word] |= bit;
+            return;
+        }
+        self.global_tlb[word] &= !bit;
+        if self.local_tlb.len() == JOURNAL {
+            // Entries that were filled again and again: each once is enough.
+            self.local_tlb.sort_unstable();
+            self.local_tlb.dedup();
+        }
+        self.local_tlb.push(number as u32);
+    }
+
+    /// Was entry `number` of the software TLBs filled from a global page?
+    fn is_global(&self, number: u32) -> bool {
+        self.global_tlb[number as usize / 64] & 1 << (number % 64) != 0
+    }
+
     /// Removes the write entries that lead to the host page: it now holds translated code.
     pub fn protect(&mut self, block: &mut VcpuBlock, host_page: u64) {
         let (word, bit) = wrote_bit(host_page);
         if self.wrote[word] & bit == 0 {
             return;
         }
+        self.spaces.protect(host_page);
         for table in [1, 3] {
             for (index, entry) in block.tlb[table].iter_mut().enumerate() {
                 if entry.tag.wrapping_add(entry.delta) == host_page {
@@ -228,12 +297,13 @@ impl Tlbs {
     /// The cached guest-physical page of an executable page, and whether it is global.
     pub fn fetch(&self, page: u64, user: bool) -> Option<(u64, bool)> {
         let entry = self.fetch[(page >> 12) as usize % FETCH_ENTRIES]?;
-        (entry.page == page && entry.user == user).then_some((entry.gpa, entry.global))
+        let current = entry.global || entry.epoch == self.epoch;
+        (current && entry.page == page && entry.user == user).then_some((entry.gpa, entry.global))
     }
 
     /// Enters a fetch translation.
     pub fn fill_fetch(&mut self, page: u64, user: bool, gpa: u64, global: bool, page_size: u64) {
-        self.fetch[(page >> 12) as usize % FETCH_ENTRIES] = Some(Fetch { page, gpa, user, global });
+        self.fetch[(page >> 12) as usize % FETCH_ENTRIES] = Some(Fetch { page, gpa, user, global, epoch: self.epoch });
         if page_size >= 1 << 30 {
             self.huge.insert(page >> 30);
         } else if page_size > 4096 {
@@ -258,6 +328,7 @@ impl Tlbs {
             self.placed_globally.push(base as u32);
         } else if !placed {
             self.placed[base] = self.epoch;
+            self.placed_here.push(base as u32);
         }
         true
     }
@@ -278,7 +349,7 @@ impl Tlbs {
         if global && (base == 0 || self.placed[base as usize] == GLOBALLY) {
             self.global_slots.push(slot)
         } else {
-            self.local_slots.push(slot)
+            self.local_slots.push((slot, host))
         }
     }
 
@@ -290,8 +361,8 @@ impl Tlbs {
         entry.target = target;
         entry.host = host;
         if !global {
-            if self.local_ibtc.len() < JOURNAL {
-                self.local_ibtc.push((usize::from(user) * IBTC_ENTRIES + index) as u32);
+            if self.local_ibtc.len() < 2 * IBTC_ENTRIES {
+                self.local_ibtc.push(((usize::from(user) * IBTC_ENTRIES + index) as u32, target));
             } else {
                 self.local_overflow = true;
             }

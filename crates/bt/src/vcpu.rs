@@ -114,6 +114,10 @@ pub struct Counters {
     pub tlb_misses: u64,
     pub flush_all: u64,
     pub flush_local: u64,
+    /// CR3 writes with PCIDs.
+    pub switches: u64,
+    /// Those whose translations were still there.
+    pub switches_kept: u64,
     pub flush_page: u64,
     pub halts: u64,
     /// From entry to exit of [`Vcpu::run`].
@@ -164,6 +168,8 @@ struct Flushes {
     all: bool,
     local: bool,
     pages: Vec<u64>,
+    /// See [`TlbFlush::Switch`].
+    switch: Option<(u16, u16, bool)>,
     pv_unhalt: bool,
     /// APIC id of the vCPU that is called out of its HLT.
     unhalt: Option<u32>,
@@ -175,6 +181,7 @@ impl Hooks for Flushes {
             TlbFlush::All => self.all = true,
             TlbFlush::NonGlobal => self.local = true,
             TlbFlush::Page(address) => self.pages.push(address),
+            TlbFlush::Switch { from, to, keep } => self.switch = Some((from, to, keep)),
         }
     }
 
@@ -322,6 +329,9 @@ impl BtVcpu {
             }
             for page in flushes.pages {
                 self.flush_page(page);
+            }
+            if let Some((from, to, keep)) = flushes.switch {
+                self.switch_space(from, to, keep);
             }
         }
         if let Some(apic_id) = flushes.unhalt {

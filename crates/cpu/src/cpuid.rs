@@ -40,6 +40,7 @@ pub mod leaf1_ecx {
     pub const SSSE3: u32 = 1 << 9;
     pub const FMA: u32 = 1 << 12;
     pub const CX16: u32 = 1 << 13;
+    pub const PCID: u32 = 1 << 17;
     pub const SSE4_1: u32 = 1 << 19;
     pub const SSE4_2: u32 = 1 << 20;
     pub const X2APIC: u32 = 1 << 21;
@@ -158,6 +159,7 @@ impl Features {
                 | a::SSSE3
                 | a::FMA
                 | a::CX16
+                | a::PCID
                 | a::SSE4_1
                 | a::SSE4_2
                 | a::X2APIC
@@ -366,6 +368,7 @@ impl CpuidModel {
         for (shown, bit) in [
             (f.leaf7_ebx & leaf7_ebx::FSGSBASE != 0, cr4::FSGSBASE),
             (f.leaf1_ecx & leaf1_ecx::XSAVE != 0, cr4::OSXSAVE),
+            (f.leaf1_ecx & leaf1_ecx::PCID != 0, cr4::PCIDE),
             (f.leaf7_ebx & leaf7_ebx::SMEP != 0, cr4::SMEP),
             (self.has_smap(), cr4::SMAP),
             (f.leaf7_ecx & leaf7_ecx::UMIP != 0, cr4::UMIP),
@@ -460,7 +463,8 @@ mod tests {
         let (m, mut s) = model(4);
         let [_, ebx, ecx, _] = m.cpuid(2, &s, 1, 0);
         assert_eq!(ebx >> 24, 2);
-        assert_eq!(ecx & (1 << 3 | 1 << 17 | leaf1_ecx::OSXSAVE), 0, "MONITOR, PCID, OSXSAVE");
+        assert_eq!(ecx & (1 << 3 | leaf1_ecx::OSXSAVE), 0, "MONITOR, OSXSAVE");
+        assert_eq!(m.cr4_mask() & cr4::PCIDE != 0, ecx & leaf1_ecx::PCID != 0);
         s.cr4 |= cr4::OSXSAVE;
         assert_ne!(m.cpuid(2, &s, 1, 0)[2] & leaf1_ecx::OSXSAVE, 0);
         let [max, ebx, ecx, edx] = m.cpuid(0, &s, 7, 0);
@@ -470,7 +474,7 @@ mod tests {
         // UMIP, PKU, LA57, RDPID, CET.
         assert_eq!(ecx & (1 << 2 | 1 << 3 | 1 << 16 | 1 << 22 | 1 << 7), 0);
         assert_eq!(edx & (1 << 20 | 0x3 << 22), 0);
-        assert_eq!(m.cr4_mask() & (cr4::SMEP | cr4::SMAP | cr4::PCIDE | cr4::LA57 | cr4::PKE), 0);
+        assert_eq!(m.cr4_mask() & (cr4::SMEP | cr4::SMAP | cr4::LA57 | cr4::PKE), 0);
         assert_eq!(m.cpuid(0, &s, 0xd, 1)[0] & !5, 0);
     }
 

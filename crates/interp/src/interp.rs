@@ -28,6 +28,17 @@ pub enum TlbFlush {
     All,
     /// Everything but global pages: CR3 was written.
     NonGlobal,
+    /// CR3 was written while CR4.PCIDE is set: from one process-context identifier (PCID) to another, perhaps the same. Unless `keep`,
+    /// everything of the other but global pages is to be forgotten. What was known of the first may be kept until it comes back
+    /// (SDM volume 3, 4.10.4.1).
+    Switch {
+        /// The PCID so far.
+        from: u16,
+        /// The PCID from now on.
+        to: u16,
+        /// Bit 63 of the value written.
+        keep: bool,
+    },
     /// The page that holds this linear address, in all sizes: INVLPG.
     Page(u64),
 }

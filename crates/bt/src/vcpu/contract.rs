@@ -115,6 +115,8 @@ impl Vcpu for BtVcpu {
             ("tlb.flushes.all", c.flush_all),
             ("tlb.flushes.non-global", c.flush_local),
             ("tlb.flushes.page", c.flush_page),
+            ("tlb.switches", c.switches),
+            ("tlb.switches.kept", c.switches_kept),
             ("halts", c.halts),
             ("time.running-us", c.run_time.as_micros() as u64),
             ("time.translator-us", c.translator_time.as_micros() as u64),

@@ -58,6 +58,19 @@ impl BtVcpu {
         self.reset_call_stacks();
     }
 
+    /// From one process-context identifier to another; `keep`: with what was known of it.
+    pub(super) fn switch_space(&mut self, from: u16, to: u16, keep: bool) {
+        if let Some(trace) = &self.trace {
+            let kept = if keep { " kept" } else { "" };
+            trace.line(format_args!("tlb cpu{} switch {from:#x} to {to:#x}{kept}", self.setup.index));
+        }
+        self.counters.switches += 1;
+        let block = self.block();
+        let kept = self.tlbs.switch(block, from, to, keep, |slot| self.shared.thunk(slot));
+        self.counters.switches_kept += u64::from(kept);
+        self.reset_call_stacks();
+    }
+
     pub(super) fn flush_page(&mut self, address: u64) {
         self.counters.flush_page += 1;
         if let Some(trace) = &self.trace {
@@ -159,6 +172,9 @@ impl BtVcpu {
     /// Removes ways to translations that have gone.
     pub(super) fn forget(&mut self, forgotten: &Forgotten) {
         let block = self.block();
+        if !forgotten.targets.is_empty() {
+            self.tlbs.forget_kept_jumps();
+        }
         for &(target, user) in &forgotten.targets {
             self.tlbs.forget_indirect(block, self.address(target), user);
         }

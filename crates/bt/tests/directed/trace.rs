@@ -87,6 +87,7 @@ fn known(line: &str) -> bool {
     for flush in ["block flush all", "tlb cpu0 flush all", "tlb cpu0 flush non-global", "tlb cpu0 flush page H"] {
         forms.push(flush.into());
     }
+    forms.extend(["tlb cpu0 switch H to H", "tlb cpu0 switch H to H kept"].map(String::from));
     forms.iter().any(|form| has_form(line, form))
 }
 

@@ -63,13 +63,22 @@ fn set_cr0(cx: &mut Cx<'_>, value: u64) -> Result<(), Exception> {
     Ok(())
 }
 
+/// CR3, with CR4.PCIDE: the process-context identifier.
+const CR3_PCID: u64 = 0xfff;
+/// In a value written to CR3, with CR4.PCIDE: translations of the PCID stay.
+const CR3_KEEP: u64 = 1 << 63;
+
 fn set_cr3(cx: &mut Cx<'_>, value: u64) -> Result<(), Exception> {
-    // Without PCID bit 63 is reserved as are the bits above the physical width.
-    if value >> PHYSICAL_BITS != 0 {
+    // Without PCID bit 63 is reserved as are the bits above the physical width; with it, it is not kept.
+    let tagged = cx.st.cr4 & cr4::PCIDE != 0;
+    let new = if tagged { value & !CR3_KEEP } else { value };
+    if new >> PHYSICAL_BITS != 0 {
         return Err(Exception::gp(0));
     }
-    cx.st.cr3 = value;
-    cx.flush(TlbFlush::NonGlobal);
+    let pcid = |cr3: u64| (cr3 & CR3_PCID) as u16;
+    let (from, to) = (pcid(cx.st.cr3), pcid(new));
+    cx.st.cr3 = new;
+    cx.flush(if tagged { TlbFlush::Switch { from, to, keep: value & CR3_KEEP != 0 } } else { TlbFlush::NonGlobal });
     Ok(())
 }
 
@@ -78,8 +87,12 @@ fn set_cr4(cx: &mut Cx<'_>, value: u64) -> Result<(), Exception> {
         return Err(Exception::gp(0));
     }
     let changed = value ^ cx.st.cr4;
+    // PCIDs begin with 0, in 64-bit mode (SDM volume 3, 4.10.1).
+    if changed & value & cr4::PCIDE != 0 && (cx.st.efer & efer::LMA == 0 || cx.st.cr3 & CR3_PCID != 0) {
+        return Err(Exception::gp(0));
+    }
     cx.st.cr4 = value;
-    if changed & (cr4::PSE | cr4::PAE | cr4::PGE | cr4::SMEP | cr4::SMAP) != 0 {
+    if changed & (cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP) != 0 {
         cx.flush(TlbFlush::All);
     }
     Ok(())

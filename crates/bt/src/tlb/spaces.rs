@@ -1,0 +1,142 @@
+//! What a vCPU keeps of address spaces other than the current one, by their process-context identifiers (PCIDs; SDM volume 3, 4.10.1).
+//!
+//! The tables of the vCPU block hold one address space, and what is global. At a switch the entries that are not global move out to a list, and
+//! those of the other space move in: some nanoseconds each, where finding them again takes some hundred.
+
+use std::sync::atomic::Ordering;
+
+use super::{GLOBALLY, Tlbs, never, never_target};
+use crate::block::{IBTC_ENTRIES, IbtcEntry, TLB_ENTRIES, TlbEntry, VcpuBlock};
+
+/// How many spaces are kept. Linux uses six.
+const SPACES: usize = 8;
+/// Entries of the software TLBs that are kept of one space: those filled last.
+const KEPT: usize = 4096;
+
+/// One address space that is not the current one.
+pub(super) struct Space {
+    pcid: u16,
+    /// Index over all software TLBs, and the entry.
+    tlb: Vec<(u32, TlbEntry)>,
+    /// Slots resolved, and where they lead.
+    slots: Vec<(u32, u64)>,
+    /// Index over both caches of indirect targets, and the entry.
+    ibtc: Vec<(u32, IbtcEntry)>,
+    /// Numbers of the pages of movable code, and where they are.
+    placed: Vec<(u32, u64)>,
+}
+
+/// The address spaces, the one used last at the end.
+#[derive(Default)]
+pub(super) struct Spaces(Vec<Space>);
+
+impl Spaces {
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    pub fn forget_jumps(&mut self) {
+        for space in &mut self.0 {
+            space.slots.clear();
+            space.ibtc.clear();
+            space.placed.clear();
+        }
+    }
+
+    /// Removes the write entries that lead to the host page.
+    pub fn protect(&mut self, host_page: u64) {
+        for space in &mut self.0 {
+            space.tlb.retain(|&(number, entry)| {
+                let writes = (number as usize / TLB_ENTRIES) % 2 == 1;
+                !writes || entry.tag.wrapping_add(entry.delta) != host_page
+            });
+        }
+    }
+
+    pub fn take(&mut self, pcid: u16) -> Option<Space> {
+        let at = self.0.iter().position(|space| space.pcid == pcid)?;
+        Some(self.0.remove(at))
+    }
+
+    pub fn keep(&mut self, space: Space) {
+        if self.0.len() == SPACES {
+            self.0.remove(0);
+        }
+        self.0.push(space);
+    }
+}
+
+impl Tlbs {
+    /// Empties the tables of what is not global, and returns it.
+    pub(super) fn put_away(&mut self, block: &mut VcpuBlock, pcid: u16, thunk: impl Fn(u32) -> u64) -> Space {
+        let mut space = Space { pcid, tlb: Vec::new(), slots: Vec::new(), ibtc: Vec::new(), placed: Vec::new() };
+        let journal = std::mem::take(&mut self.local_tlb);
+        let older = journal.len().saturating_sub(KEPT);
+        let tlb = block.tlb.as_flattened_mut();
+        for (i, &number) in journal.iter().enumerate() {
+            let index = number as usize % TLB_ENTRIES;
+            let entry = tlb[number as usize];
+            if entry.tag == never(index) || self.is_global(number) {
+                continue;
+            }
+            tlb[number as usize].tag = never(index);
+            if i >= older {
+                space.tlb.push((number, entry));
+            }
+        }
+        self.local_tlb = journal;
+        self.local_tlb.clear();
+        for (slot, host) in self.local_slots.drain(..) {
+            let place = &block.slots[slot as usize];
+            // It may have been forgotten meanwhile.
+            if place.load(Ordering::Relaxed) == host {
+                space.slots.push((slot, host));
+            }
+            place.store(thunk(slot), Ordering::Relaxed);
+        }
+        let ibtc = block.ibtc.as_flattened_mut();
+        for (number, target) in self.local_ibtc.drain(..) {
+            let entry = &mut ibtc[number as usize];
+            if entry.target == target {
+                space.ibtc.push((number, *entry));
+                entry.target = never_target(number as usize % IBTC_ENTRIES);
+            }
+        }
+        for base in self.placed_here.drain(..) {
+            if self.placed[base as usize] != GLOBALLY {
+                space.placed.push((base, block.bases[base as usize]));
+            }
+        }
+        self.epoch += 1;
+        space
+    }
+
+    /// Puts back what [`Self::put_away`] returned.
+    pub(super) fn bring_back(&mut self, block: &mut VcpuBlock, space: Space) {
+        for (number, entry) in space.tlb {
+            self.enter(block, number as usize, entry, false);
+        }
+        // Pages that are global somewhere else may be in the way.
+        let free =
+            |&(base, page): &(u32, u64)| self.placed[base as usize] != GLOBALLY || block.bases[base as usize] == page;
+        if !space.placed.iter().all(free) {
+            return;
+        }
+        for (base, page) in space.placed {
+            if self.placed[base as usize] != GLOBALLY {
+                block.bases[base as usize] = page;
+                self.placed[base as usize] = self.epoch;
+                self.placed_here.push(base);
+            }
+        }
+        for &(slot, host) in &space.slots {
+            block.slots[slot as usize].store(host, Ordering::Relaxed);
+        }
+        self.local_slots.extend(space.slots);
+        let ibtc = block.ibtc.as_flattened_mut();
+        for (number, entry) in space.ibtc {
+            ibtc[number as usize] = entry;
+            self.local_ibtc.push((number, entry.target));
+        }
+    }
+}
