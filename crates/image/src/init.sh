@@ -46,7 +46,7 @@ fi
 
 set -f
 read -r cmdline </proc/cmdline
-root= fstype= flags= mode=ro init=/sbin/init agent=
+root= fstype= flags= mode=ro init=/sbin/init agent= shares=
 for word in $cmdline; do
 	case $word in
 	root=* | tightrope.root=*) root=${word#*=} ;;
@@ -54,10 +54,24 @@ for word in $cmdline; do
 	rootfstype=*) fstype=${word#*=} ;;
 	rootflags=*) flags=,${word#*=} ;;
 	init=*) init=${word#*=} ;;
+	tightrope.share=*) shares="$shares ${word#*=}" ;;
 	ro | rw) mode=$word ;;
 	esac
 done
 set +f
+
+# Directories of the host, each TAG:DIR or TAG:DIR:ro, below the root $1.
+mount_shares() {
+	for share in $shares; do
+		tag=${share%%:*} dir=${share#*:} option=rw
+		case $dir in
+		*:ro) dir=${dir%:ro} option=ro ;;
+		esac
+		mkdir -p "$1$dir" 2>/dev/null
+		mount -t virtiofs -o $option "$tag" "$1$dir" ||
+			echo "tightrope: cannot mount the shared directory $tag at $dir"
+	done
+}
 
 # A disk of the user's: make it the root and hand over to its init.
 if [ "$root" ]; then
@@ -76,6 +90,7 @@ if [ "$root" ]; then
 	if [ -b "$disk" ]; then
 		if mount -t "${fstype:-ext4}" -o "$mode$flags" "$disk" /mnt ||
 			{ [ -z "$fstype" ] && mount -o "$mode$flags" "$disk" /mnt; }; then
+			mount_shares /mnt
 			umount /tmp
 			# The agent for the host's requests, into the new /run: as a service, or as process 1.
 			[ -x /tightrope/agent ] && /tightrope/agent install /mnt && [ "$agent" ] && init=/run/tightrope/agent
@@ -89,6 +104,7 @@ if [ "$root" ]; then
 	echo "tightrope: here is a shell instead"
 fi
 
+mount_shares ""
 read -r active </sys/class/tty/console/active
 tty=/dev/${active##* }
 [ -c "$tty" ] || tty=/dev/console

@@ -26,6 +26,7 @@ const MODULES: &[&str] = &[
     "virtio_rng",
     "virtio_net",
     "vmw_vsock_virtio_transport",
+    "virtiofs",
     "ext4",
     "crc32c_generic",
 ];
@@ -378,7 +379,7 @@ mod tests {
                 (
                     &format!("{m}modules.builtin"),
                     b"kernel/fs/ext4/ext4.ko\nk/virtio_pci.ko\nk/virtio_console.ko\nk/virtio-rng.ko\nk/virtio_net.ko\n\
-                      k/vmw_vsock_virtio_transport.ko\n",
+                      k/vmw_vsock_virtio_transport.ko\nk/virtiofs.ko\n",
                 ),
                 (&format!("{m}kernel/drivers/block/virtio_blk.ko.xz"), &xz(&blk)),
                 (&format!("{m}kernel/drivers/virtio/virtio.ko"), &virtio),

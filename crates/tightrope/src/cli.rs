@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueHint};
-use vmm::{DiskConfig, EngineChoice, GdbAddress, NetConfig, PortForward, SerialMode, StatsFormat, TraceConfig};
+use vmm::{
+    DiskConfig, EngineChoice, GdbAddress, NetConfig, PortForward, SerialMode, ShareConfig, StatsFormat, TraceConfig,
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -92,6 +94,9 @@ pub enum Command {
     /// Be the network server of a guest; `run` starts it
     #[command(hide = true)]
     NetworkServer,
+    /// Be the server of a directory shared with a guest; `run` starts it
+    #[command(hide = true)]
+    ShareServer,
     /// Print the man page (man -l shows it: tightrope man | man -l -)
     Man,
 }
@@ -134,6 +139,11 @@ pub struct RunArgs {
     /// Forward a port of the host (of 127.0.0.1 and ::1, unless an address is given) to the guest; port 0 takes a free one
     #[arg(short = 'p', long = "publish", value_name = "[ADDRESS:]PORT:GUESTPORT[/udp]")]
     pub publish: Vec<PortForward>,
+
+    /// Let the guest see a directory of this host, at the absolute path GUEST (without one, at the same path; where GUEST is a tag,
+    /// `mount -t virtiofs GUEST DIR` mounts it in the guest); `:ro` keeps it from being changed. Owned by root in the guest, by you here
+    #[arg(long, value_name = "HOST[:GUEST][:ro]", value_hint = ValueHint::DirPath)]
+    pub share: Vec<ShareConfig>,
 
     /// Guest memory, like 512M or 2G [default: 512M]
     #[arg(long, value_name = "SIZE", env = "TIGHTROPE_MEMORY", value_parser = vmm::parse_memory)]
@@ -239,13 +249,15 @@ mod tests {
             "--trace=int:f",
             "--gdb=1234",
             "--net=user,isolated",
+            "--share=/tmp:/src",
+            "--share=/usr:usr:ro",
             "-p8080:80",
             "-p",
             "[::1]:53:53/udp",
         ])
         .unwrap();
         assert_eq!(args.append, ["-x", "y"]);
-        assert_eq!((args.disk.len(), args.publish.len()), (2, 2));
+        assert_eq!((args.disk.len(), args.publish.len(), args.share.len()), (2, 2, 2));
         assert_eq!(run(&[]).unwrap().net, "user".parse().unwrap());
         assert!(args.disk[1].read_only);
         assert_eq!(args.memory, Some(1 << 30));
@@ -269,6 +281,7 @@ mod tests {
             &["--gdb=here"],
             &["--net=bridge"],
             &["-p=80"],
+            &["--share=/tmp:src/x"],
             &["--no-sandbox", "--sandbox-debug"],
         ] {
             assert_eq!(run(args).unwrap_err().exit_code(), 2, "{args:?}");

@@ -28,6 +28,8 @@ pub fn configure(args: &RunArgs, settings: &Settings) -> Result<VmConfig> {
     config.forwards = args.publish.clone();
     // By this name it is found even if the file has been replaced since.
     config.net_server = Some(("/proc/self/exe".into(), "network-server".into()));
+    config.shares = args.share.clone();
+    config.share_server = Some(("/proc/self/exe".into(), "share-server".into()));
     config.memory = args.memory.or(settings.memory).unwrap_or(vmm::DEFAULT_MEMORY);
     config.cpus = args.cpus;
     config.engine = args.engine.or(settings.engine).unwrap_or_default();
@@ -47,7 +49,11 @@ pub fn configure(args: &RunArgs, settings: &Settings) -> Result<VmConfig> {
     // What cannot work should not first fetch anything.
     config.check()?;
     let base = if args.kernel.is_some() { CONSOLE.to_string() } else { default_image(args, settings, &mut config)? };
-    config.cmdline = std::iter::once(base).chain(args.append.iter().cloned()).collect::<Vec<_>>().join(" ");
+    config.cmdline = std::iter::once(base)
+        .chain(vmm::share_words(&args.share)?)
+        .chain(args.append.iter().cloned())
+        .collect::<Vec<_>>()
+        .join(" ");
     Ok(config)
 }
 

@@ -90,6 +90,10 @@ fn execute(cli: Cli, started: Instant) -> Result<i32> {
             nat::server::run()?;
             Ok(0)
         }
+        Command::ShareServer => {
+            share::server::run()?;
+            Ok(0)
+        }
         Command::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tightrope", &mut text);

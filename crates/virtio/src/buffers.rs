@@ -92,6 +92,33 @@ impl<'m> Buffers<'m> {
         done
     }
 
+    /// Reads from the front into memory that others may use at the same time, as [`Self::read`] does.
+    pub fn read_volatile(&mut self, to: &VolatileSlice<'_, ()>) -> usize {
+        let count = u32::try_from(to.len()).unwrap_or(u32::MAX).min(self.len);
+        let mut done = 0;
+        for piece in self.take_front(count).unwrap_or_default().pieces {
+            if let Ok(rest) = to.offset(done) {
+                piece.copy_to_volatile_slice(rest);
+                done += piece.len();
+            }
+        }
+        done
+    }
+
+    /// Writes to the front from memory that others may use at the same time, as [`Self::write`] does.
+    pub fn write_volatile(&mut self, from: &VolatileSlice<'_, ()>) -> usize {
+        let count = u32::try_from(from.len()).unwrap_or(u32::MAX).min(self.len);
+        let mut done = 0;
+        for piece in self.take_front(count).unwrap_or_default().pieces {
+            if let Ok(rest) = from.offset(done) {
+                let n = piece.len();
+                rest.copy_to_volatile_slice(piece);
+                done += n;
+            }
+        }
+        done
+    }
+
     /// The host addresses of the pieces, for `readv` and `writev`; at most `max` pieces. Valid as long as the guest memory is
     /// mapped, so for `'m`. After writing through them call [`Self::written`] before anything else.
     pub fn iovecs(&self, max: usize) -> Vec<libc::iovec> {

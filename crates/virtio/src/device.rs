@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::block::BlockState;
 use crate::console::ConsoleState;
 use crate::entropy::EntropyState;
+use crate::fs::FsState;
 use crate::net::NetState;
 use crate::queue::Virtqueue;
 use crate::runner::Doorbell;
@@ -82,6 +83,8 @@ pub enum DeviceState {
     Entropy(EntropyState),
     /// A network interface.
     Net(NetState),
+    /// A shared directory.
+    Fs(FsState),
 }
 
 /// Copies the part of `config` that starts at `offset` to `data`; zeroes where there is none.

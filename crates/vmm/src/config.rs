@@ -8,6 +8,7 @@ use std::sync::Arc;
 pub use disk::DiskConfig;
 
 use crate::net::{NetConfig, PortForward};
+use crate::share::ShareConfig;
 
 /// Guest memory when nobody says otherwise, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
@@ -40,6 +41,10 @@ pub struct VmConfig {
     pub forwards: Vec<PortForward>,
     /// The program and argument that become the network server, where the network needs one: it is to call `nat::server::run`.
     pub net_server: Option<(PathBuf, String)>,
+    /// Directories of the host that the guest sees.
+    pub shares: Vec<ShareConfig>,
+    /// The program and argument that become the server of a shared directory: it is to call `share::server::run`.
+    pub share_server: Option<(PathBuf, String)>,
     /// Guest memory in bytes.
     pub memory: u64,
     /// Number of vCPUs, 1 to [`MAX_CPUS`].
@@ -83,6 +88,8 @@ impl VmConfig {
             net: NetConfig::None,
             forwards: Vec::new(),
             net_server: None,
+            shares: Vec::new(),
+            share_server: None,
             memory: DEFAULT_MEMORY,
             cpus: 1,
             engine: EngineChoice::Auto,

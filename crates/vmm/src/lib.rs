@@ -7,7 +7,7 @@
 //! * [`vcpu`]: one thread per vCPU, told what to do by the supervisor.
 //! * [`board`] and [`pc`]: the machine as the supervisor sees it, and the PC in that shape.
 //! * [`engine`]: which engine runs the guest.
-//! * [`inputs`]: the user's files, opened, locked and checked. [`net`]: the guest's network.
+//! * [`inputs`]: the user's files, opened, locked and checked. [`net`]: the guest's network. [`mod@share`]: directories it sees.
 //! * [`serial`], [`console`], [`terminal`], [`signals`]: the console and the user's terminal.
 //! * [`gdb`]: the gdb stub. [`crash`], [`stats`]: reports. [`state`]: a stopped VM in a file. [`sandbox`]: Landlock and seccomp.
 //! * [`doctor`]: what this host can do.
@@ -29,6 +29,7 @@ mod net;
 mod pc;
 mod sandbox;
 mod serial;
+mod share;
 mod signals;
 mod state;
 mod stats;
@@ -43,4 +44,5 @@ pub use config::{
 pub use error::Error;
 pub use machine::boot::unpack_kernel;
 pub use net::{NetConfig, PortForward, SocketKind, UserNet};
+pub use share::{GuestPlace, MAX_SHARES, ShareConfig, words as share_words};
 pub use vm::{EXIT_CRASH, Vm};

@@ -13,7 +13,7 @@ use machine::power::PowerEvent;
 use machine::serial::Serial;
 use machine::{Pc, PcConfig, PcState};
 use memory::GuestRam;
-use virtio::{Block, Console, ConsoleHandle, Disk, Entropy, Net, Reporter, VirtioDevice, VirtioPci};
+use virtio::{Block, Console, ConsoleHandle, Disk, Entropy, Fs, Net, Reporter, VirtioDevice, VirtioPci};
 
 use crate::board::{Board, BoardMaker};
 use crate::config::VmConfig;
@@ -23,6 +23,7 @@ use crate::error::Error;
 use crate::events::{Event, Events};
 use crate::net::Network;
 use crate::serial::{Gate, InputSlot};
+use crate::share::Share;
 use crate::terminal;
 
 /// The opened files.
@@ -33,6 +34,7 @@ pub(crate) struct Files {
     pub initrd: Option<File>,
     pub disks: Vec<Disk>,
     pub network: Option<Network>,
+    pub shares: Vec<Share>,
     /// The host's end of a virtio console.
     pub console: Option<crate::serial::Serial>,
 }
@@ -49,6 +51,7 @@ pub(crate) fn maker(config: &VmConfig, files: Files, tsc_khz: u64, exits: Option
         agent: config.agent.clone(),
         disks: files.disks,
         network: files.network,
+        shares: files.shares,
         console: files.console,
         exits,
         pc: None,
@@ -70,6 +73,8 @@ struct PcMaker {
     disks: Vec<Disk>,
     /// Until the first build.
     network: Option<Network>,
+    /// Until the first build.
+    shares: Vec<Share>,
     /// Until the first build.
     console: Option<crate::serial::Serial>,
     /// Where accesses to devices are written down.
@@ -129,6 +134,12 @@ impl PcMaker {
             let net = Net::new(port, mac, mtu, Some(reporter.clone()))
                 .map_err(|error| Error::Host(format!("the host gives no thread for the network: {error}")))?;
             devices.push(("net".into(), Box::new(net)));
+        }
+        for (number, share) in std::mem::take(&mut self.shares).into_iter().enumerate() {
+            let Share { tag, name, channel, socket } = share;
+            let fs = Fs::new(&tag, &name, channel, socket, Some(reporter.clone()))
+                .map_err(|error| Error::Host(format!("the host gives no thread for a shared directory: {error}")))?;
+            devices.push((format!("share{number}"), Box::new(fs)));
         }
         devices.push(("entropy".into(), Box::new(Entropy::default())));
         if let Some(host_end) = self.console.take() {

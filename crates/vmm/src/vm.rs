@@ -26,7 +26,7 @@ use crate::serial::{Gate, InputSlot, Serial};
 use crate::state::{self, Saved};
 use crate::stats::Stats;
 use crate::vcpu::VcpuThread;
-use crate::{crash, engine, inputs, net, signals, terminal};
+use crate::{crash, engine, inputs, net, share, signals, terminal};
 
 /// Exit code of a process whose guest crashed or can make no progress.
 pub const EXIT_CRASH: i32 = 3;
@@ -115,6 +115,7 @@ impl Vm {
         };
         let mut network = opening.open()?;
         let net_lines = network.as_mut().map(|network| std::mem::take(&mut network.lines)).unwrap_or_default();
+        let shares = share::open(&config.shares, config.share_server.as_ref(), config.sandbox)?;
         let (serial, serial_line) = Serial::open(&config.serial)?;
         let (console, console_line) = match config.virtio_console.as_ref().map(Serial::open).transpose()? {
             Some((console, line)) => (Some(console), line),
@@ -151,8 +152,12 @@ impl Vm {
             terminal::message(&format!("tightrope: {line}"));
         }
         let exits = trace.filter(|_| config.trace.as_ref().is_some_and(|trace| trace.exits));
-        let maker =
-            crate::pc::maker(config, Files { kernel, unpacked, initrd, disks, network, console }, tsc_khz, exits);
+        let maker = crate::pc::maker(
+            config,
+            Files { kernel, unpacked, initrd, disks, network, shares, console },
+            tsc_khz,
+            exits,
+        );
         let vm =
             Self::assemble(config, engine, Parts { ram, serial, listener, tsc_khz, save_to, restore, maker }, started)?;
         sandbox::close(config.sandbox, needs)?;

@@ -190,6 +190,14 @@ impl Virtqueue {
         walk(memory, self.queue.desc_table(), self.queue.size(), head).map(Some)
     }
 
+    /// Walks the chain `head`, taken and not yet given back, once more. The driver may have changed it meanwhile.
+    ///
+    /// # Errors
+    /// As [`Self::pop`].
+    pub fn chain<'m>(&self, memory: &'m VmMemory, head: u16) -> Result<Chain<'m>, QueueError> {
+        walk(memory, self.queue.desc_table(), self.queue.size(), head)
+    }
+
     /// Leaves the last `count` chains, taken and not given back, to be taken again.
     pub fn unpop(&mut self, count: u16) {
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count));
