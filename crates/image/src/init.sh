@@ -97,6 +97,8 @@ if [ "$root" ]; then
 			for fs in proc sys dev; do
 				[ -d /mnt/$fs ] && mount -o move /$fs /mnt/$fs
 			done
+			# Where every distribution has it; the kernel loads file systems and the like by it.
+			echo /sbin/modprobe >/mnt/proc/sys/kernel/modprobe
 			exec switch_root /mnt "$init" "$@"
 		fi
 		echo "tightrope: cannot mount $root as root file system"

@@ -193,6 +193,7 @@ fn ssh_comes_in_and_git_goes_out() {
 #[ignore = "long, needs a mirror"]
 fn a_container_runs() {
     let mut guest = Guest::boot("debian:13", &["--memory=2G"]);
+    guest.run("cat /proc/sys/kernel/modprobe && test -x $(cat /proc/sys/kernel/modprobe)");
     guest.install("podman crun");
     // No registry is needed: the image is one program.
     guest.run(
@@ -209,7 +210,7 @@ fn a_container_runs() {
 fn a_kernel_module_is_built_and_loaded() {
     let mut guest = Guest::boot("debian:13", &["--memory=2G"]);
     guest.install("linux-headers-cloud-amd64 gcc make");
-    guest.run(r#"mkdir m && cd m && echo 'obj-m := hello.o' >Makefile && printf '%s\n' '#include <linux/module.h>' 'static int n = 6; module_param(n, int, 0444);' 'static int __init hello(void) { pr_info("hello from a module: %d\\n", n * 7); return 0; }' 'static void __exit bye(void) { pr_info("bye\\n"); }' 'module_init(hello); module_exit(bye); MODULE_LICENSE("GPL");' >hello.c"#);
+    guest.run(r#"mkdir m && cd m && echo 'obj-m := hello.o' >Makefile && printf '%s\n' '#include <linux/module.h>' 'static int n = 6; module_param(n, int, 0444);' 'static int __init hello(void) { pr_info("hello from a module: %d\n", n * 7); return 0; }' 'static void __exit bye(void) { pr_info("bye\n"); }' 'module_init(hello); module_exit(bye); MODULE_LICENSE("GPL");' >hello.c"#);
     guest.run("make -s -C /lib/modules/$(uname -r)/build M=/root/m modules 2>&1");
     guest.run("insmod m/hello.ko n=9 && dmesg | grep 'hello from a module: 63' && lsmod | grep hello");
     guest.run("rmmod hello && dmesg | grep -w bye");
