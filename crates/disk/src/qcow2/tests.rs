@@ -271,3 +271,23 @@ fn a_panic_in_the_library_stops_the_disk() {
     drop(disk);
     assert_eq!(check(&DiskConfig::new(&path)).unwrap().errors, 0);
 }
+
+/// Found by fuzzing: the library panics on an empty buffer.
+#[test]
+fn empty_requests_and_buffers() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Disk::open(&DiskConfig::new(image(dir.path(), "a.qcow2", 1 << 20))).unwrap();
+    let (mut none, mut data) = ([], [9; 512]);
+    for buffers in [&[][..], &[Slice::from(&mut none[..])]] {
+        disk.write(512, buffers).unwrap();
+        disk.read(512, buffers).1.unwrap();
+    }
+    disk.write(0, &[Slice::from(&mut none[..]), Slice::from(&mut data[..])]).unwrap();
+    let mut back = [0; 512];
+    disk.read(0, &[Slice::from(&mut none[..]), Slice::from(&mut back[..])]).1.unwrap();
+    assert_eq!(back, data);
+    disk.discard(0, 0).unwrap();
+    disk.write_zeroes(0, 0, true).unwrap();
+    disk.write_zeroes(0, 0, false).unwrap();
+    disk.flush().unwrap();
+}
