@@ -225,6 +225,15 @@ impl Features {
     }
 }
 
+/// Can a guest that sees an Intel CPU make hypercalls on this host under engine `kvm`? It uses VMCALL. On AMD CPUs that is an invalid opcode,
+/// for which KVM writes VMMCALL into the guest's code, and a kernel's code cannot be written to: the guest would crash. So that a guest can
+/// go from one engine to another, none of them offers hypercalls there.
+pub fn host_takes_vmcall() -> bool {
+    let vendor = std::arch::x86_64::__cpuid(0);
+    let text: Vec<u8> = [vendor.ebx, vendor.edx, vendor.ecx].into_iter().flat_map(u32::to_le_bytes).collect();
+    !matches!(&text[..], b"AuthenticAMD" | b"HygonGenuine")
+}
+
 fn host_cpuid(leaf: u32, subleaf: u32) -> std::arch::x86_64::CpuidResult {
     let base = leaf & 0x8000_0000;
     if std::arch::x86_64::__cpuid(base).eax < leaf {
@@ -245,12 +254,20 @@ pub struct CpuidModel {
     /// Offer KVM_FEATURE_PV_UNHALT: a guest whose spinlock is held elsewhere halts, and is woken by the hypercall KVM_HC_KICK_CPU. Worth
     /// its cost where vCPUs must share cores.
     pub pv_unhalt: bool,
+    /// Offer what goes by hypercalls, see [`host_takes_vmcall`].
+    pub hypercalls: bool,
 }
 
 impl CpuidModel {
     /// The model for a VM with `cpus` vCPUs whose TSC runs at `tsc_khz`, on this host.
     pub fn new(cpus: u32, tsc_khz: u32) -> Self {
-        Self { cpus: cpus.max(1), tsc_khz, features: Features::for_host(), pv_unhalt: false }
+        Self {
+            cpus: cpus.max(1),
+            tsc_khz,
+            features: Features::for_host(),
+            pv_unhalt: false,
+            hypercalls: host_takes_vmcall(),
+        }
     }
 
     /// What CPUID answers for `leaf` (EAX) and `subleaf` (ECX) on vCPU `index` in `state`: EAX, EBX, ECX, EDX.
@@ -299,8 +316,9 @@ impl CpuidModel {
             0x4000_0001 => {
                 use kvm_eax as k;
                 let always = k::CLOCKSOURCE | k::NOP_IO_DELAY | k::CLOCKSOURCE2 | k::STEAL_TIME | k::PV_EOI;
-                let more = k::PV_TLB_FLUSH | k::PV_SEND_IPI | k::CLOCKSOURCE_STABLE;
-                [always | more | if self.pv_unhalt { k::PV_UNHALT } else { 0 }, 0, 0, 0]
+                let unhalt = if self.pv_unhalt { k::PV_UNHALT } else { 0 };
+                let calls = if self.hypercalls { k::PV_SEND_IPI | unhalt } else { 0 };
+                [always | k::PV_TLB_FLUSH | k::CLOCKSOURCE_STABLE | calls, 0, 0, 0]
             }
             0x4000_0010 => [self.tsc_khz, LAPIC_HZ / 1000, 0, 0],
             0x8000_0000 => [0x8000_0008, 0, 0, 0],
@@ -490,6 +508,18 @@ mod tests {
             let hz = f64::from(LAPIC_HZ) * f64::from(numerator) / f64::from(denominator);
             assert!((hz / 1000.0 / f64::from(khz) - 1.0).abs() < 3e-6, "{khz}: {numerator}/{denominator}");
             assert!(1_000_000u32.checked_mul(numerator).is_some());
+        }
+    }
+
+    #[test]
+    fn hypercalls_only_where_they_work() {
+        let (mut m, s) = model(2);
+        m.pv_unhalt = true;
+        for (hypercalls, shown) in [(true, kvm_eax::PV_SEND_IPI | kvm_eax::PV_UNHALT), (false, 0)] {
+            m.hypercalls = hypercalls;
+            let eax = m.cpuid(0, &s, 0x4000_0001, 0)[0];
+            assert_eq!(eax & (kvm_eax::PV_SEND_IPI | kvm_eax::PV_UNHALT), shown);
+            assert_ne!(eax & kvm_eax::STEAL_TIME, 0);
         }
     }
 

@@ -31,7 +31,7 @@ fn wrong_usage_is_exit_code_2() {
     fails(&["run", "--memory", "1X"], 2, &["--memory", "512M"]);
     fails(&["run", "--engine", "xen"], 2, &["'xen'", "auto, bt, kvm or interp"]);
     fails(&["run", "--initrd", "x"], 2, &["--kernel"]);
-    fails(&["run", "--disk", "a,cow"], 2, &["'cow'", ",ro"]);
+    fails(&["run", "--disk", "a,cow"], 2, &["'cow'", "ro, "]);
     fails(&["run", "--gdb", "everywhere"], 2, &["--gdb", "PORT"]);
     fails(&["run", "--trace", "everything"], 2, &["int, exits, blocks, tlb"]);
     fails(&["run", "--serial", "modem"], 2, &["stdio, none, pty"]);

@@ -131,7 +131,9 @@ fn translations_are_forgotten_everywhere() {
         session.send(
             b"dmesg | grep -c -E 'KVM setup pv remote TLB flush|setup PV IPIs|eoi.. replaced with kvm'; echo offered\n",
         );
-        session.expect("3\r\noffered");
+        // On AMD hosts there are no hypercalls.
+        let vendor = std::arch::x86_64::__cpuid(0).ebx.to_le_bytes();
+        session.expect(if vendor == *b"Auth" { "2\r\noffered" } else { "3\r\noffered" });
         session.send(format!("{}; echo do''ne\n", inside("inside_remapping")).as_bytes());
         session.expect("done");
         session.send(b"dmesg | grep -E 'BUG|WARNING|lockup|stall' | grep -v -c fpu/xstate; poweroff\n");

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::Error;
 
 const MAGIC: [u8; 8] = *b"TIGHTROP";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// No machine's body is longer.
 const MAX_BODY: u32 = 64 << 20;
 /// RAM is written in pieces of this size where there is something in them.
@@ -40,6 +40,8 @@ pub(crate) struct Saved {
     pub host_tsc: u64,
     /// kvmclock's system time in nanoseconds.
     pub clock: u64,
+    /// The guest was started where hypercalls are offered, so it may make them.
+    pub hypercalls: bool,
     /// The vCPUs.
     pub cpus: Vec<CpuState>,
     /// The devices.
@@ -59,6 +61,15 @@ impl Saved {
             }
         }
         self.host_tsc = now;
+    }
+
+    /// Can this engine take the guest's hypercalls? `works`: it can under engine `kvm` on this host.
+    pub fn check_hypercalls(&self, engine: &str, works: bool) -> Result<(), Error> {
+        if self.hypercalls && engine == "kvm" && !works {
+            let text = "the saved VM does not fit: its guest calls its host by VMCALL, which engine kvm cannot take on this AMD CPU; --engine bt can";
+            return Err(Error::Input(text.into()));
+        }
+        Ok(())
     }
 
     /// Does it fit a VM with so much RAM and so many vCPUs on a host with this TSC?
@@ -198,7 +209,7 @@ mod tests {
         let mut machine = pc.save().unwrap();
         machine.lapics[0].tsc_deadline = 500;
         let cpus = vec![CpuState { tsc_offset: 10, ..CpuState::default() }];
-        Saved { ram: 32 << 20, tsc_khz: 2_000_000, host_tsc: 1000, clock: 7, cpus, machine }
+        Saved { ram: 32 << 20, tsc_khz: 2_000_000, host_tsc: 1000, clock: 7, hypercalls: true, cpus, machine }
     }
 
     fn file(saved: &Saved, ram: &GuestRam) -> File {
@@ -241,6 +252,8 @@ mod tests {
         {
             assert!(saved.check(ram, cpus, khz).unwrap_err().to_string().contains(part));
         }
+        assert!(saved.check_hypercalls("kvm", false).unwrap_err().to_string().contains("--engine bt"));
+        assert!(saved.check_hypercalls("kvm", true).is_ok() && saved.check_hypercalls("bt", false).is_ok());
     }
 
     #[test]

@@ -49,6 +49,8 @@ pub struct Vm {
     started: Instant,
     /// When the guest's first instruction ran, from the start of the process.
     ready: Option<Duration>,
+    /// The guest may make hypercalls: they were offered where it was started.
+    hypercalls: bool,
     resets: u64,
     debugger: Option<Debugger>,
     /// vCPUs that have halted for good. (The others may still run.)
@@ -200,6 +202,7 @@ impl Vm {
             stats: config.stats,
             started,
             ready: None,
+            hypercalls: cpu::cpuid::host_takes_vmcall(),
             resets: 0,
             debugger: None,
             stuck: Vec::new(),
@@ -316,6 +319,7 @@ impl Vm {
             tsc_khz: self.tsc_khz,
             host_tsc: machine::clock::host_tsc(),
             clock: self.engine.clock(),
+            hypercalls: self.hypercalls,
             cpus: states.collect::<Result<_, _>>()?,
             machine,
         })
@@ -326,6 +330,8 @@ impl Vm {
         let (reader, mut saved) = state::Reader::open(file)?;
         let ram = self.engine.ram();
         saved.check(ram.size(), self.cpus.threads.len(), self.tsc_khz)?;
+        saved.check_hypercalls(self.engine.name(), cpu::cpuid::host_takes_vmcall())?;
+        self.hypercalls = saved.hypercalls;
         self.board.pause_devices();
         ram.clear().map_err(|error| Error::Host(format!("the guest's memory cannot be cleared: {error}")))?;
         reader.ram(ram)?;
