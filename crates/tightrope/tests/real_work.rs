@@ -207,6 +207,27 @@ fn a_container_runs() {
 
 #[test]
 #[ignore = "long, needs a mirror"]
+fn tightrope_is_built_from_a_shared_tree() {
+    // The host's compiler and the sources that cargo has fetched, read-only; only the linker is the guest's.
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let tree = here.join("../..").canonicalize().unwrap();
+    let rust = host("rustc", &["--print", "sysroot"], here);
+    let cargo = std::env::var("CARGO_HOME").unwrap_or_else(|_| format!("{}/.cargo", std::env::var("HOME").unwrap()));
+    let shares = [format!("{}:/src:ro", tree.display()), format!("{rust}:/rust:ro"), format!("{cargo}:/cargo:ro")];
+    let mut args = vec!["--memory=3G"];
+    shares.iter().for_each(|share| args.extend(["--share", share]));
+    let mut guest = Guest::boot("debian:13", &args);
+    guest.install("gcc libc6-dev");
+    guest.run("mkdir .cargo && ln -s /cargo/registry .cargo/registry");
+    guest.run(
+        "cd /src && PATH=/rust/bin:$PATH CARGO_TARGET_DIR=/root/target cargo build --offline --locked -p memory 2>&1",
+    );
+    guest.run("test -s target/debug/libmemory.rlib");
+    guest.power_off();
+}
+
+#[test]
+#[ignore = "long, needs a mirror"]
 fn a_kernel_module_is_built_and_loaded() {
     let mut guest = Guest::boot("debian:13", &["--memory=2G"]);
     guest.install("linux-headers-cloud-amd64 gcc make");
