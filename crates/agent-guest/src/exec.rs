@@ -140,6 +140,8 @@ struct Flow {
     /// For the program.
     input: Vec<u8>,
     input_ends: bool,
+    /// Bytes of input that the host has not been told of.
+    owed: usize,
 }
 
 /// Reads once; `true` while there may be more.
@@ -196,12 +198,13 @@ impl Program {
 
     /// Moves bytes until the program has ended.
     fn turns(&mut self, connection: &mut Connection, flow: &mut Flow) -> io::Result<ExitStatus> {
+        let mut readable = false;
         loop {
+            self.turn(connection, flow, readable)?;
             if let Some(status) = self.child.try_wait()? {
                 return Ok(status);
             }
-            let readable = self.wait(connection, flow)?;
-            self.turn(connection, flow, readable)?;
+            readable = self.wait(connection, flow)?;
         }
     }
 
@@ -237,9 +240,10 @@ impl Program {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),
             }
-            while let Some(message) = connection.waiting()? {
-                self.message(message, flow)?;
-            }
+        }
+        // Also what came together with the request.
+        while let Some(message) = connection.waiting()? {
+            self.message(message, flow)?;
         }
         if flow.out.len() < OUT_LIMIT {
             for (slot, message) in
@@ -281,7 +285,10 @@ impl Program {
                 Err(_) => self.input = None,
             }
         }
+        // A Ctrl-D of our own is not the host's.
+        let taken = taken.min(flow.owed);
         if taken > 0 {
+            flow.owed -= taken;
             FromGuest::Taken(taken as u32).put(&mut flow.out);
         }
         if flow.input.is_empty() && flow.input_ends {
@@ -292,6 +299,7 @@ impl Program {
     fn message(&mut self, message: FromHost, flow: &mut Flow) -> io::Result<()> {
         match message {
             FromHost::Stdin(bytes) if flow.input.len() + bytes.len() <= STDIN_WINDOW && !flow.input_ends => {
+                flow.owed += bytes.len();
                 flow.input.extend_from_slice(&bytes);
             }
             FromHost::StdinEnd => {
@@ -442,9 +450,32 @@ mod tests {
         }
         host.send(&FromHost::Window(77, 22));
         host.send(&FromHost::Stdin(b"word\n".to_vec()));
+        host.send(&FromHost::StdinEnd);
         assert_eq!(host.end(), FromGuest::Exited(Exit::Code(0)));
+        assert_eq!(host.taken, 5, "not the Ctrl-D");
         let text = String::from_utf8(host.out).unwrap();
         assert!(text.contains("22 77\r\ngot word\r\n/dev/pts/"), "{text}");
+    }
+
+    /// Input that comes in one piece with the request is there at once, and its end too.
+    #[test]
+    fn all_at_once() {
+        for tty in [None, Some((80, 24))] {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            ours.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+            let mut bytes = Vec::new();
+            let argv = vec![b"sh".to_vec(), b"-c".to_vec(), b"read x; echo got $x".to_vec()];
+            FromHost::Exec(Exec { argv, tty, ..Exec::default() }).put(&mut bytes);
+            FromHost::Stdin(b"word\n".to_vec()).put(&mut bytes);
+            FromHost::StdinEnd.put(&mut bytes);
+            (&ours).write_all(&bytes).unwrap();
+            std::thread::spawn(move || crate::session::serve(theirs.into()));
+            let mut host = Host { stream: ours, decoder: Decoder::default(), out: vec![], err: vec![], taken: 0 };
+            assert!(matches!(host.next(), Some(FromGuest::Hello(1))));
+            assert_eq!(host.end(), FromGuest::Exited(Exit::Code(0)));
+            assert!(String::from_utf8_lossy(&host.out).contains("got word"), "{:?}", host.out);
+            assert_eq!(host.taken, 5);
+        }
     }
 
     #[test]

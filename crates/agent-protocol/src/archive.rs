@@ -295,7 +295,8 @@ impl Unpacker {
             return Err(invalid("the archive's order is wrong"));
         }
         self.entries += 1;
-        let shown = self.shown.join(OsStr::from_bytes(&entry.path));
+        let shown =
+            if entry.path.is_empty() { self.shown.clone() } else { self.shown.join(OsStr::from_bytes(&entry.path)) };
         let failed = |error: Errno| about(&shown, reason(&error.into()));
         let Some((last, above)) = names.split_last() else { return Ok(()) };
         let dir = self.walk(above)?;

@@ -1,5 +1,6 @@
 //! The command line, for clap: also the source of `--help`, the man page and the shell completions.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueHint};
@@ -17,6 +18,10 @@ Examples:
       boot your own
   echo 'uname -a; poweroff' | tightrope run
       drive it from a script
+  tightrope run -- uname -a
+      run a command in a VM of its own
+  tightrope run --detach --name web -p 8080:80; tightrope exec web ls /; tightrope stop web
+      keep one in the background
   tightrope run -p 8080:80
       reach the guest's web server at http://localhost:8080/
   tightrope run --kernel vmlinux --gdb 1234
@@ -46,6 +51,36 @@ pub struct Cli {
 pub enum Command {
     /// Run a virtual machine (the default)
     Run(Box<RunArgs>),
+    /// List the VMs that run
+    Ps {
+        /// Those too that have ended
+        #[arg(long, short)]
+        all: bool,
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
+    },
+    /// End VMs: the guest switches itself off, or is switched off when it does not in time
+    Stop(StopArgs),
+    /// Run a command in a running guest, with this terminal, input and output; its exit code is this command's
+    Exec(ExecArgs),
+    /// Copy files and directories into a guest or out of it
+    Cp(CpArgs),
+    /// Show what a guest wrote on its console: the last mebibyte (of VMs that run in the background)
+    Logs {
+        /// The VM's name, or the start of its id
+        #[arg(value_name = "VM")]
+        vm: String,
+        /// Go on until it ends
+        #[arg(long, short)]
+        follow: bool,
+    },
+    /// Be at a guest's console (of VMs that run in the background); Ctrl-A D leaves it
+    Attach {
+        /// The VM's name, or the start of its id
+        #[arg(value_name = "VM")]
+        vm: String,
+    },
     /// Say what this host can do for virtual machines, and what to change
     ///
     /// Exit code 0 when virtual machines run here, 1 when they do not.
@@ -91,6 +126,9 @@ pub enum Command {
         /// bash, elvish, fish, powershell or zsh
         shell: clap_complete::Shell,
     },
+    /// Be the process beside a VM's monitor; `run` starts it
+    #[command(hide = true)]
+    VmKeeper,
     /// Be the network server of a guest; `run` starts it
     #[command(hide = true)]
     NetworkServer,
@@ -99,6 +137,70 @@ pub enum Command {
     ShareServer,
     /// Print the man page (man -l shows it: tightrope man | man -l -)
     Man,
+}
+
+/// `tightrope stop`
+#[derive(Args, Clone, Debug)]
+pub struct StopArgs {
+    /// Names, or starts of ids
+    #[arg(value_name = "VM", required = true)]
+    pub vm: Vec<String>,
+
+    /// At once, as when the power fails
+    #[arg(long, short)]
+    pub force: bool,
+
+    /// How long the guest may take, in seconds, before it is switched off
+    #[arg(long, short, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(0..=86400))]
+    pub time: u64,
+}
+
+/// `tightrope exec`
+#[derive(Args, Clone, Debug)]
+pub struct ExecArgs {
+    /// On a terminal of its own (as it is by itself when input and output here are one)
+    #[arg(long, short)]
+    pub tty: bool,
+
+    /// Never on a terminal
+    #[arg(long, short = 'T', conflicts_with = "tty")]
+    pub no_tty: bool,
+
+    /// For those who are used to it: input is always passed on
+    #[arg(long, short, hide = true)]
+    pub interactive: bool,
+
+    /// Set a variable; a name alone takes its value from here
+    #[arg(long, short, value_name = "NAME=VALUE")]
+    pub env: Vec<String>,
+
+    /// As whom: USER, UID, USER:GROUP or UID:GID [default: root]
+    #[arg(long, short, value_name = "USER")]
+    pub user: Option<String>,
+
+    /// Where [default: the user's home]
+    #[arg(long, short, value_name = "DIR")]
+    pub workdir: Option<String>,
+
+    /// The VM's name, or the start of its id
+    #[arg(value_name = "VM")]
+    pub vm: String,
+
+    /// What to run
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND", value_hint = ValueHint::CommandWithArguments)]
+    pub command: Vec<OsString>,
+}
+
+/// `tightrope cp`
+#[derive(Args, Clone, Debug)]
+pub struct CpArgs {
+    /// A file or directory here, or VM:PATH
+    #[arg(value_name = "SOURCE", value_hint = ValueHint::AnyPath)]
+    pub source: OsString,
+
+    /// Where it goes: as this name, or into it if it is a directory
+    #[arg(value_name = "DESTINATION", value_hint = ValueHint::AnyPath)]
+    pub destination: OsString,
 }
 
 /// `tightrope run`
@@ -189,6 +291,38 @@ pub struct RunArgs {
     /// End when the process that started this one ends
     #[arg(long, hide = true)]
     pub with_parent: bool,
+
+    /// A name for this VM, for ps, exec, stop and the others
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Run in the background: print the VM's id when it has started
+    #[arg(long, short, conflicts_with_all = ["command", "gdb"])]
+    pub detach: bool,
+
+    /// Set a variable for COMMAND; a name alone takes its value from here
+    #[arg(long, short, value_name = "NAME=VALUE", requires = "command")]
+    pub env: Vec<String>,
+
+    /// As whom COMMAND runs: USER, UID, USER:GROUP or UID:GID [default: root]
+    #[arg(long, short, value_name = "USER", requires = "command")]
+    pub user: Option<String>,
+
+    /// Where COMMAND runs [default: the user's home]
+    #[arg(long, short, value_name = "DIR", requires = "command")]
+    pub workdir: Option<String>,
+
+    /// Run this in the guest, with this terminal, input and output, and end; its exit code is this command's
+    #[arg(last = true, value_name = "COMMAND", conflicts_with_all = ["kernel", "restore"], value_hint = ValueHint::CommandWithArguments)]
+    pub command: Vec<OsString>,
+
+    /// Without agent and entry in the list of VMs
+    #[arg(long, hide = true, conflicts_with_all = ["name", "detach", "command"])]
+    pub no_agent: bool,
+
+    /// Be the monitor of a VM that runs in the background
+    #[arg(long, hide = true)]
+    pub monitor: bool,
 
     /// Run every block in the interpreter too, and stop at the first difference
     #[arg(long, hide = true)]

@@ -63,7 +63,7 @@ fn default_image(args: &RunArgs, settings: &Settings, config: &mut VmConfig) -> 
         let own = system::configure(&reference, args, settings, config)?;
         config.unpacked_kernel = unpacked(&config.kernel);
         let mut words = vec![CONSOLE.to_string(), own, DEFAULT_IMAGE.to_string()];
-        words.extend(terminal_words());
+        words.extend(agent_words(args, config, "tightrope.init=agent"));
         return Ok(words.join(" "));
     }
     if args.keep.is_some() {
@@ -81,8 +81,20 @@ fn default_image(args: &RunArgs, settings: &Settings, config: &mut VmConfig) -> 
     config.ready_marker =
         (args.restore.is_none() && !args.append.iter().any(own_root)).then(|| image::PROMPT.to_string());
     let mut words = vec![CONSOLE.to_string(), image.cmdline, DEFAULT_IMAGE.to_string()];
-    words.extend(terminal_words());
+    words.extend(agent_words(args, config, "rdinit=/tightrope/agent"));
     Ok(words.join(" "))
+}
+
+/// Gives the guest its agent. For a command the agent is process 1, by the word `as_init`: no shell, no services.
+fn agent_words(args: &RunArgs, config: &mut VmConfig, as_init: &str) -> Vec<String> {
+    if !args.no_agent {
+        config.agent = Some(image::agent_archive(agent::PROGRAM).into());
+    }
+    if args.command.is_empty() {
+        return terminal_words();
+    }
+    // A guest that panics starts again, which the command's caller sees as its end.
+    vec![as_init.to_string(), "panic=-1".to_string()]
 }
 
 /// The kernel's unpacked payload, in the cache beside the kernel; put there if it is not. Unpacking takes a large part of a second.

@@ -1,6 +1,6 @@
 //! The command `tightrope`. Thin: it turns what the user asks for into a [`vmm::VmConfig`] and runs it.
 //!
-//! * [`cli`]: the command line. * [`disks`]: making disks. * [`doctor`]: what this host can do. * [`settings`]: the configuration file. * [`guest`]: which kernel and what command line.
+//! * [`cli`]: the command line. * [`disks`]: making disks. * [`doctor`]: what this host can do. * [`instance`], [`vms`]: VMs that run. * [`settings`]: the configuration file. * [`guest`]: which kernel and what command line.
 
 #![forbid(unsafe_code)]
 
@@ -9,9 +9,11 @@ mod disks;
 mod doctor;
 mod guest;
 mod images;
+mod instance;
 mod layers;
 mod settings;
 mod system;
+mod vms;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -86,6 +88,16 @@ fn execute(cli: Cli, started: Instant) -> Result<i32> {
         Command::Images { json } => images::list(json),
         Command::Rm { images } => images::remove(&images),
         Command::Prune => images::prune(),
+        Command::Ps { all, json } => vms::ps(all, json),
+        Command::Stop(args) => vms::stop(&args),
+        Command::Exec(args) => vms::exec_in(&args),
+        Command::Cp(args) => vms::cp(&args),
+        Command::Logs { vm, follow } => vms::logs(&vm, follow),
+        Command::Attach { vm } => vms::attach(&vm),
+        Command::VmKeeper => {
+            registry::keeper::run()?;
+            Ok(0)
+        }
         Command::NetworkServer => {
             nat::server::run()?;
             Ok(0)
@@ -126,8 +138,25 @@ fn run(args: &RunArgs, started: Instant) -> Result<i32> {
     if args.with_parent {
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     }
+    let background = args.detach || !args.command.is_empty();
+    if background && !args.monitor {
+        return instance::start(args, arguments(std::env::args_os()));
+    }
     let settings = Settings::load()?;
-    let config = guest::configure(args, &settings)?;
+    let mut config = guest::configure(args, &settings)?;
+    if background {
+        return instance::monitor(args, config, started);
+    }
+    if !args.no_agent
+        && !args.with_parent
+        && let Err(error) = instance::register(args, &mut config, false)
+    {
+        // Whoever did not ask for it can do without.
+        if args.name.is_some() {
+            return Err(error);
+        }
+        vmm::terminal::message(&format!("tightrope: warning: this VM will not be found by others: {error:#}"));
+    }
     let vm = vmm::Vm::new(&config, started)?;
     Ok(vm.run())
 }

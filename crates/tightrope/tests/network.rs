@@ -205,7 +205,11 @@ fn the_network_server_dies() {
     let mut session = boot(&[]);
     done(&mut session, "network wait");
     let children = format!("/proc/{0}/task/{0}/children", session.id());
-    let server: i32 = std::fs::read_to_string(children).unwrap().trim().parse().unwrap();
+    let children = std::fs::read_to_string(children).unwrap();
+    let is_server = |pid: &&str| {
+        std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("network-server"))
+    };
+    let server: i32 = children.split_whitespace().find(is_server).unwrap().parse().unwrap();
     let server = rustix::process::Pid::from_raw(server).unwrap();
     rustix::process::kill_process(server, rustix::process::Signal::KILL).unwrap();
     done(&mut session, "until [ $(cat /sys/class/net/eth0/carrier) = 0 ]; do usleep 100000; done");

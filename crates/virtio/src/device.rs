@@ -23,6 +23,7 @@ use crate::fs::FsState;
 use crate::net::NetState;
 use crate::queue::Virtqueue;
 use crate::runner::Doorbell;
+use crate::vsock::VsockState;
 
 pub use disk::Reporter;
 
@@ -38,7 +39,7 @@ pub trait Interrupt: Send + Sync {
 
 /// A virtio device without its transport. The transport serialises all calls.
 pub trait VirtioDevice: Send {
-    /// The device type (virtio 1.3, chapter 5): 1 network, 2 block, 3 console, 4 entropy.
+    /// The device type (virtio 1.3, chapter 5): 1 network, 2 block, 3 console, 4 entropy, 19 socket.
     fn device_type(&self) -> u16;
     /// The device's own feature bits; bits of transport and ring are the transport's.
     fn features(&self) -> u64;
@@ -85,6 +86,8 @@ pub enum DeviceState {
     Net(NetState),
     /// A shared directory.
     Fs(FsState),
+    /// Sockets to the host.
+    Vsock(VsockState),
 }
 
 /// Copies the part of `config` that starts at `offset` to `data`; zeroes where there is none.

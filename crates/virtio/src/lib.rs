@@ -1,10 +1,10 @@
-//! Virtio devices (virtio 1.3) for a hostile guest: disk, network, entropy, console, shared directory, over virtio-pci.
+//! Virtio devices (virtio 1.3) for a hostile guest: disk, network, entropy, console, shared directory, sockets, over virtio-pci.
 //!
 //! * [`device`]: the trait [`VirtioDevice`] between a device and its transport. Start reading here.
 //! * [`queue`] and [`buffers`]: virtqueues, descriptor chains and the guest memory they point to.
 //! * [`runner`]: the threads that serve queues.
 //! * [`pci`]: the transport: [`VirtioPci`] is a [`machine::pci::PciDevice`].
-//! * [`block`], [`net`], [`entropy`], [`console`], [`fs`]: the devices, one folder each.
+//! * [`block`], [`net`], [`entropy`], [`console`], [`fs`], [`vsock`]: the devices, one folder each.
 //!
 //! Modern (non-transitional) devices with split rings only. A driver that breaks the rules of a ring gets DEVICE_NEEDS_RESET; nothing it
 //! does panics, writes outside the buffers it offered, or blocks another VM. Devices know guest memory, their interrupt and their backend,
@@ -25,6 +25,7 @@ pub mod queue;
 pub mod runner;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
+pub mod vsock;
 
 pub use block::{Block, Disk, DiskConfig, DiskError, SizeWatch};
 pub use console::{Console, ConsoleHandle};
@@ -33,3 +34,4 @@ pub use entropy::Entropy;
 pub use fs::Fs;
 pub use net::{Net, Offloads, Port};
 pub use pci::VirtioPci;
+pub use vsock::Vsock;

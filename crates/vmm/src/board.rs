@@ -33,6 +33,8 @@ pub(crate) trait Board: Send {
     fn start_state(&self, index: u32) -> CpuState;
     /// The guest's end of console input.
     fn console(&self) -> Arc<dyn Input>;
+    /// Presses the power button: a guest that listens shuts down.
+    fn press_power_button(&self) {}
     /// Counters as `(kind, value)`.
     fn counters(&self) -> Vec<(String, u64)>;
 }

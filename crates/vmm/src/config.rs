@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 pub use disk::DiskConfig;
 
+use crate::instance::Instance;
 use crate::net::{NetConfig, PortForward};
 use crate::share::ShareConfig;
 
@@ -27,6 +28,10 @@ pub struct VmConfig {
     pub initrd: Option<PathBuf>,
     /// An archive that the guest's kernel unpacks before the initrd, if there is an initrd: the agent (`image::agent_archive`).
     pub agent: Option<Arc<[u8]>>,
+    /// With one, other commands find this VM and the guest has a vsock device.
+    pub instance: Option<Arc<Instance>>,
+    /// Say only what is wrong.
+    pub quiet: bool,
     /// Were kernel and initrd made by Tightrope itself (and so need no look at their insides)?
     pub trusted_image: bool,
     /// The kernel command line.
@@ -81,6 +86,8 @@ impl VmConfig {
             unpacked_kernel: None,
             initrd: None,
             agent: None,
+            instance: None,
+            quiet: false,
             trusted_image: false,
             cmdline: String::new(),
             disks: Vec::new(),
@@ -185,6 +192,8 @@ pub enum SerialMode {
     Stdio,
     /// Output is thrown away, there is no input.
     None,
+    /// To the log of the VM's [`VmConfig::instance`], and to whoever attaches; messages of the monitor too, once the VM is started.
+    Log,
     /// Output is appended to a file, there is no input.
     File(PathBuf),
     /// A pseudo-terminal, whose name is printed.

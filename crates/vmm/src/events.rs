@@ -13,6 +13,10 @@ pub(crate) enum Event {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
+    /// Somebody presses the machine's power button.
+    PowerButton,
+    /// The command that the guest was started for ended with this exit code.
+    MainExited(i32),
     /// Somebody at the console or a signal asks the VM to end with this exit code.
     Quit(i32),
     /// Somebody wants to see the counters.

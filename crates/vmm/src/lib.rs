@@ -9,14 +9,17 @@
 //! * [`engine`]: which engine runs the guest.
 //! * [`inputs`]: the user's files, opened, locked and checked. [`net`]: the guest's network. [`mod@share`]: directories it sees.
 //! * [`serial`], [`console`], [`terminal`], [`signals`]: the console and the user's terminal.
+//! * [`instance`]: a VM that other commands find; [`control`]: what they ask of it; [`agent`]: is there one in the guest?
 //! * [`gdb`]: the gdb stub. [`crash`], [`stats`]: reports. [`state`]: a stopped VM in a file. [`sandbox`]: Landlock and seccomp.
 //! * [`doctor`]: what this host can do.
 //!
 //! What is not here: devices (crate `machine`, `virtio`), instructions (the engines), where images come from (`image`).
 
+mod agent;
 mod board;
 mod config;
 mod console;
+mod control;
 mod crash;
 mod disks;
 pub mod doctor;
@@ -25,6 +28,7 @@ mod error;
 mod events;
 mod gdb;
 mod inputs;
+mod instance;
 mod net;
 mod pc;
 mod sandbox;
@@ -42,6 +46,7 @@ pub use config::{
     VmConfig, parse_memory,
 };
 pub use error::Error;
+pub use instance::Instance;
 pub use machine::boot::unpack_kernel;
 pub use net::{NetConfig, PortForward, SocketKind, UserNet};
 pub use share::{GuestPlace, MAX_SHARES, ShareConfig, words as share_words};

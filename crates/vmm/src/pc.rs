@@ -13,14 +13,16 @@ use machine::power::PowerEvent;
 use machine::serial::Serial;
 use machine::{Pc, PcConfig, PcState};
 use memory::GuestRam;
-use virtio::{Block, Console, ConsoleHandle, Disk, Entropy, Fs, Net, Reporter, VirtioDevice, VirtioPci};
+use virtio::{Block, Console, ConsoleHandle, Disk, Entropy, Fs, Net, Reporter, VirtioDevice, VirtioPci, Vsock};
 
+use crate::agent::Agent;
 use crate::board::{Board, BoardMaker};
 use crate::config::VmConfig;
 use crate::console::{Input, Output};
 use crate::engine::TraceSink;
 use crate::error::Error;
 use crate::events::{Event, Events};
+use crate::instance::Instance;
 use crate::net::Network;
 use crate::serial::{Gate, InputSlot};
 use crate::share::Share;
@@ -37,6 +39,8 @@ pub(crate) struct Files {
     pub shares: Vec<Share>,
     /// The host's end of a virtio console.
     pub console: Option<crate::serial::Serial>,
+    /// Is there an agent in the guest?
+    pub agent: Agent,
 }
 
 /// What builds the PC from the opened files.
@@ -53,6 +57,8 @@ pub(crate) fn maker(config: &VmConfig, files: Files, tsc_khz: u64, exits: Option
         network: files.network,
         shares: files.shares,
         console: files.console,
+        instance: config.instance.clone(),
+        agent_there: files.agent,
         exits,
         pc: None,
         input: None,
@@ -77,6 +83,9 @@ struct PcMaker {
     shares: Vec<Share>,
     /// Until the first build.
     console: Option<crate::serial::Serial>,
+    /// With one, the guest gets a vsock device.
+    instance: Option<Arc<Instance>>,
+    agent_there: Agent,
     /// Where accesses to devices are written down.
     exits: Option<TraceSink>,
     /// After the first build.
@@ -149,6 +158,13 @@ impl PcMaker {
             let (console, handle) = Console::new(Box::new(output)).map_err(threads)?;
             slot.set(Arc::new(VirtioInput(handle)));
             devices.push(("console".into(), Box::new(console)));
+        }
+        if let Some(instance) = &self.instance {
+            let listener = instance.take(|parts| parts.vsock.take()).map(Into::into);
+            let dial = crate::agent::dial(&self.agent_there, Some(instance.clone()), events);
+            let vsock = Vsock::new(virtio::vsock::GUEST_CID, listener, dial)
+                .map_err(|error| Error::Host(format!("the host gives no thread for vsock: {error}")))?;
+            devices.push(("vsock".into(), Box::new(vsock)));
         }
         for (name, device) in devices {
             let device = VirtioPci::new(&name, device, ram.shared(), Some(reporter.clone())).map_err(engine_error)?;
@@ -295,6 +311,10 @@ impl Board for PcBoard {
 
     fn console(&self) -> Arc<dyn Input> {
         self.input.clone()
+    }
+
+    fn press_power_button(&self) {
+        self.pc.press_power_button();
     }
 
     fn counters(&self) -> Vec<(String, u64)> {

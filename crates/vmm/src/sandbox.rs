@@ -39,6 +39,8 @@ pub(crate) struct Needs {
     pub network: bool,
     /// Disks whose requests io_uring carries out.
     pub uring: bool,
+    /// Other commands find this VM: they connect, and the guest's connections have Unix sockets at the host's end.
+    pub instance: bool,
 }
 
 fn host(what: &str) -> impl FnOnce(std::io::Error) -> Error {
@@ -239,7 +241,21 @@ fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<Rule>>, seccompiler::Backen
         // To rings that were made before, which take reads, writes and syncs of the disks and nothing else (virtio::block).
         rules.insert(libc::SYS_io_uring_enter, vec![]);
     }
-    if needs.sockets {
+    if needs.instance {
+        rules.insert(libc::SYS_socketpair, vec![equals(0, libc::AF_UNIX as u64)?]);
+        rules.insert(libc::SYS_sendmsg, vec![]);
+        rules.insert(libc::SYS_recvmsg, vec![]);
+        // Whose is a connection?
+        let option = |name: i32| -> Result<Rule, _> {
+            Rule::new(vec![
+                Condition::new(1, Len::Dword, Op::Eq, libc::SOL_SOCKET as u64)?,
+                Condition::new(2, Len::Dword, Op::Eq, name as u64)?,
+            ])
+        };
+        rules.insert(libc::SYS_getsockopt, vec![option(libc::SO_PEERCRED)?]);
+        rules.insert(libc::SYS_geteuid, vec![]);
+    }
+    if needs.sockets || needs.instance {
         for call in [libc::SYS_accept4, libc::SYS_recvfrom, libc::SYS_sendto, libc::SYS_shutdown, libc::SYS_setsockopt]
         {
             rules.insert(call, vec![]);
@@ -317,7 +333,13 @@ mod tests {
         }
         close(
             mode,
-            Needs { sockets: deed == "accept", kvm: deed.starts_with("kvm"), network: false, uring: deed == "uring" },
+            Needs {
+                sockets: deed == "accept",
+                kvm: deed.starts_with("kvm"),
+                network: false,
+                uring: deed == "uring",
+                instance: false,
+            },
         )
         .unwrap();
         match deed.as_str() {

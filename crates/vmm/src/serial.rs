@@ -13,6 +13,7 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
 use crate::config::SerialMode;
 use crate::console::{Escape, HELP, Input, Key, Output, feed};
+use crate::control::Hub;
 use crate::error::Error;
 use crate::events::{Event, Events};
 use crate::terminal;
@@ -82,6 +83,8 @@ pub(crate) enum Serial {
     /// The master, and the slave, kept open so that writing never fails for want of a reader.
     Pty(File, File),
     Unix(UnixListener),
+    /// The log, and who is attached. Input comes from those.
+    Log(File, Hub),
 }
 
 impl Serial {
@@ -89,7 +92,8 @@ impl Serial {
     pub(crate) fn open(mode: &SerialMode) -> Result<(Self, Option<String>), Error> {
         match mode {
             SerialMode::Stdio => Ok((Self::Stdio, None)),
-            SerialMode::None => Ok((Self::None, None)),
+            // The log is the instance's: see `Vm::new`.
+            SerialMode::None | SerialMode::Log => Ok((Self::None, None)),
             SerialMode::File(path) => {
                 let file = OpenOptions::new()
                     .append(true)
@@ -116,7 +120,7 @@ impl Serial {
         match self {
             Self::Unix(_) => true,
             Self::Stdio => false,
-            Self::None | Self::File(_) | Self::Pty(..) => false,
+            Self::None | Self::File(_) | Self::Pty(..) | Self::Log(..) => false,
         }
     }
 
@@ -158,6 +162,9 @@ impl Serial {
                 })?;
                 Output::start(Box::new(master), Box::new(|| ()))
             }
+            Self::Log(file, hub) => {
+                Output::start(Box::new(Both(registry::ring::Writer::new(file), hub)), Box::new(|| ()))
+            }
             Self::Unix(listener) => {
                 let to = start_feeder(slot)?;
                 let client = Arc::new(Mutex::new(None));
@@ -176,6 +183,22 @@ impl Serial {
                 Output::start(Box::new(sink), Box::new(|| ()))
             }
         }
+    }
+}
+
+/// Everything goes to the log, and to who is attached.
+struct Both(registry::ring::Writer, Hub);
+
+impl Write for Both {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        // What cannot be logged is still for those who look on.
+        let logged = self.0.write_all(bytes);
+        self.1.write_all(bytes)?;
+        logged.map(|()| bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 

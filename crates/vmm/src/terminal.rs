@@ -5,8 +5,8 @@
 
 use std::io::Write;
 use std::os::fd::BorrowedFd;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rustix::termios::{
     ControlModes, InputModes, LocalModes, OptionalActions, OutputModes, SpecialCodeIndex, Termios, isatty, tcgetattr,
@@ -96,15 +96,27 @@ fn in_foreground() -> bool {
     tcgetpgrp(stdin()).is_ok_and(|group| group == rustix::process::getpgrp())
 }
 
+static ELSEWHERE: Mutex<Option<(Box<dyn Write + Send>, bool)>> = Mutex::new(None);
+
+/// From here on [`message`] writes to `to`; with `both` to standard error too.
+pub(crate) fn messages_to(to: Box<dyn Write + Send>, both: bool) {
+    *ELSEWHERE.lock().unwrap_or_else(PoisonError::into_inner) = Some((to, both));
+}
+
 /// Writes lines for the user on standard error, whatever mode the terminal is in. Each starts at the left margin.
 pub fn message(text: &str) {
     let raw = RAW.load(Ordering::SeqCst);
-    let mut out = String::with_capacity(text.len() + 8);
-    for line in text.lines() {
-        out.push_str(line);
-        out.push_str(if raw { "\r\n" } else { "\n" });
+    let lines = |end: &str| text.lines().fold(String::with_capacity(text.len() + 8), |all, line| all + line + end);
+    // Not waited for: this may run while the log itself panics.
+    if let Ok(mut elsewhere) = ELSEWHERE.try_lock()
+        && let Some((to, both)) = elsewhere.as_mut()
+    {
+        let _ = to.write_all(lines("\r\n").as_bytes());
+        if !*both {
+            return;
+        }
     }
-    let _ = std::io::stderr().write_all(out.as_bytes());
+    let _ = std::io::stderr().write_all(lines(if raw { "\r\n" } else { "\n" }).as_bytes());
 }
 
 /// Restores the terminal when dropped.

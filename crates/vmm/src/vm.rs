@@ -13,13 +13,16 @@ use gdbstub::stub::state_machine::GdbStubStateMachine;
 use gdbstub::stub::{DisconnectReason, GdbStub, MultiThreadStopReason};
 use memory::GuestRam;
 
+use crate::agent::Agent;
 use crate::board::{Board, BoardMaker};
-use crate::config::{GdbAddress, StatsFormat, VmConfig};
+use crate::config::{GdbAddress, SerialMode, StatsFormat, VmConfig};
 use crate::console::Output;
+use crate::control::{self, Hub};
 use crate::error::Error;
 use crate::events::{DebuggerEvent, Event, Events};
 use crate::gdb::target::{Cpus, tid};
 use crate::gdb::{Listener, Stream};
+use crate::instance::Instance;
 use crate::pc::Files;
 use crate::sandbox::{self, Needs};
 use crate::serial::{Gate, InputSlot, Serial};
@@ -58,6 +61,9 @@ pub struct Vm {
     /// The host's TSC rate in kHz.
     tsc_khz: u64,
     save_to: Option<File>,
+    instance: Option<Arc<Instance>>,
+    /// What the guest's main command ended with.
+    main_exit: Option<i32>,
 }
 
 /// A debugger may connect, or has.
@@ -118,7 +124,17 @@ impl Vm {
         let mut network = opening.open()?;
         let net_lines = network.as_mut().map(|network| std::mem::take(&mut network.lines)).unwrap_or_default();
         let shares = share::open(&config.shares, config.share_server.as_ref(), config.sandbox)?;
-        let (serial, serial_line) = Serial::open(&config.serial)?;
+        let (mut serial, serial_line) = Serial::open(&config.serial)?;
+        let host = |error: std::io::Error| Error::Host(error.to_string());
+        let (hub, agent) = (Hub::new().map_err(host)?, Agent::default());
+        let log = (config.serial == SerialMode::Log)
+            .then(|| config.instance.as_ref()?.take(|parts| parts.console.take()))
+            .flatten();
+        let null = log.as_ref().map(|_| std::fs::File::options().write(true).open("/dev/null")).transpose();
+        let null = null.map_err(host)?;
+        if let Some(file) = log {
+            serial = Serial::Log(file, hub.clone());
+        }
         let (console, console_line) = match config.virtio_console.as_ref().map(Serial::open).transpose()? {
             Some((console, line)) => (Some(console), line),
             None => (None, None),
@@ -143,25 +159,50 @@ impl Vm {
                 || matches!(config.gdb, Some(GdbAddress::Tcp(_) | GdbAddress::Unix(_))),
             network: network.is_some(),
             uring: config.disks.iter().any(|disk| disk.io == disk::Io::Uring),
+            instance: config.instance.is_some(),
         };
         signals::restore_terminal_when_fatal();
         let ram = GuestRam::new(config.memory).map_err(|error| Error::Host(error.to_string()))?;
         let tsc_khz = tsc.join().unwrap_or_else(|_| machine::clock::measure_tsc_khz());
         sandbox::before_threads(config.sandbox)?;
         let (engine, engine_line) = engine::choose(config, ram.clone(), tsc_khz, kvm, trace.clone())?;
-        terminal::message(&format!("tightrope: {engine_line}"));
+        if !config.quiet {
+            terminal::message(&format!("tightrope: {engine_line}"));
+        }
         for line in [serial_line, console_line, gdb_line].into_iter().flatten().chain(net_lines) {
             terminal::message(&format!("tightrope: {line}"));
         }
         let exits = trace.filter(|_| config.trace.as_ref().is_some_and(|trace| trace.exits));
         let maker = crate::pc::maker(
             config,
-            Files { kernel, unpacked, initrd, disks, network, shares, console },
+            Files { kernel, unpacked, initrd, disks, network, shares, console, agent: agent.clone() },
             tsc_khz,
             exits,
         );
-        let vm =
+        let mut vm =
             Self::assemble(config, engine, Parts { ram, serial, listener, tsc_khz, save_to, restore, maker }, started)?;
+        if let Some(instance) = &config.instance
+            && let Some(listener) = instance.take(|parts| parts.control.take())
+        {
+            let server = control::Server {
+                listener,
+                lifeline: instance.take(|parts| parts.lifeline.take()),
+                hub,
+                agent,
+                agent_expected: instance.agent,
+                console: null.is_some(),
+                input: vm.console.clone(),
+                events: vm.events.clone(),
+            };
+            server.start().map_err(|error| Error::Host(format!("the host gives no thread: {error}")))?;
+            vm.instance = Some(instance.clone());
+        }
+        if let Some(null) = null {
+            terminal::messages_to(Box::new(vm.output.clone()), config.quiet);
+            if !config.quiet {
+                rustix::stdio::dup2_stderr(null).map_err(|error| host(error.into()))?;
+            }
+        }
         sandbox::close(config.sandbox, needs)?;
         Ok(vm)
     }
@@ -208,6 +249,8 @@ impl Vm {
             stuck: Vec::new(),
             tsc_khz: parts.tsc_khz,
             save_to: parts.save_to,
+            instance: None,
+            main_exit: None,
         };
         vm.make_vcpus(config.cpus)?;
         if let Some(file) = &parts.restore {
@@ -274,7 +317,15 @@ impl Vm {
     fn decide(&mut self, event: Event) -> Option<i32> {
         match event {
             Event::VcpuExit(index, exit) => self.vcpu_exit(index, exit),
-            Event::PowerOff => Some(0),
+            Event::PowerOff => Some(self.main_exit.unwrap_or(0)),
+            Event::PowerButton => {
+                self.board.press_power_button();
+                None
+            }
+            Event::MainExited(code) => {
+                self.main_exit = Some(code);
+                None
+            }
             Event::Reset => self.reset(),
             Event::Quit(code) => Some(code),
             Event::Stats => {
@@ -515,6 +566,9 @@ impl Vm {
         }
         if let Some(format) = self.stats {
             terminal::message(&self.collect_stats().render(format));
+        }
+        if let Some(instance) = &self.instance {
+            instance.ended(code);
         }
         code
     }

@@ -18,10 +18,17 @@ pub fn engine() -> String {
     std::env::var("TIGHTROPE_TEST_ENGINE").unwrap_or_else(|_| "bt".into())
 }
 
+/// Where running VMs are listed in tests: not among the user's own. Sockets need a short name.
+pub fn runtime_dir() -> PathBuf {
+    let near = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+    if near.as_os_str().len() < 60 { near } else { std::env::temp_dir() }
+}
+
 /// `tightrope` with arguments, without the user's settings.
 pub fn tightrope(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tightrope"));
     command.args(args).env("XDG_CONFIG_HOME", "/nonexistent").stdin(Stdio::null());
+    command.env("XDG_RUNTIME_DIR", runtime_dir());
     for name in ["TIGHTROPE_MIRROR", "TIGHTROPE_MEMORY", "TIGHTROPE_ENGINE", "TIGHTROPE_NO_SANDBOX"] {
         command.env_remove(name);
     }

@@ -1,0 +1,265 @@
+//! Running VMs as other commands see them: their entry in the registry, their control socket, and starting one in the background.
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use agent::{Exec, Problem, Session, exec};
+use anyhow::{Context, Result, anyhow, bail};
+use registry::keeper::{Keeper, read_line};
+use registry::{About, Entry, Registry};
+use vmm::{Instance, SandboxMode, SerialMode, VmConfig};
+
+use crate::cli::RunArgs;
+
+/// The longest answer of a monitor, in bytes.
+const MAX_ANSWER: usize = 4096;
+/// How long a guest whose disks are to be left in order may take to switch off after its command.
+const POWER_OFF: Duration = Duration::from_secs(30);
+
+/// Adds this process's VM to the registry.
+///
+/// # Errors
+/// One line: the name is taken, there is no place for it.
+pub fn register(args: &RunArgs, config: &mut VmConfig, lifeline: bool) -> Result<()> {
+    let kernel = args.kernel.as_ref().map(|path| path.display().to_string());
+    let about = About {
+        name: args.name.clone(),
+        image: kernel.or_else(|| args.image.clone()).unwrap_or_else(|| "debian".into()),
+        command: args.command.iter().map(|word| word.to_string_lossy().into_owned()).collect(),
+        agent: config.agent.is_some(),
+        log: config.serial == SerialMode::Log,
+        keep: args.detach,
+        ..About::default()
+    };
+    let own = Registry::open()?.add(about)?;
+    let confined = config.sandbox != SandboxMode::Off;
+    let keeper = Keeper::start("/proc/self/exe".as_ref(), "vm-keeper", &own.dir, confined)
+        .context("the process beside the monitor cannot be started")?;
+    let lifeline = lifeline.then(|| std::io::stdin().as_fd().try_clone_to_owned()).transpose()?;
+    config.instance = Some(Arc::new(Instance::new(own, Some(keeper), lifeline)));
+    Ok(())
+}
+
+/// Is a VM's monitor in the background: standard input leads to the process that started it.
+///
+/// # Errors
+/// One line for the user.
+pub fn monitor(args: &RunArgs, mut config: VmConfig, started: Instant) -> Result<i32> {
+    // A session of its own: what happens to the user's terminal is no business of this process.
+    let _ = rustix::process::setsid();
+    if config.serial == SerialMode::Stdio {
+        config.serial = SerialMode::Log;
+    }
+    config.ready_marker = None;
+    config.quiet = !args.detach;
+    register(args, &mut config, !args.detach)?;
+    let id = config.instance.as_ref().map(|instance| instance.id.clone()).unwrap_or_default();
+    let vm = vmm::Vm::new(&config, started)?;
+    let line = std::io::stdin();
+    if rustix::io::write(line.as_fd(), format!("{id}\n").as_bytes()).is_err() {
+        // Whoever wanted it has gone.
+        return Ok(0);
+    }
+    Ok(vm.run())
+}
+
+/// Asks a VM's monitor; returns what stands behind `ok`.
+///
+/// # Errors
+/// One line: the VM has ended, or what the monitor says.
+pub fn ask(entry: &Entry, order: &str) -> Result<String> {
+    Ok(open(entry, order)?.1)
+}
+
+/// As [`ask`], and the connection, for what follows.
+///
+/// # Errors
+/// As [`ask`].
+pub fn open(entry: &Entry, order: &str) -> Result<(UnixStream, String)> {
+    let ended = || anyhow!("VM {} has ended", entry.shown());
+    let mut stream = UnixStream::connect(entry.control()).map_err(|_| ended())?;
+    stream.write_all(format!("{order}\n").as_bytes()).map_err(|_| ended())?;
+    let answer = read_line(&mut stream, MAX_ANSWER).map_err(|_| ended())?;
+    match answer.split_once(' ').unwrap_or((&answer, "")) {
+        ("ok", rest) => Ok((stream, rest.to_owned())),
+        (_, why) => bail!("VM {}: {why}", entry.shown()),
+    }
+}
+
+/// A running VM.
+///
+/// # Errors
+/// One line: there is none of this name, or it has ended.
+pub fn running(name: &str) -> Result<Entry> {
+    let entry = Registry::open()?.find(name)?;
+    if !entry.alive {
+        bail!("VM {} has ended: tightrope ps lists those that run", entry.shown());
+    }
+    Ok(entry)
+}
+
+/// A connection to the agent in a VM's guest, waiting for it if it is still to come.
+///
+/// # Errors
+/// One line.
+pub fn agent(entry: &Entry) -> Result<Session> {
+    ask(entry, "agent")?;
+    Session::connect(&entry.vsock()).map_err(|problem| anyhow!("VM {}: {problem}", entry.shown()))
+}
+
+/// Runs a program in the guest; the exit code for this process.
+///
+/// # Errors
+/// One line.
+pub fn exec(session: Session, request: Exec) -> Result<i32> {
+    match exec::run(session, request) {
+        Ok(code) => Ok(code),
+        Err(Problem::Failed(code, why)) => {
+            vmm::terminal::message(&format!("tightrope: {why}"));
+            Ok(code.max(1).into())
+        }
+        Err(problem) => Err(problem.into()),
+    }
+}
+
+/// A monitor in the background, as the process that started it sees it.
+struct Background {
+    child: Child,
+    line: UnixStream,
+    entry: Entry,
+}
+
+/// `tightrope run` with a command or `--detach`: starts the monitor, and does what is left to do.
+///
+/// # Errors
+/// One line.
+pub fn start(args: &RunArgs, words: Vec<std::ffi::OsString>) -> Result<i32> {
+    let mut background = match launch(words)? {
+        Ok(background) => background,
+        // It has said why.
+        Err(code) => return Ok(code),
+    };
+    if args.detach {
+        println!("{}", background.entry.about.id);
+        return Ok(0);
+    }
+    match command(args, &background.entry) {
+        Ok(code) => {
+            // What ends with the VM need not be left in order.
+            if !args.disk.is_empty() || args.keep.is_some() {
+                background.power_off();
+            }
+            background.end();
+            Ok(code)
+        }
+        Err(error) => {
+            // If the guest has gone by itself, then that is what happened.
+            match background.ended_within(Duration::from_secs(2)) {
+                Some(0) if error.downcast_ref::<Problem>().is_some() => Ok(0),
+                Some(code) if code != 0 => {
+                    vmm::terminal::message(&format!("tightrope: {error:#}"));
+                    Ok(code)
+                }
+                _ => {
+                    background.end();
+                    Err(error)
+                }
+            }
+        }
+    }
+}
+
+/// Starts the monitor with this process's own arguments; the inner error is its exit code.
+fn launch(mut words: Vec<std::ffi::OsString>) -> Result<Result<Background, i32>> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // Behind the name of the program and `run`.
+    words.insert(2.min(words.len()), "--monitor".into());
+    let mut child = Command::new("/proc/self/exe")
+        .arg0("tightrope")
+        .args(words.get(1..).unwrap_or_default())
+        .stdin(theirs)
+        .stdout(Stdio::null())
+        .spawn()
+        .context("the monitor cannot be started")?;
+    let mut line = UnixStream::from(ours);
+    match read_line(&mut line, 64) {
+        Ok(id) => Ok(Ok(Background { child, line, entry: Registry::open()?.find(&id)? })),
+        Err(_) => {
+            let status = child.wait()?;
+            Ok(Err(status.code().filter(|code| *code != 0).unwrap_or(1)))
+        }
+    }
+}
+
+/// Runs the command that the VM was started for.
+fn command(args: &RunArgs, entry: &Entry) -> Result<i32> {
+    let session = agent(entry)?;
+    let tty = exec::on_terminal().then(exec::terminal_size);
+    exec(session, request(&args.command, tty, &args.env, args.user.as_deref(), args.workdir.as_deref())?)
+}
+
+/// What to run in a guest.
+///
+/// # Errors
+/// A variable without a value.
+pub fn request(
+    command: &[std::ffi::OsString],
+    tty: Option<(u16, u16)>,
+    env: &[String],
+    user: Option<&str>,
+    cwd: Option<&str>,
+) -> Result<Exec> {
+    use std::os::unix::ffi::OsStrExt;
+    let mut all: Vec<Vec<u8>> = Vec::new();
+    if tty.is_some() {
+        let term = std::env::var("TERM").unwrap_or_else(|_| "xterm".into());
+        all.push(format!("TERM={term}").into_bytes());
+    }
+    for pair in env {
+        match pair.split_once('=') {
+            Some((name, _)) if !name.is_empty() => all.push(pair.clone().into_bytes()),
+            // As others do: a name alone takes this process's value.
+            None => all.extend(std::env::var(pair).ok().map(|value| format!("{pair}={value}").into_bytes())),
+            Some(_) => bail!("'{pair}' is no variable: write NAME=value"),
+        }
+    }
+    Ok(Exec {
+        argv: command.iter().map(|word| word.as_bytes().to_vec()).collect(),
+        env: all,
+        cwd: cwd.unwrap_or_default().as_bytes().to_vec(),
+        user: user.unwrap_or_default().as_bytes().to_vec(),
+        tty,
+    })
+}
+
+impl Background {
+    /// Has the guest write everything to its disks and switch off.
+    fn power_off(&mut self) {
+        let asked = Session::connect(&self.entry.vsock()).and_then(|session| session.power_off(false));
+        if asked.is_ok() {
+            let _ = self.ended_within(POWER_OFF);
+        }
+    }
+
+    /// The monitor's exit code, if it ends in time.
+    fn ended_within(&mut self, at_most: Duration) -> Option<i32> {
+        // The line ends with it: nothing else comes on it.
+        let _ = self.line.set_read_timeout(Some(at_most));
+        if !matches!(self.line.read(&mut [0]), Ok(0)) {
+            return None;
+        }
+        self.child.wait().ok().map(|status| status.code().unwrap_or(1))
+    }
+
+    /// Ends the VM.
+    fn end(mut self) {
+        let _ = self.line.shutdown(std::net::Shutdown::Both);
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,130 @@
+//! The agent's own connection: by it the monitor knows that there is one, tells it the time, and hears how process 1's command ended. All
+//! else is said between the agent and other commands, whose bytes only pass through the vsock device.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use agent_protocol::{Decoder, FromGuest, FromHost, PORT};
+use virtio::vsock::Dial;
+
+use crate::events::{Event, Events};
+use crate::instance::Instance;
+
+/// The time is told at least so often.
+const CLOCK: Duration = Duration::from_secs(60);
+/// Bytes that one connection of the agent may send: it has next to nothing to say.
+const LIMIT: usize = 4096;
+/// Such connections at once: one, and those whose end has not been seen yet.
+const MAX_AGENTS: usize = 4;
+
+/// Whom to tell of a change.
+type Listener = Box<dyn Fn() + Send>;
+
+/// Is an agent there? Clones are the same.
+#[derive(Clone, Default)]
+pub(crate) struct Agent {
+    /// Connections that have said hello.
+    ready: Arc<AtomicU32>,
+    changed: Arc<Mutex<Option<Listener>>>,
+}
+
+impl Agent {
+    /// Is it there?
+    pub(crate) fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::SeqCst) > 0
+    }
+
+    /// Calls `changed` each time it comes.
+    pub(crate) fn on_change(&self, changed: Listener) {
+        *self.changed.lock().unwrap_or_else(PoisonError::into_inner) = Some(changed);
+    }
+
+    fn came(&self) {
+        self.ready.fetch_add(1, Ordering::SeqCst);
+        if let Some(changed) = &*self.changed.lock().unwrap_or_else(PoisonError::into_inner) {
+            changed();
+        }
+    }
+
+    fn went(&self) {
+        self.ready.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Who takes the guest's connections: the agent's port is ours, the others are those of whoever listens for this VM.
+pub(crate) fn dial(agent: &Agent, instance: Option<Arc<Instance>>, events: &Events) -> Dial {
+    let (agent, events) = (agent.clone(), events.clone());
+    let threads = Arc::new(());
+    Box::new(move |port, guest| {
+        if port != PORT {
+            return instance.as_ref()?.dial(port);
+        }
+        // Only root may take such a port in a Linux guest.
+        if guest > PORT || Arc::strong_count(&threads) > MAX_AGENTS {
+            return None;
+        }
+        let (device, ours) = UnixStream::pair().ok()?;
+        let (agent, events, here) = (agent.clone(), events.clone(), threads.clone());
+        let talk = move || {
+            let _here = here;
+            serve(ours, &agent, &events);
+        };
+        std::thread::Builder::new().name("agent".into()).spawn(talk).ok()?;
+        Some(device)
+    })
+}
+
+fn serve(mut stream: UnixStream, agent: &Agent, events: &Events) {
+    let _ = stream.set_nonblocking(true);
+    let mut decoder = Decoder::default();
+    let (mut greeted, mut taken) = (false, 0);
+    'talk: loop {
+        let mut fds = [rustix::event::PollFd::new(&stream, rustix::event::PollFlags::IN)];
+        let timeout = rustix::event::Timespec { tv_sec: CLOCK.as_secs() as i64, tv_nsec: 0 };
+        match rustix::event::poll(&mut fds, Some(&timeout)) {
+            Ok(0) => {
+                // An agent that does not read has no need of the time.
+                let _ = stream.write(&clock());
+                continue;
+            }
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(_) => break,
+        }
+        let mut buffer = [0; 512];
+        match stream.read(&mut buffer) {
+            Ok(len) if len > 0 && taken < LIMIT => {
+                taken += len;
+                decoder.push(buffer.get(..len).unwrap_or_default());
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            _ => break,
+        }
+        loop {
+            match decoder.pop().and_then(|frame| frame.map(|(kind, body)| FromGuest::parse(kind, body)).transpose()) {
+                Ok(Some(FromGuest::Hello(_))) if !greeted => {
+                    greeted = true;
+                    let _ = stream.write(&clock());
+                    agent.came();
+                }
+                Ok(Some(FromGuest::MainExited(exit))) => {
+                    let _ = events.send(Event::MainExited(exit.code()));
+                }
+                Ok(None) => break,
+                _ => break 'talk,
+            }
+        }
+    }
+    if greeted {
+        agent.went();
+    }
+}
+
+fn clock() -> Vec<u8> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let mut bytes = Vec::new();
+    FromHost::Clock(now.as_secs(), now.subsec_nanos()).put(&mut bytes);
+    bytes
+}
