@@ -151,11 +151,12 @@ fn file_system_survives(name: &str, rounds: u64) {
         let mut session = Session::start(run(&["--net", "none", "--disk", path.to_str().unwrap()]));
         session.expect(PROMPT);
         let script = format!(
-            "mkdir -p /mnt; mount -t ext4 /dev/vda /mnt && cd /mnt && (while :; do dd if=/dev/zero of=big bs=64k count=512 2>/dev/null; rm big; done) & \
-             sleep 1; n=0; while :; do echo round {round} number $n. | dd of=/mnt/r{round}-$n conv=fsync 2>/dev/null && echo ack $n.; \
+            "mkdir -p /mnt; mount -t ext4 /dev/vda /mnt && cd /mnt && echo mounted-$((1+1)) || poweroff; (while :; do dd if=/dev/zero of=big bs=64k count=512 2>/dev/null; rm big; done) & \
+             n=0; while :; do echo round {round} number $n. | dd of=/mnt/r{round}-$n conv=fsync 2>/dev/null && echo ack $n.; \
              n=$((n+1)); done\n"
         );
         session.send(script.as_bytes());
+        session.expect("mounted-2");
         session.expect("ack 3.");
         session.watch(Duration::from_millis(random(2500)));
         let text = session.kill();
