@@ -96,7 +96,7 @@ pub enum Command {
     ///
     /// It is made from Debian's packages, checked by their signatures; no root is needed. `run` of the same name uses it.
     Pull {
-        /// debian[:SUITE][+PACKAGE…], such as debian, debian:bookworm or debian:13+nginx+git
+        /// `debian[:SUITE][+PACKAGE…]`, such as debian, debian:bookworm or debian:13+nginx+git
         image: String,
         /// Packages to install besides
         packages: Vec<String>,
@@ -207,7 +207,7 @@ pub struct CpArgs {
 #[derive(Args, Clone, Debug, Default)]
 #[command(after_help = EXAMPLES)]
 pub struct RunArgs {
-    /// The image to run: `busybox` is Debian stable's own kernel and a BusyBox shell; debian[:SUITE][+PACKAGE…], such as debian,
+    /// The image to run: `busybox` is Debian stable's own kernel and a BusyBox shell; `debian[:SUITE][+PACKAGE…]`, such as debian,
     /// debian:12 or debian+nginx+git, is a whole Debian, made at the first time (see `tightrope pull`) [default: busybox]
     #[arg(conflicts_with = "kernel")]
     pub image: Option<String>,
