@@ -141,7 +141,7 @@ pub struct Own {
     pub dir: PathBuf,
     /// Locked: to be kept open as long as the monitor lives.
     pub alive: File,
-    /// Takes how it ended: [`Own::ended`]'s text.
+    /// Takes how it ended: the text of [`ended`].
     pub status: File,
     /// For questions and orders.
     pub control: UnixListener,
