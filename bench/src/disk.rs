@@ -93,6 +93,11 @@ impl Land {
         }
     }
 
+    /// The rows that can run in it: a soak runs them all.
+    fn rows(self) -> Result<Vec<rows::Row>> {
+        Ok(rows::all()?.into_iter().filter(|row| self == Self::Large || !row.large).collect())
+    }
+
     /// Names the archive of packages.
     fn name(self) -> &'static str {
         match self {
@@ -199,7 +204,7 @@ pub fn build(mirror: Option<&str>, land: Land) -> Result<Disk> {
         say("unpacking the user land and building the workloads in it");
         let fresh = cache.join(format!("root-{key}.new"));
         unpack(&archive, &fresh)?;
-        furnish(&fresh)?;
+        furnish(&fresh, land)?;
         if let Some(program) = go {
             fs::copy(&program, fresh.join("opt/bench/bin/goroutines"))
                 .with_context(|| format!("cannot copy {}", program.display()))?;
@@ -286,7 +291,7 @@ fn key(packages: &[&str], land: Option<Land>) -> Result<String> {
             hash.update(format!("{} {:o} {} ", file.path, file.mode, file.text.len()));
             hash.update(file.text);
         }
-        for row in rows::all()? {
+        for row in land.rows()? {
             hash.update(format!("{} {}", row.name, row.command));
         }
     }
@@ -409,11 +414,11 @@ fn put(root: &Path, path: &str, mode: u32, text: &str) -> Result<()> {
 }
 
 /// Puts the bench's files in and builds its programs with the user land's own compiler.
-fn furnish(root: &Path) -> Result<()> {
+fn furnish(root: &Path, land: Land) -> Result<()> {
     for file in files::FILES {
         put(root, file.path, file.mode, file.text)?;
     }
-    for row in rows::all()? {
+    for row in land.rows()? {
         put(root, &format!("opt/bench/rows/{}", row.name), 0o644, &format!("{}\n", row.command))?;
     }
     put(root, "etc/hostname", 0o644, "bench\n")?;
