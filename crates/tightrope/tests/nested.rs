@@ -235,7 +235,9 @@ fn pass(runs: &[(&str, &str)], limit: Duration) {
             "cd {}; {program} --test-threads=2 {arguments}; echo \"{MARK} {name} exit=$?\"\n",
             env!("CARGO_MANIFEST_DIR")
         ));
-        script.insert_str(0, &format!("mkdir -p {}\n", env!("CARGO_MANIFEST_DIR")));
+        for dir in [env!("CARGO_MANIFEST_DIR"), env!("CARGO_TARGET_TMPDIR")] {
+            script.insert_str(0, &format!("mkdir -p {dir}\n"));
+        }
     }
     let paths: Vec<&Path> = programs.values().map(PathBuf::as_path).collect();
     let seen = outer_guest(&script, &paths, limit);
