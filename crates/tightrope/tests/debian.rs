@@ -2,10 +2,8 @@
 
 mod common;
 
-use common::{Session, finish, run};
+use common::{PROMPT, Session, finish, run};
 use image::Flavour;
-
-const PROMPT: &str = "tightrope:";
 
 #[test]
 fn boots_to_a_shell_and_switches_off() {

@@ -10,10 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use common::{Session, finish, run, tightrope};
+use common::{PROMPT, Session, finish, run, tightrope};
 use disk::{Create, Disk, DiskConfig, Format, Slice, check, convert, create};
-
-const PROMPT: &str = "tightrope:";
 /// Bytes of a record.
 const RECORD: u64 = 4096;
 /// Writers in the guest, each with a region of so many records.

@@ -4,9 +4,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Code, Finished, Kernel, Session, engine, run};
-
-const PROMPT: &str = "tightrope:";
+use common::{Code, Finished, Kernel, PROMPT, Session, engine, run};
 /// Most memory that the monitor may have beyond the guest's under engine `kvm`, in KiB. Of it, what no other process has as well, and
 /// the resident pages of the program and its libraries (the program is twice as big in the profile that tests are built in).
 const MOST_MEMORY: u64 = if cfg!(debug_assertions) { 18 << 10 } else { 8 << 10 };

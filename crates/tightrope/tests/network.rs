@@ -6,10 +6,8 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 
-use common::{Session, run, tightrope};
+use common::{PROMPT, Session, done, power_off, run, tightrope};
 use sha2::{Digest, Sha256};
-
-const PROMPT: &str = "tightrope:";
 
 /// A server of one page, for as many clients as come; returns its port.
 fn web_server(address: &str, page: Vec<u8>) -> u16 {
@@ -65,19 +63,6 @@ fn boot(args: &[&str]) -> Session {
     let mut session = Session::start(run(args));
     session.expect(PROMPT);
     session
-}
-
-/// Types `command` and waits for the line that says that it is done; the line is not what was typed.
-fn done(session: &mut Session, command: &str) {
-    session.send(format!("{command} && echo all'-'well\n").as_bytes());
-    session.expect("all-well");
-}
-
-fn power_off(mut session: Session) -> common::Finished {
-    session.send(b"poweroff -f\n");
-    let finished = session.finish();
-    assert_eq!(finished.code(), Some(0), "{}", finished.err);
-    finished
 }
 
 #[test]

@@ -7,10 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Session, run};
+use common::{PROMPT, Session, run};
 use image::{Flavour, cpio};
-
-const PROMPT: &str = "tightrope:";
 /// Set where this program is to be a guest's.
 const INSIDE: &str = "TIGHTROPE_INSIDE";
 

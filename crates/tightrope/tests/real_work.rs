@@ -220,7 +220,7 @@ fn tightrope_is_built_from_a_shared_tree() {
     guest.install("gcc libc6-dev");
     guest.run("mkdir .cargo && ln -s /cargo/registry .cargo/registry");
     guest.run(
-        "cd /src && PATH=/rust/bin:$PATH CARGO_TARGET_DIR=/root/target cargo build --offline --locked -p memory 2>&1",
+        "cd /src && PATH=/rust/bin:$PATH CARGO_TARGET_DIR=/var/tmp/target cargo build --offline --locked -p memory 2>&1",
     );
     guest.run("test -s target/debug/libmemory.rlib");
     guest.power_off();
@@ -232,7 +232,7 @@ fn a_kernel_module_is_built_and_loaded() {
     let mut guest = Guest::boot("debian:13", &["--memory=2G"]);
     guest.install("linux-headers-cloud-amd64 gcc make");
     guest.run(r#"mkdir m && cd m && echo 'obj-m := hello.o' >Makefile && printf '%s\n' '#include <linux/module.h>' 'static int n = 6; module_param(n, int, 0444);' 'static int __init hello(void) { pr_info("hello from a module: %d\n", n * 7); return 0; }' 'static void __exit bye(void) { pr_info("bye\n"); }' 'module_init(hello); module_exit(bye); MODULE_LICENSE("GPL");' >hello.c"#);
-    guest.run("make -s -C /lib/modules/$(uname -r)/build M=/root/m modules 2>&1");
+    guest.run("make -s -C /lib/modules/$(uname -r)/build M=$HOME/m modules 2>&1");
     guest.run("insmod m/hello.ko n=9 && dmesg | grep 'hello from a module: 63' && lsmod | grep hello");
     guest.run("rmmod hello && dmesg | grep -w bye");
     guest.power_off();
@@ -256,8 +256,8 @@ fn file_systems_are_made_filled_and_checked() {
     ] {
         guest.run(&format!("{make} /dev/{disk} && mount /dev/{disk} /mnt"));
         guest.run("cp -a /usr/share /usr/bin /mnt/ && dd if=/dev/urandom of=/mnt/big bs=1M count=64 status=none");
-        guest.run("cd /mnt && find . -type f | sort | xargs -d '\\n' sha256sum >/root/sums && rm -rf share/doc/[a-l]* && cp -a big big2");
-        guest.run(&format!("umount /mnt && mount /dev/{disk} /mnt && cd /mnt && grep -v share/doc /root/sums | sha256sum -c --quiet && cmp big big2"));
+        guest.run("cd /mnt && find . -type f | sort | xargs -d '\\n' sha256sum >/var/tmp/sums && rm -rf share/doc/[a-l]* && cp -a big big2");
+        guest.run(&format!("umount /mnt && mount /dev/{disk} /mnt && cd /mnt && grep -v share/doc /var/tmp/sums | sha256sum -c --quiet && cmp big big2"));
         guest.run(&format!("umount /mnt && {check} /dev/{disk}"));
     }
     guest.power_off();

@@ -5,27 +5,12 @@ mod common;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
-use common::{Session, finish, run};
-
-const PROMPT: &str = "tightrope:";
+use common::{PROMPT, Session, done, finish, power_off, run};
 
 fn boot(args: &[&str]) -> Session {
     let mut session = Session::start(run(&[&["--net", "none"], args].concat()));
     session.expect(PROMPT);
     session
-}
-
-/// Types `command` and waits for the line that says that it is done; the line is not what was typed.
-fn done(session: &mut Session, command: &str) {
-    session.send(format!("{command} && echo all'-'well\n").as_bytes());
-    session.expect("all-well");
-}
-
-fn power_off(mut session: Session) -> common::Finished {
-    session.send(b"poweroff -f\n");
-    let finished = session.finish();
-    assert_eq!(finished.code(), Some(0), "{}", finished.err);
-    finished
 }
 
 #[test]
@@ -40,9 +25,9 @@ fn the_guest_works_in_shared_directories() {
     symlink("../secret", tree.join("up")).unwrap();
     fs::write(tree.join("numbers"), (0..200_000u32).flat_map(u32::to_le_bytes).collect::<Vec<_>>()).unwrap();
     let script = "set -e
-        mount | grep 'share0 on /work type virtiofs (rw'
+        mount | grep 'share0 on /tree type virtiofs (rw'
         mount | grep 'share1 on /fixed type virtiofs (ro'
-        cd /work; grep 'from the host' text
+        cd /tree; grep 'from the host' text
         echo from the guest >new; mkdir -p a/b/c; mv new a/b/c/; ln a/b/c/new hard; ln -s hard soft
         test $(stat -c %h soft hard | tr -d '\\n') = 12
         cp numbers copy; cmp numbers copy; truncate -s 1000 copy
@@ -57,17 +42,17 @@ fn the_guest_works_in_shared_directories() {
         sync";
     fs::write(tree.join("script"), script).unwrap();
     let share = |path: &std::path::Path, rest: &str| format!("--share={}{rest}", path.display());
-    let shares = [share(&tree, ":/work"), share(&fixed, ":/fixed:ro"), share(&fixed, ":by-tag")];
+    let shares = [share(&tree, ":/tree"), share(&fixed, ":/fixed:ro"), share(&fixed, ":by-tag")];
     let mut session = boot(&shares.each_ref().map(String::as_str));
-    done(&mut session, "sh /work/script");
+    done(&mut session, "sh /tree/script");
     // What the host changes shows soon.
     fs::write(tree.join("text"), b"changed on the host\n").unwrap();
-    done(&mut session, "usleep 150000; grep 'changed on the host' /work/text");
+    done(&mut session, "usleep 150000; grep 'changed on the host' /tree/text");
     // The guest starts anew: so does its view.
     session.send(b"reboot -f\n");
     session.expect("To leave:");
     session.expect(PROMPT);
-    done(&mut session, "grep 'changed on the host' /work/text");
+    done(&mut session, "grep 'changed on the host' /tree/text");
     let finished = power_off(session);
     assert!(!finished.err.contains("server of the shared"), "{}", finished.err);
     let copy = fs::metadata(tree.join("copy")).unwrap();
@@ -83,9 +68,9 @@ fn a_directory_that_vanishes_and_a_server_that_dies() {
     let root = dir.path().join("root");
     fs::create_dir(&root).unwrap();
     let mut session =
-        boot(&[&format!("--share={}:/work", root.display()), &format!("--share={}:/two", dir.path().display())]);
+        boot(&[&format!("--share={}:/tree", root.display()), &format!("--share={}:/two", dir.path().display())]);
     fs::remove_dir(&root).unwrap();
-    done(&mut session, "usleep 200000; ls /two; ! cat /work/x");
+    done(&mut session, "usleep 200000; ls /two; ! cat /tree/x");
     // The servers are children of the monitor.
     let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", session.id())).unwrap();
     let servers: Vec<_> = children

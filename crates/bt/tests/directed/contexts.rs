@@ -3,7 +3,7 @@
 use cpu::{cr4, vector};
 use iced_x86::code_asm::*;
 
-use crate::guest::{CODE, CR3, CR3_B, DATA, Guest, Kind, PRESENT, STOP, TABLES, USER, USER_CODE, WRITE, each};
+use crate::guest::{Built, CODE, CR3, CR3_B, DATA, Guest, Kind, PRESENT, STOP, TABLES, USER, USER_CODE, WRITE, each};
 
 const ALL: u64 = PRESENT | WRITE | USER;
 const KEEP: u64 = 1 << 63;
@@ -89,6 +89,19 @@ fn start(guest: &mut Guest, first: u64, second: u64) {
     });
 }
 
+/// Lets the kernel do `work` before it goes to the space whose value is in `to`.
+fn before_switch(guest: &Guest, to: AsmRegister64, work: impl FnOnce(&mut CodeAssembler) -> Built) {
+    guest.code(SWITCH, |a| {
+        let mut elsewhere = a.create_label();
+        a.cmp(rdx, to)?;
+        a.jne(elsewhere)?;
+        work(a)?;
+        a.set_label(&mut elsewhere)?;
+        a.mov(cr3, rdx)?;
+        a.iretq()
+    });
+}
+
 /// Each space has its own code and data, kept or not.
 #[test]
 fn two_spaces() {
@@ -113,17 +126,7 @@ fn changed_while_away() {
         let Some(mut guest) = guest(kind) else { return };
         program(&guest);
         // In the second space, the kernel changes the first one's page: 1 and 3 in turns.
-        guest.code(SWITCH, |a| {
-            let mut to_first = a.create_label();
-            a.cmp(rdx, r13)?;
-            a.je(to_first)?;
-            a.mov(cr3, rdx)?;
-            a.iretq()?;
-            a.set_label(&mut to_first)?;
-            a.xor(qword_ptr(ENTRY), (ONE ^ THREE) as i32)?;
-            a.mov(cr3, rdx)?;
-            a.iretq()
-        });
+        before_switch(&guest, r13, |a| a.xor(qword_ptr(ENTRY), (ONE ^ THREE) as i32));
         start(&mut guest, FIRST, SECOND | KEEP);
         let trap = guest.trap();
         assert_eq!(trap.state.gpr[8], ROUNDS / 2 * (0x101 + 0x303), "{kind:?}");
@@ -137,17 +140,9 @@ fn invalidated_page() {
     each(|kind| {
         let Some(mut guest) = guest(kind) else { return };
         program(&guest);
-        guest.code(SWITCH, |a| {
-            let mut to_second = a.create_label();
-            a.cmp(rdx, r14)?;
-            a.je(to_second)?;
-            a.mov(cr3, rdx)?;
-            a.iretq()?;
-            a.set_label(&mut to_second)?;
+        before_switch(&guest, r14, |a| {
             a.xor(qword_ptr(ENTRY), (ONE ^ THREE) as i32)?;
-            a.invlpg(ptr(rbx))?;
-            a.mov(cr3, rdx)?;
-            a.iretq()
+            a.invlpg(ptr(rbx))
         });
         start(&mut guest, FIRST | KEEP, SECOND | KEEP);
         let trap = guest.trap();
@@ -164,17 +159,7 @@ fn written_while_away() {
         program(&guest);
         // The kernel writes the first space's function through another mapping: a bigger immediate each time.
         guest.map_b(DATA + 0x8_0000, ONE | PRESENT | WRITE);
-        guest.code(SWITCH, |a| {
-            let mut to_first = a.create_label();
-            a.cmp(rdx, r13)?;
-            a.je(to_first)?;
-            a.mov(cr3, rdx)?;
-            a.iretq()?;
-            a.set_label(&mut to_first)?;
-            a.inc(dword_ptr(DATA + 0x8_0000 + 0x81))?;
-            a.mov(cr3, rdx)?;
-            a.iretq()
-        });
+        before_switch(&guest, r13, |a| a.inc(dword_ptr(DATA + 0x8_0000 + 0x81)));
         start(&mut guest, FIRST | KEEP, SECOND | KEEP);
         let trap = guest.trap();
         let sum: u64 = (0..ROUNDS).map(|i| 1 + i + 0x100).sum();
@@ -213,21 +198,13 @@ fn everything() {
     each(|kind| {
         let Some(mut guest) = guest(kind) else { return };
         program(&guest);
-        guest.code(SWITCH, |a| {
-            let mut to_first = a.create_label();
-            a.cmp(rdx, r13)?;
-            a.je(to_first)?;
-            a.mov(cr3, rdx)?;
-            a.iretq()?;
-            a.set_label(&mut to_first)?;
+        before_switch(&guest, r13, |a| {
             a.xor(qword_ptr(ENTRY), (ONE ^ THREE) as i32)?;
             a.mov(rax, cr4)?;
             a.xor(rax, cr4::PGE as i32)?;
             a.mov(cr4, rax)?;
             a.xor(rax, cr4::PGE as i32)?;
-            a.mov(cr4, rax)?;
-            a.mov(cr3, rdx)?;
-            a.iretq()
+            a.mov(cr4, rax)
         });
         start(&mut guest, FIRST | KEEP, SECOND | KEEP);
         let trap = guest.trap();

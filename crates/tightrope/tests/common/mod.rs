@@ -13,6 +13,9 @@ use std::time::{Duration, Instant};
 /// A limit no test comes near when all is well.
 pub const LIMIT: Duration = Duration::from_secs(120);
 
+/// What the default guest's shell shows when it waits for a line.
+pub const PROMPT: &str = "tightrope:";
+
 /// The engine under test.
 pub fn engine() -> String {
     std::env::var("TIGHTROPE_TEST_ENGINE").unwrap_or_else(|_| "bt".into())
@@ -318,4 +321,18 @@ impl Kernel {
         command.args(args);
         command
     }
+}
+
+/// Types `command` and waits for the line that says that it is done; the line is not what was typed.
+pub fn done(session: &mut Session, command: &str) {
+    session.send(format!("{command} && echo all'-'well\n").as_bytes());
+    session.expect("all-well");
+}
+
+/// Switches the guest off from its shell.
+pub fn power_off(mut session: Session) -> Finished {
+    session.send(b"poweroff -f\n");
+    let finished = session.finish();
+    assert_eq!(finished.code(), Some(0), "{}", finished.err);
+    finished
 }
