@@ -341,7 +341,7 @@ mod tests {
         fn exec(request: Exec) -> Self {
             let (ours, theirs) = UnixStream::pair().unwrap();
             ours.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-            std::thread::spawn(move || crate::session::serve(theirs.into()));
+            std::thread::spawn(move || crate::session::serve(theirs.into(), &crate::network::Coming::none()));
             let mut host = Self { stream: ours, decoder: Decoder::default(), out: vec![], err: vec![], taken: 0 };
             host.send(&FromHost::Exec(request));
             assert!(matches!(host.next(), Some(FromGuest::Hello(1))));
@@ -469,7 +469,7 @@ mod tests {
             FromHost::Stdin(b"word\n".to_vec()).put(&mut bytes);
             FromHost::StdinEnd.put(&mut bytes);
             (&ours).write_all(&bytes).unwrap();
-            std::thread::spawn(move || crate::session::serve(theirs.into()));
+            std::thread::spawn(move || crate::session::serve(theirs.into(), &crate::network::Coming::none()));
             let mut host = Host { stream: ours, decoder: Decoder::default(), out: vec![], err: vec![], taken: 0 };
             assert!(matches!(host.next(), Some(FromGuest::Hello(1))));
             assert_eq!(host.end(), FromGuest::Exited(Exit::Code(0)));

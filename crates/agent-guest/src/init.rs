@@ -6,13 +6,14 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use rustix::mount::{MountFlags, mount};
 use rustix::pipe::{PipeFlags, pipe_with};
 
-use crate::serve::{Agent, Signals};
-use crate::{modules, power, system};
+use crate::network::{self, Coming};
+use crate::serve::{Agent, Init};
+use crate::{modules, power, shares, system};
 
 /// File systems that every program expects: type, place, options.
 const MOUNTS: [(&str, &str, MountFlags, &str); 7] = [
@@ -43,23 +44,16 @@ fn start(command: &[OsString]) -> io::Result<()> {
     let names = modules::needed();
     let (network, others): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| *name == "virtio_net");
     modules::load(&others);
+    shares::mount_all();
     // What BusyBox's halt, poweroff and reboot send to process 1, and Ctrl-Alt-Del.
     let signals = system::signals(&[libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM, libc::SIGINT])?;
-    let main = if command.is_empty() { None } else { Some(main_command(command)?) };
-    // In a process of its own: nobody waits for it.
-    if system::fork()?.is_none() {
-        system::forget_children(false);
-        modules::load(&network);
-        if !network.is_empty() {
-            let _ = crate::init::network();
-        }
-        std::process::exit(0);
-    }
-    Agent::new(Some(Signals(signals)), main).run()
+    let network = network::start(&network)?;
+    let main = if command.is_empty() { None } else { Some(main_command(command, &network)?) };
+    Agent::new(Some(Init { signals, main, network })).run()
 }
 
 /// Is something mounted here already?
-fn is_mounted(path: &Path) -> bool {
+pub fn is_mounted(path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
     let device = |path: &Path| fs::metadata(path).map(|meta| meta.dev()).ok();
     match (device(path), path.parent().and_then(device)) {
@@ -113,13 +107,14 @@ fn settings() {
 }
 
 /// Starts the command that process 1 was given; the descriptor gives how it ended.
-fn main_command(command: &[OsString]) -> io::Result<OwnedFd> {
+fn main_command(command: &[OsString], network: &Coming) -> io::Result<OwnedFd> {
     let (from, to) = pipe_with(PipeFlags::CLOEXEC)?;
     if system::fork()?.is_some() {
         return Ok(from);
     }
     drop(from);
     system::forget_children(false);
+    network.wait();
     let mut how = [0, 127];
     if let Some((program, arguments)) = command.split_first() {
         let status = Command::new(program)
@@ -139,19 +134,4 @@ fn main_command(command: &[OsString]) -> io::Result<OwnedFd> {
     }
     let _ = rustix::io::write(&to, &how);
     std::process::exit(0);
-}
-
-/// Brings the network up: by the image's own script if it has one.
-pub fn network() -> io::Result<()> {
-    let script = Path::new("/sbin/network");
-    if script.exists() {
-        let null = || Stdio::null();
-        Command::new(script)
-            .env("PATH", "/sbin:/usr/sbin:/bin:/usr/bin")
-            .stdin(null())
-            .stdout(null())
-            .stderr(null())
-            .status()?;
-    }
-    Ok(())
 }

@@ -6,14 +6,17 @@
 //!
 //! Linked statically, so that it runs in any Linux guest: it reads `/etc/passwd` itself ([`users`]).
 
+mod dhcp;
 mod exec;
 mod files;
 mod init;
 mod install;
 mod modules;
+mod network;
 mod power;
 mod serve;
 mod session;
+mod shares;
 mod system;
 mod users;
 

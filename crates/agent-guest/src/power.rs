@@ -20,15 +20,15 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub fn ask(reboot: bool) -> io::Result<()> {
     let verb = if reboot { "reboot" } else { "poweroff" };
     // Process 1 that is this program, and BusyBox's, take these signals; so do a script that has traps for them.
-    let mut command = if Path::new("/run/systemd/system").is_dir() {
-        let mut command = Command::new("systemctl");
-        command.arg(verb);
-        command
-    } else if crate::serve::we_are_init() {
+    let mut command = if crate::serve::we_are_init() {
         let signal = if reboot { libc::SIGTERM } else { libc::SIGUSR2 };
         // SAFETY: takes no pointers.
         unsafe { libc::kill(1, signal) };
         return Ok(());
+    } else if Path::new("/run/systemd/system").is_dir() {
+        let mut command = Command::new("systemctl");
+        command.arg(verb);
+        command
     } else {
         Command::new(verb)
     };

@@ -9,6 +9,7 @@ use agent_protocol::{Exit, FromGuest, FromHost, PORT, VERSION};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::time::{ClockId, clock_settime};
 
+use crate::network::Coming;
 use crate::session::{self, Connection};
 use crate::{init, modules, system};
 
@@ -29,26 +30,31 @@ pub fn daemon() -> io::Result<()> {
     init::terminals();
     // Where vsock is a module, asking for a socket loads it, but not the driver of the device.
     modules::load(&[modules::VSOCK]);
-    Agent::new(None, None).run()
+    Agent::new(None).run()
 }
 
-/// What process 1 waits for besides.
-pub struct Signals(pub OwnedFd);
+/// What process 1 has besides.
+pub struct Init {
+    /// Gives the signals that it gets.
+    pub signals: OwnedFd,
+    /// Gives two bytes when the command that it was started with has ended.
+    pub main: Option<OwnedFd>,
+    /// For which commands wait.
+    pub network: Coming,
+}
 
 /// The agent.
 pub struct Agent {
     listener: Option<OwnedFd>,
     /// To the host: that we are there, and what time it is.
     control: Option<Connection>,
-    signals: Option<Signals>,
-    /// Gives two bytes when the command that process 1 was started with has ended.
-    main: Option<OwnedFd>,
+    init: Option<Init>,
 }
 
 impl Agent {
-    pub fn new(signals: Option<Signals>, main: Option<OwnedFd>) -> Self {
-        INIT.store(signals.is_some(), Ordering::Relaxed);
-        Self { listener: None, control: None, signals, main }
+    pub fn new(init: Option<Init>) -> Self {
+        INIT.store(init.is_some(), Ordering::Relaxed);
+        Self { listener: None, control: None, init }
     }
 
     /// Serves for ever; an error only where that is impossible.
@@ -59,11 +65,11 @@ impl Agent {
             if self.listener.is_none() {
                 match system::listen(PORT) {
                     Ok(listener) => self.listener = Some(listener),
-                    Err(error) if error.kind() == io::ErrorKind::AddrInUse && self.signals.is_none() => {
+                    Err(error) if error.kind() == io::ErrorKind::AddrInUse && self.init.is_none() => {
                         return Err(io::Error::other("another agent runs"));
                     }
                     Err(error) => {
-                        if !std::mem::replace(&mut told, true) && self.signals.is_none() {
+                        if !std::mem::replace(&mut told, true) && self.init.is_none() {
                             eprintln!("tightrope-agent: waiting for a vsock device: {error}");
                         }
                     }
@@ -90,11 +96,11 @@ impl Agent {
         if let Some(control) = &self.control {
             add(PollFd::new(&control.stream, PollFlags::IN), Who::Control);
         }
-        if let Some(signals) = &self.signals {
-            add(PollFd::new(&signals.0, PollFlags::IN), Who::Signals);
-        }
-        if let Some(main) = &self.main {
-            add(PollFd::new(main, PollFlags::IN), Who::Main);
+        if let Some(init) = &self.init {
+            add(PollFd::new(&init.signals, PollFlags::IN), Who::Signals);
+            if let Some(main) = &init.main {
+                add(PollFd::new(main, PollFlags::IN), Who::Main);
+            }
         }
         match poll(&mut fds, (!complete).then_some(&nap)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -133,10 +139,9 @@ impl Agent {
             if let Ok(None) = system::fork() {
                 self.listener = None;
                 self.control = None;
-                self.signals = None;
-                self.main = None;
+                let network = self.init.take().map_or_else(Coming::none, |init| init.network);
                 system::forget_children(false);
-                std::process::exit(i32::from(session::serve(connection).is_err()));
+                std::process::exit(i32::from(session::serve(connection, &network).is_err()));
             }
         }
     }
@@ -157,10 +162,10 @@ impl Agent {
     }
 
     fn signal(&mut self) -> io::Result<()> {
-        let Some(signals) = &self.signals else { return Ok(()) };
+        let Some(init) = &self.init else { return Ok(()) };
         // struct signalfd_siginfo: its first field is the number.
         let mut info = [0; 128];
-        let len = rustix::io::read(&signals.0, &mut info).unwrap_or(0);
+        let len = rustix::io::read(&init.signals, &mut info).unwrap_or(0);
         if len < info.len() {
             return Ok(());
         }
@@ -171,7 +176,7 @@ impl Agent {
 
     fn main_ended(&mut self) -> io::Result<()> {
         let mut how = [0, 255];
-        if let Some(main) = self.main.take() {
+        if let Some(main) = self.init.as_mut().and_then(|init| init.main.take()) {
             let _ = rustix::io::read(&main, &mut how);
         }
         let [kind, value] = how;

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 
 use agent_protocol::{Decoder, FromGuest, FromHost, VERSION};
 
+use crate::network::Coming;
 use crate::{exec, files, power};
 
 /// A connection, read and written message by message.
@@ -60,17 +61,20 @@ impl Connection {
     }
 }
 
-/// Serves one connection to its end.
-pub fn serve(fd: OwnedFd) -> io::Result<()> {
+/// Serves one connection to its end. Programs are started when the network is there.
+pub fn serve(fd: OwnedFd, network: &Coming) -> io::Result<()> {
     let mut connection = Connection::new(fd);
     connection.send(&FromGuest::Hello(VERSION))?;
     let Some(request) = connection.receive()? else { return Ok(()) };
     let failed = |connection: &mut Connection, code, why: String| connection.send(&FromGuest::Failed(code, why));
     match request {
-        FromHost::Exec(request) => match exec::start(request) {
-            Ok(program) => program.attend(&mut connection),
-            Err((code, why)) => failed(&mut connection, code, why),
-        },
+        FromHost::Exec(request) => {
+            network.wait();
+            match exec::start(request) {
+                Ok(program) => program.attend(&mut connection),
+                Err((code, why)) => failed(&mut connection, code, why),
+            }
+        }
         FromHost::Put(path, name) => {
             let done = files::put(&mut connection, &os(path), &os(name));
             match done {

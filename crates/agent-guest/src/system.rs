@@ -141,6 +141,87 @@ pub fn load_module(file: &std::fs::File) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// What an ioctl says about a network interface; all else of it is zero.
+fn interface(name: &str) -> io::Result<libc::ifreq> {
+    // SAFETY: all zeros is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *place = byte as libc::c_char;
+    }
+    Ok(request)
+}
+
+fn inet(address: [u8; 4]) -> libc::sockaddr {
+    let address = libc::sockaddr_in {
+        sin_family: libc::AF_INET as libc::sa_family_t,
+        sin_port: 0,
+        sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(address) },
+        sin_zero: [0; 8],
+    };
+    // SAFETY: both are plain data of the same size.
+    unsafe { std::mem::transmute(address) }
+}
+
+fn about_interface(request: libc::Ioctl, about: &mut libc::ifreq) -> io::Result<()> {
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
+    // SAFETY: these requests read and write an ifreq, which `about` is.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), request, &raw mut *about) }).map(|_| ())
+}
+
+/// Switches a network interface on; its largest packet becomes `mtu` bytes.
+pub fn interface_up(name: &str, mtu: Option<u16>) -> io::Result<()> {
+    if let Some(mtu) = mtu {
+        let mut about = interface(name)?;
+        about.ifr_ifru.ifru_mtu = mtu.into();
+        // Not every card can.
+        let _ = about_interface(libc::SIOCSIFMTU, &mut about);
+    }
+    let mut about = interface(name)?;
+    about_interface(libc::SIOCGIFFLAGS, &mut about)?;
+    // SAFETY: the kernel has just filled this member in.
+    let flags = unsafe { about.ifr_ifru.ifru_flags };
+    about.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
+    about_interface(libc::SIOCSIFFLAGS, &mut about)
+}
+
+/// Gives a network interface an address, of which the first `prefix` bits name the network. Address 0.0.0.0 takes it away.
+pub fn set_address(name: &str, address: [u8; 4], prefix: u8) -> io::Result<()> {
+    let mut about = interface(name)?;
+    about.ifr_ifru.ifru_addr = inet(address);
+    about_interface(libc::SIOCSIFADDR, &mut about)?;
+    if address == [0; 4] {
+        return Ok(());
+    }
+    let mask = u32::MAX.checked_shl(32 - u32::from(prefix.min(32))).unwrap_or(0);
+    about.ifr_ifru.ifru_netmask = inet(mask.to_be_bytes());
+    about_interface(libc::SIOCSIFNETMASK, &mut about)
+}
+
+/// Sends what is for elsewhere to `router`.
+pub fn add_default_route(name: &str, router: [u8; 4]) -> io::Result<()> {
+    let mut device = interface(name)?.ifr_name;
+    // SAFETY: all zeros is a valid value: destination and mask 0.0.0.0.
+    let mut route: libc::rtentry = unsafe { std::mem::zeroed() };
+    (route.rt_dst, route.rt_genmask, route.rt_gateway) = (inet([0; 4]), inet([0; 4]), inet(router));
+    route.rt_flags = libc::RTF_UP | libc::RTF_GATEWAY;
+    route.rt_dev = device.as_mut_ptr();
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
+    // SAFETY: this request reads an rtentry, and the name that it points to, which ends with a zero and lives till then.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCADDRT, &raw const route) }).map(|_| ())
+}
+
+/// Has a socket send and receive by one network interface only.
+pub fn bind_to_interface(socket: std::os::fd::BorrowedFd<'_>, name: &str) -> io::Result<()> {
+    let (text, len) = (name.as_ptr(), name.len() as libc::socklen_t);
+    // SAFETY: the option's value is `len` bytes at `text`.
+    let done =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_BINDTODEVICE, text.cast(), len) };
+    check(done).map(|_| ())
+}
+
 /// Sends a signal to a process group.
 pub fn kill_group(group: u32, signal: u8) {
     if let Ok(group) = libc::pid_t::try_from(group)

@@ -67,6 +67,10 @@ mount_shares() {
 		case $dir in
 		*:ro) dir=${dir%:ro} option=ro ;;
 		esac
+		# Whoever is process 1 then would mount a /tmp over it, unless there is one.
+		case $dir in
+		/tmp/*) [ -z "$1" ] || mountpoint -q "$1/tmp" || mount -t tmpfs -o nosuid,nodev tmp "$1/tmp" ;;
+		esac
 		mkdir -p "$1$dir" 2>/dev/null
 		mount -t virtiofs -o $option "$tag" "$1$dir" ||
 			echo "tightrope: cannot mount the shared directory $tag at $dir"
@@ -90,10 +94,11 @@ if [ "$root" ]; then
 	if [ -b "$disk" ]; then
 		if mount -t "${fstype:-ext4}" -o "$mode$flags" "$disk" /mnt ||
 			{ [ -z "$fstype" ] && mount -o "$mode$flags" "$disk" /mnt; }; then
-			mount_shares /mnt
 			umount /tmp
 			# The agent for the host's requests, into the new /run: as a service, or as process 1.
 			[ -x /tightrope/agent ] && /tightrope/agent install /mnt && [ "$agent" ] && init=/run/tightrope/agent
+			# Behind that, as they may be in the new /run.
+			mount_shares /mnt
 			for fs in proc sys dev; do
 				[ -d /mnt/$fs ] && mount -o move /$fs /mnt/$fs
 			done

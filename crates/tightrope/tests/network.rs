@@ -89,6 +89,19 @@ fn the_guest_reaches_out() {
     power_off(session);
 }
 
+/// A command without a shell finds its network there from the start; the agent asks for it.
+#[test]
+fn a_command_reaches_out() {
+    let port = web_server("127.0.0.1:0", b"at once\n".to_vec());
+    let script =
+        format!("wget -q -O - http://host:{port}/ && ifconfig lo | grep -c UP && cat /etc/resolv.conf && network wait");
+    let done = common::finish(run(&["--", "sh", "-c", &script]), b"");
+    assert_eq!(done.code(), Some(0), "{done:?}");
+    assert_eq!(done.out, "at once\n1\nsearch tightrope.internal\nnameserver 10.0.2.3\n", "{done:?}");
+    let done = common::finish(run(&["--net=none", "--", "sh", "-c", "ping -c 1 127.0.0.1"]), b"");
+    assert_eq!(done.code(), Some(0), "{done:?}");
+}
+
 fn get(port: u16) -> std::io::Result<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port))?;
     stream.set_read_timeout(Some(common::LIMIT))?;

@@ -121,6 +121,46 @@ fn servers_are_installed_and_serve() {
     guest.power_off();
 }
 
+/// `tightrope run debian -- …`, where the agent is process 1: the network is there when the command starts, shared directories are below
+/// `/tmp`, and what was kept is whole afterwards. The same directory below a `/tmp` that systemd looks after.
+#[test]
+#[ignore = "long, needs a mirror"]
+fn commands_in_a_whole_system() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("text"), "from the host\n").unwrap();
+    let share = format!("{}:/tmp/y", dir.path().display());
+    for image in ["debian:13", "debian:12"] {
+        let keep = format!("kept-{}", std::process::id());
+        let run = |script: &str| {
+            let mut command = tightrope(&["run", "--engine", &engine(), image, "--keep", &keep, "--share", &share]);
+            if let Ok(mirror) = std::env::var("TIGHTROPE_MIRROR") {
+                command.env("TIGHTROPE_MIRROR", mirror);
+            }
+            command.args(["--", "sh", "-c", script]);
+            let started = Instant::now();
+            let done = command.output().unwrap();
+            eprintln!("{image}: {:7.1} s  {script}", started.elapsed().as_secs_f64());
+            let text = String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned();
+            assert!(done.status.success(), "{script}: {text}");
+            text
+        };
+        run(
+            "grep 'from the host' /tmp/y/text && apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends hello && hello",
+        );
+        // The disk was left in order: nothing to recover.
+        let text = run("hello && dmesg | grep EXT4-fs");
+        assert!(!text.contains("recovery"), "{text}");
+        let mut guest = Guest::boot(image, &["--keep", &keep, "--share", &share]);
+        guest.run(NO_FAILED_UNIT);
+        guest.run("grep 'from the host' /tmp/y/text && echo more >/tmp/y/made && systemd-tmpfiles --clean --remove");
+        guest.power_off();
+        assert_eq!(fs::read_to_string(dir.path().join("made")).unwrap(), "more\n");
+        assert_eq!(fs::read_to_string(dir.path().join("text")).unwrap(), "from the host\n");
+        let done = tightrope(&["rm", &keep]).output().unwrap();
+        assert!(done.status.success(), "{done:?}");
+    }
+}
+
 #[test]
 #[ignore = "long, needs a mirror"]
 fn ssh_comes_in_and_git_goes_out() {

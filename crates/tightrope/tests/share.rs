@@ -62,6 +62,23 @@ fn the_guest_works_in_shared_directories() {
     assert!(!tree.join("a").exists() && !tree.join("device").exists());
 }
 
+/// Without a shell: the agent is process 1 then, and mounts a /tmp of its own.
+#[test]
+fn a_command_finds_shared_directories() {
+    let dir = tempfile::tempdir().unwrap();
+    let inner = dir.path().join("inner");
+    fs::create_dir(&inner).unwrap();
+    fs::write(inner.join("text"), b"from the host\n").unwrap();
+    let path = dir.path().display();
+    let shares = [format!("--share={path}/inner:/tmp/a/inner"), format!("--share={path}:/tmp/a:ro")];
+    let script =
+        "cat /tmp/a/inner/text; touch /tmp/a/x 2>/dev/null || echo fixed; echo made >/tmp/a/inner/made; mktemp -u";
+    let finished = finish(run(&["--net=none", &shares[0], &shares[1], "--", "sh", "-c", script]), b"");
+    assert_eq!(finished.code(), Some(0), "{finished:?}");
+    assert!(finished.out.starts_with("from the host\nfixed\n/tmp/tmp."), "{finished:?}");
+    assert_eq!(fs::read(inner.join("made")).unwrap(), b"made\n");
+}
+
 #[test]
 fn a_directory_that_vanishes_and_a_server_that_dies() {
     let dir = tempfile::tempdir().unwrap();
@@ -105,6 +122,7 @@ fn what_cannot_be_shared_is_told_in_one_line() {
         (vec![format!("{path}:rel/x")], "relative path", 2),
         (vec![format!("{path}:./x")], "relative path", 2),
         (vec![format!("{path}:/")], "no place to mount", 2),
+        (vec![format!("{path}:/dev/shm/x")], "the guest's own /dev", 2),
         (vec![format!("{path}:/a b")], "without spaces", 2),
         (vec![format!("{path}:{tag}")], "no tag", 2),
         ((0..9).map(|number| format!("{path}:t{number}")).collect(), "too many", 1),

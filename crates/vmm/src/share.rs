@@ -81,6 +81,13 @@ impl GuestPlace {
             if path.parent().is_none() || path.components().any(|part| part.as_os_str() == "..") {
                 return Err(format!("'{text}' is no place to mount a directory: choose one like /src"));
             }
+            let systems = ["/proc", "/sys", "/dev", "/run"];
+            // (Below /run there is room.)
+            if let Some(own) =
+                systems.iter().find(|own| path.starts_with(own) && (**own != "/run" || path == Path::new("/run")))
+            {
+                return Err(format!("'{text}' is in the guest's own {own}: choose a place like /src"));
+            }
             if text.len() > 200 {
                 return Err(format!("'{text}' is too long a path: 200 letters are possible"));
             }
@@ -133,13 +140,17 @@ pub fn tags(shares: &[ShareConfig]) -> Result<Vec<String>, Error> {
 /// # Errors
 /// As [`tags`].
 pub fn words(shares: &[ShareConfig]) -> Result<Vec<String>, Error> {
-    let word = |(share, tag): (&ShareConfig, String)| match &share.guest {
-        GuestPlace::Mounted(path) => {
-            Some(format!("tightrope.share={tag}:{path}{}", if share.read_only { ":ro" } else { "" }))
-        }
-        GuestPlace::Tag(_) => None,
-    };
-    Ok(shares.iter().zip(tags(shares)?).filter_map(word).collect())
+    let mut places: Vec<_> = shares
+        .iter()
+        .zip(tags(shares)?)
+        .filter_map(|(share, tag)| match &share.guest {
+            GuestPlace::Mounted(path) => Some((path, tag, if share.read_only { ":ro" } else { "" })),
+            GuestPlace::Tag(_) => None,
+        })
+        .collect();
+    // One inside another is mounted after it.
+    places.sort();
+    Ok(places.into_iter().map(|(path, tag, option)| format!("tightrope.share={tag}:{path}{option}")).collect())
 }
 
 /// A shared directory whose server runs.
@@ -220,6 +231,9 @@ mod tests {
             "a:/b\"",
             "a:/b\n",
             "a:/ä",
+            "a:/dev/shm/x",
+            "a:/run/",
+            "/proc/self",
         ] {
             assert!(bad.parse::<ShareConfig>().is_err(), "{bad}");
         }
@@ -233,6 +247,8 @@ mod tests {
         let shares = [share("a:/a"), share("b:share0"), share("c:/c:ro")];
         assert_eq!(tags(&shares).unwrap(), ["share1", "share0", "share2"]);
         assert_eq!(words(&shares).unwrap(), ["tightrope.share=share1:/a", "tightrope.share=share2:/c:ro"]);
+        let nested = [share("a:/x/y"), share("b:/x")];
+        assert_eq!(words(&nested).unwrap(), ["tightrope.share=share1:/x", "tightrope.share=share0:/x/y"]);
         for twice in [["a:t", "b:t"], ["a:/t", "b:/t"]] {
             let error = tags(&twice.map(share)).unwrap_err().to_string();
             assert!(error.contains("two shared directories") && error.contains('t'), "{error}");

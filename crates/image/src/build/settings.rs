@@ -1,7 +1,6 @@
 //! The files of a system that come from no package: its name, its network, where its packages come from, who may log in.
 
 use crate::error::{Result, redact};
-use crate::initramfs;
 use crate::mirror::Mirror;
 use crate::proxy::Proxies;
 use crate::rootfs::{Extra, What};
@@ -44,8 +43,6 @@ pub(super) fn files(suite: &str, mirror: &Mirror, proxies: &Proxies) -> Result<V
             format!("Acquire::http::Proxy \"{}\";\n", as_seen_by_guests(&proxy)),
         );
     }
-    let script = |path: &str, text: String| Extra { path: path.into(), mode: 0o755, what: What::File(text.into()) };
-    all.push(script("usr/sbin/network", network_script()));
     all.push(Extra {
         path: "etc/localtime".into(),
         mode: 0o777,
@@ -87,14 +84,6 @@ fn as_seen_by_guests(url: &str) -> String {
     }
 }
 
-/// Brings the network up where systemd does not run: the small image's script, by the BusyBox that is installed here, too.
-fn network_script() -> String {
-    let body = initramfs::NETWORK.strip_prefix("#!/bin/sh\n").unwrap_or(initramfs::NETWORK);
-    // The name servers go where systemd's resolver, to whose file /etc/resolv.conf is a link, would put them.
-    let body = body.replace("modprobe -q", "/sbin/modprobe -q");
-    format!("#!/usr/bin/busybox sh\nexport PATH=/usr/bin:/usr/sbin\nmkdir -p /run/systemd/resolve\n{body}")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,6 +122,5 @@ mod tests {
         assert!(sources.contains("URIs: http://host.tightrope.internal:1/debian\nSuites: bookworm bookworm-updates\n"));
         assert!(sources.contains("URIs: http://s.example/debian-security\nSuites: bookworm-security\n"));
         assert!(text("etc/apt/apt.conf.d/80tightrope-proxy").contains("\"http://host.tightrope.internal:8080\""));
-        assert!(text("usr/sbin/network").starts_with("#!/usr/bin/busybox sh\n"));
     }
 }
