@@ -146,10 +146,10 @@ fn connect(path: &Path) -> io::Result<OwnedFd> {
 
 /// The monitor has gone: its sockets lead nowhere. The entry goes too, unless it is to stay.
 fn put_away(entry: &Entry) {
-    if let Some(cgroup) = &entry.about.cgroup {
+    for group in &entry.about.cgroups {
         // It is empty once the processes of the VM have been reaped.
         for _ in 0..100 {
-            if std::fs::remove_dir(cgroup).is_ok() {
+            if std::fs::remove_dir(group).is_ok() {
                 break;
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -183,7 +183,7 @@ fn confine(entry: &Entry) -> io::Result<()> {
             .handle_access(AccessNet::from_all(abi))?
             .scope(Scope::from_all(abi))?
             .create()?;
-        for dir in entry.dir.parent().into_iter().chain(entry.about.cgroup.as_deref().and_then(Path::parent)) {
+        for dir in entry.dir.parent().into_iter().chain(entry.about.cgroups.iter().filter_map(|group| group.parent())) {
             if let Ok(fd) = PathFd::new(dir) {
                 rules = rules.add_rule(PathBeneath::new(fd, remove))?;
             }
@@ -283,7 +283,9 @@ mod tests {
     fn start(keep: bool) -> (tempfile::TempDir, Registry, crate::Own, Keeper) {
         let dir = tempfile::tempdir().unwrap();
         let registry = Registry::at(dir.path().join("r")).unwrap();
-        let own = registry.add(About { keep, ..About::default() }).unwrap();
+        let cgroups = ["cpu", "memory"].map(|name| dir.path().join(name).join("own")).to_vec();
+        cgroups.iter().for_each(|group| std::fs::create_dir_all(group).unwrap());
+        let own = registry.add(About { keep, cgroups, ..About::default() }).unwrap();
         // The test program takes several filters: the last names what the process is to be.
         let script = dir.path().join("keeper");
         let this = std::env::current_exe().unwrap();
@@ -305,7 +307,7 @@ mod tests {
 
     #[test]
     fn it_connects_and_puts_away() {
-        let (_dir, registry, own, keeper) = start(false);
+        let (dir, registry, own, keeper) = start(false);
         let listener = UnixListener::bind(own.dir.join("vsock_5")).unwrap();
         let mut ours = keeper.dial(5).unwrap();
         let (mut theirs, _) = listener.accept().unwrap();
@@ -319,6 +321,10 @@ mod tests {
         drop((own, keeper));
         wait("the entry is removed", || !path.exists());
         assert!(registry.entries().is_empty());
+        assert!(["cpu", "memory"].iter().all(|name| {
+            let dir = dir.path().join(name);
+            dir.exists() && !dir.join("own").exists()
+        }));
     }
 
     #[test]

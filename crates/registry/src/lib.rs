@@ -77,8 +77,9 @@ pub struct About {
     pub log: bool,
     /// Is the entry to stay when the VM has ended?
     pub keep: bool,
-    /// A control group of its own, to be removed at the end.
-    pub cgroup: Option<PathBuf>,
+    /// Control groups of its own, to be removed at the end.
+    #[serde(default)]
+    pub cgroups: Vec<PathBuf>,
 }
 
 /// A VM that is or was.
@@ -205,6 +206,13 @@ impl Registry {
         Ok(Self { dir })
     }
 
+    /// Removes what VMs have left that could not do it themselves: everything of a VM was killed at once.
+    pub fn tidy(&self) {
+        if let Ok(_lock) = self.lock() {
+            self.clean(None);
+        }
+    }
+
     /// All VMs, those that were started first before the others. Of those that have ended, only the ones that stay.
     pub fn entries(&self) -> Vec<Entry> {
         let dirs = fs::read_dir(&self.dir).into_iter().flatten().flatten();
@@ -270,7 +278,12 @@ impl Registry {
             if !dir.is_dir() || is_alive(&dir) {
                 continue;
             }
-            match Entry::read(&dir) {
+            let entry = Entry::read(&dir);
+            for group in entry.iter().flat_map(|entry| &entry.about.cgroups) {
+                // Nobody can be in it any more; if somebody is, it stays.
+                let _ = fs::remove_dir(group);
+            }
+            match entry {
                 Some(entry) if entry.about.keep && (name.is_none() || entry.about.name.as_deref() != name) => {
                     kept.push((entry.about.started, dir));
                 }
@@ -390,6 +403,21 @@ mod tests {
         assert_eq!(registry.entries().len(), 2);
         assert!(registry.remove(&registry.find("other").unwrap()));
         assert!(registry.find("other").is_err());
+    }
+
+    #[test]
+    fn what_the_dead_left_is_removed() {
+        let (dir, registry) = registry();
+        let [stays, goes, lives] = ["stays", "goes", "lives"].map(|name| {
+            let group = dir.path().join(name);
+            fs::create_dir(&group).unwrap();
+            (group.clone(), registry.add(About { cgroups: vec![group], ..named(name) }).unwrap())
+        });
+        fs::write(stays.0.join("a process"), "").unwrap();
+        drop((stays.1, goes.1));
+        registry.tidy();
+        assert!(stays.0.exists() && !goes.0.exists() && lives.0.exists());
+        assert_eq!(registry.entries().len(), 3, "what is to stay can still be read");
     }
 
     #[test]

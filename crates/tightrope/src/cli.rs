@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use crate::complete;
 use clap::{Args, Parser, Subcommand, ValueHint};
 use vmm::{
     DiskConfig, EngineChoice, GdbAddress, NetConfig, PortForward, SerialMode, ShareConfig, StatsFormat, TraceConfig,
@@ -69,7 +70,7 @@ pub enum Command {
     /// Show what a guest wrote on its console: the last mebibyte (of VMs that run in the background)
     Logs {
         /// The VM's name, or the start of its id
-        #[arg(value_name = "VM")]
+        #[arg(value_name = "VM", add = complete::known())]
         vm: String,
         /// Go on until it ends
         #[arg(long, short)]
@@ -78,7 +79,7 @@ pub enum Command {
     /// Be at a guest's console (of VMs that run in the background); Ctrl-A D leaves it
     Attach {
         /// The VM's name, or the start of its id
-        #[arg(value_name = "VM")]
+        #[arg(value_name = "VM", add = complete::running())]
         vm: String,
     },
     /// Say what this host can do for virtual machines, and what to change
@@ -97,6 +98,7 @@ pub enum Command {
     /// It is made from Debian's packages, checked by their signatures; no root is needed. `run` of the same name uses it.
     Pull {
         /// `debian[:SUITE][+PACKAGE…]`, such as debian, debian:bookworm or debian:13+nginx+git
+        #[arg(add = complete::any_image())]
         image: String,
         /// Packages to install besides
         packages: Vec<String>,
@@ -116,12 +118,12 @@ pub enum Command {
     /// Remove images, and disks that were kept (--keep)
     Rm {
         /// Names, or ids of images
-        #[arg(required = true)]
+        #[arg(required = true, add = complete::removable())]
         images: Vec<String>,
     },
     /// Remove images that newer ones have replaced, and packages that are no longer needed
     Prune,
-    /// Print the completions for a shell
+    /// Print what makes a shell complete commands, options and names, for its start: source <(tightrope completions bash)
     Completions {
         /// bash, elvish, fish, powershell or zsh
         shell: clap_complete::Shell,
@@ -143,7 +145,7 @@ pub enum Command {
 #[derive(Args, Clone, Debug)]
 pub struct StopArgs {
     /// Names, or starts of ids
-    #[arg(value_name = "VM", required = true)]
+    #[arg(value_name = "VM", required = true, add = complete::running())]
     pub vm: Vec<String>,
 
     /// At once, as when the power fails
@@ -183,7 +185,7 @@ pub struct ExecArgs {
     pub workdir: Option<String>,
 
     /// The VM's name, or the start of its id
-    #[arg(value_name = "VM")]
+    #[arg(value_name = "VM", add = complete::running())]
     pub vm: String,
 
     /// What to run
@@ -195,11 +197,11 @@ pub struct ExecArgs {
 #[derive(Args, Clone, Debug)]
 pub struct CpArgs {
     /// A file or directory here, or VM:PATH
-    #[arg(value_name = "SOURCE", value_hint = ValueHint::AnyPath)]
+    #[arg(value_name = "SOURCE", add = complete::files())]
     pub source: OsString,
 
     /// Where it goes: as this name, or into it if it is a directory
-    #[arg(value_name = "DESTINATION", value_hint = ValueHint::AnyPath)]
+    #[arg(value_name = "DESTINATION", add = complete::files())]
     pub destination: OsString,
 }
 
@@ -209,7 +211,7 @@ pub struct CpArgs {
 pub struct RunArgs {
     /// The image to run: `busybox` is Debian stable's own kernel and a BusyBox shell; `debian[:SUITE][+PACKAGE…]`, such as debian,
     /// debian:12 or debian+nginx+git, is a whole Debian, made at the first time (see `tightrope pull`) [default: busybox]
-    #[arg(conflicts_with = "kernel")]
+    #[arg(conflicts_with = "kernel", add = complete::any_image())]
     pub image: Option<String>,
 
     /// Run this kernel instead: a bzImage (vmlinuz) or an ELF vmlinux
@@ -255,8 +257,20 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(vmm::MAX_CPUS)))]
     pub cpus: u32,
 
+    /// Weight of this VM against others when the host's CPUs are short: 1 to 10000; other processes have 100
+    #[arg(long, value_name = "WEIGHT", conflicts_with = "no_agent")]
+    pub cpu_share: Option<limits::CpuShare>,
+
+    /// Most CPU time that this VM takes, in percent of one CPU: 50%, 150%
+    #[arg(long, value_name = "PERCENT%", conflicts_with = "no_agent")]
+    pub cpu_limit: Option<limits::CpuLimit>,
+
+    /// Most memory that this VM takes on the host, all in all: the guest's, the monitor's, and files the host caches for it
+    #[arg(long, value_name = "SIZE", conflicts_with = "no_agent", value_parser = vmm::parse_memory)]
+    pub memory_limit: Option<u64>,
+
     /// What executes the guest: auto, bt (binary translation), kvm (hardware) or interp (precise, slow) [default: auto]
-    #[arg(long, value_name = "ENGINE", env = "TIGHTROPE_ENGINE")]
+    #[arg(long, value_name = "ENGINE", env = "TIGHTROPE_ENGINE", add = complete::engines())]
     pub engine: Option<EngineChoice>,
 
     /// Where the console goes: stdio, none, pty, file:PATH or unix:PATH
@@ -285,7 +299,7 @@ pub struct RunArgs {
     pub mirror: Option<String>,
 
     /// Keep what the guest writes to the disk of its image under this name, and go on with it the next time; otherwise it ends with the VM
-    #[arg(long, value_name = "NAME", requires = "image")]
+    #[arg(long, value_name = "NAME", requires = "image", add = complete::disks())]
     pub keep: Option<String>,
 
     /// End when the process that started this one ends
@@ -319,6 +333,10 @@ pub struct RunArgs {
     /// Without agent and entry in the list of VMs
     #[arg(long, hide = true, conflicts_with_all = ["name", "detach", "command"])]
     pub no_agent: bool,
+
+    /// Systemd has put this process into a scope with limits
+    #[arg(long, hide = true)]
+    pub in_scope: bool,
 
     /// Be the monitor of a VM that runs in the background
     #[arg(long, hide = true)]
@@ -377,6 +395,9 @@ mod tests {
             "b,ro",
             "--memory=1G",
             "--cpus=2",
+            "--cpu-share=50",
+            "--cpu-limit=150%",
+            "--memory-limit=2G",
             "--engine=bt",
             "--serial=none",
             "--stats",
@@ -404,6 +425,8 @@ mod tests {
         for args in [
             &["--cpus=0"][..],
             &["--cpus=65"],
+            &["--cpu-share=0"],
+            &["--cpu-limit=150"],
             &["--memory=1M"],
             &["--memory=lots"],
             &["--engine=xen"],

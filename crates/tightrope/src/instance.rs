@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use agent::{Exec, Problem, Session, exec};
 use anyhow::{Context, Result, anyhow, bail};
+use limits::{Groups, Limits};
 use registry::keeper::{Keeper, read_line};
 use registry::{About, Entry, Registry};
 use vmm::{Instance, SandboxMode, SerialMode, VmConfig};
@@ -21,11 +22,43 @@ const MAX_ANSWER: usize = 4096;
 /// How long a guest whose disks are to be left in order may take to switch off after its command.
 const POWER_OFF: Duration = Duration::from_secs(30);
 
-/// Adds this process's VM to the registry.
+/// Makes the control groups that keep the VM within its limits, if it has some. Where systemd runs, this process becomes one in a scope first,
+/// and starts from the beginning there.
+///
+/// # Errors
+/// One line: limits cannot be had here.
+pub fn limit(args: &RunArgs, words: &[std::ffi::OsString]) -> Result<Option<Groups>> {
+    let limits = Limits { cpu_share: args.cpu_share, cpu_limit: args.cpu_limit, memory: args.memory_limit };
+    if limits.is_empty() {
+        return Ok(None);
+    }
+    let host = limits::Host::read();
+    if args.in_scope {
+        limits::scope::check(&limits, &host)?;
+        return Ok(None);
+    }
+    let mut words = words.get(1..).unwrap_or_default().to_vec();
+    // Behind `run`.
+    words.insert(1.min(words.len()), "--in-scope".into());
+    if let Some(mut command) = limits::scope::command(&limits, &std::env::current_exe()?, &words) {
+        let error = command.exec();
+        return Err(error).context("systemd-run cannot be started");
+    }
+    Ok(Some(Groups::make(&limits, &host)?))
+}
+
+/// Adds this process's VM to the registry, and puts it into its control groups.
 ///
 /// # Errors
 /// One line: the name is taken, there is no place for it.
-pub fn register(args: &RunArgs, config: &mut VmConfig, lifeline: bool) -> Result<()> {
+pub fn register(args: &RunArgs, config: &mut VmConfig, lifeline: bool, groups: Option<Groups>) -> Result<()> {
+    if let Some(limit) = args.memory_limit.filter(|limit| *limit < config.memory) {
+        bail!(
+            "--memory-limit of {} MiB is less than the guest's memory, {} MiB: raise it (the monitor needs some, too), or lower --memory",
+            limit >> 20,
+            config.memory >> 20
+        );
+    }
     let kernel = args.kernel.as_ref().map(|path| path.display().to_string());
     let about = About {
         name: args.name.clone(),
@@ -34,12 +67,17 @@ pub fn register(args: &RunArgs, config: &mut VmConfig, lifeline: bool) -> Result
         agent: config.agent.is_some(),
         log: config.serial == SerialMode::Log,
         keep: args.detach,
+        cgroups: groups.as_ref().map(|groups| groups.dirs().to_vec()).unwrap_or_default(),
         ..About::default()
     };
     let own = Registry::open()?.add(about)?;
     let confined = config.sandbox != SandboxMode::Off;
     let keeper = Keeper::start("/proc/self/exe".as_ref(), "vm-keeper", &own.dir, confined)
         .context("the process beside the monitor cannot be started")?;
+    // The keeper stays outside, or it could not remove them.
+    if let Some(groups) = groups {
+        groups.join()?;
+    }
     let lifeline = lifeline.then(|| std::io::stdin().as_fd().try_clone_to_owned()).transpose()?;
     config.instance = Some(Arc::new(Instance::new(own, Some(keeper), lifeline)));
     Ok(())
@@ -49,7 +87,7 @@ pub fn register(args: &RunArgs, config: &mut VmConfig, lifeline: bool) -> Result
 ///
 /// # Errors
 /// One line for the user.
-pub fn monitor(args: &RunArgs, mut config: VmConfig, started: Instant) -> Result<i32> {
+pub fn monitor(args: &RunArgs, mut config: VmConfig, groups: Option<Groups>, started: Instant) -> Result<i32> {
     // A session of its own: what happens to the user's terminal is no business of this process.
     let _ = rustix::process::setsid();
     if config.serial == SerialMode::Stdio {
@@ -57,7 +95,7 @@ pub fn monitor(args: &RunArgs, mut config: VmConfig, started: Instant) -> Result
     }
     config.ready_marker = None;
     config.quiet = !args.detach;
-    register(args, &mut config, !args.detach)?;
+    register(args, &mut config, !args.detach, groups)?;
     let id = config.instance.as_ref().map(|instance| instance.id.clone()).unwrap_or_default();
     let vm = vmm::Vm::new(&config, started)?;
     let line = std::io::stdin();

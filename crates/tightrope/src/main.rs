@@ -1,10 +1,11 @@
 //! The command `tightrope`. Thin: it turns what the user asks for into a [`vmm::VmConfig`] and runs it.
 //!
-//! * [`cli`]: the command line. * [`disks`]: making disks. * [`doctor`]: what this host can do. * [`instance`], [`vms`]: VMs that run. * [`settings`]: the configuration file. * [`guest`]: which kernel and what command line.
+//! * [`cli`]: the command line. * [`complete`]: what shells complete. * [`disks`]: making disks. * [`doctor`]: what this host can do. * [`instance`], [`vms`]: VMs that run. * [`settings`]: the configuration file. * [`guest`]: which kernel and what command line.
 
 #![forbid(unsafe_code)]
 
 mod cli;
+mod complete;
 mod disks;
 mod doctor;
 mod guest;
@@ -34,6 +35,7 @@ const EXIT_USAGE: i32 = 2;
 fn main() {
     let started = Instant::now();
     vmm::terminal::install_panic_hook();
+    complete::answer();
     let code = match parse() {
         Ok(cli) => match execute(cli, started) {
             Ok(code) => code,
@@ -87,7 +89,10 @@ fn execute(cli: Cli, started: Instant) -> Result<i32> {
         }
         Command::Images { json } => images::list(json),
         Command::Rm { images } => images::remove(&images),
-        Command::Prune => images::prune(),
+        Command::Prune => {
+            registry::Registry::open()?.tidy();
+            images::prune()
+        }
         Command::Ps { all, json } => vms::ps(all, json),
         Command::Stop(args) => vms::stop(&args),
         Command::Exec(args) => vms::exec_in(&args),
@@ -107,9 +112,7 @@ fn execute(cli: Cli, started: Instant) -> Result<i32> {
             Ok(0)
         }
         Command::Completions { shell } => {
-            let mut text = Vec::new();
-            clap_complete::generate(shell, &mut Cli::command(), "tightrope", &mut text);
-            std::io::stdout().write_all(&text)?;
+            complete::script(shell)?;
             Ok(0)
         }
         Command::Man => {
@@ -143,16 +146,19 @@ fn run(args: &RunArgs, started: Instant) -> Result<i32> {
         return instance::start(args, arguments(std::env::args_os()));
     }
     let settings = Settings::load()?;
+    // What cannot be had should be known before anything is fetched.
+    let groups = instance::limit(args, &arguments(std::env::args_os()))?;
     let mut config = guest::configure(args, &settings)?;
     if background {
-        return instance::monitor(args, config, started);
+        return instance::monitor(args, config, groups, started);
     }
+    let limited = args.cpu_share.is_some() || args.cpu_limit.is_some() || args.memory_limit.is_some();
     if !args.no_agent
-        && !args.with_parent
-        && let Err(error) = instance::register(args, &mut config, false)
+        && (!args.with_parent || limited)
+        && let Err(error) = instance::register(args, &mut config, false, groups)
     {
         // Whoever did not ask for it can do without.
-        if args.name.is_some() {
+        if args.name.is_some() || limited {
             return Err(error);
         }
         vmm::terminal::message(&format!("tightrope: warning: this VM will not be found by others: {error:#}"));

@@ -38,7 +38,9 @@ struct Row<'a> {
 /// # Errors
 /// The registry cannot be read.
 pub fn ps(all: bool, json: bool) -> Result<i32> {
-    let entries = Registry::open()?.entries();
+    let registry = Registry::open()?;
+    registry.tidy();
+    let entries = registry.entries();
     let shown: Vec<&Entry> = entries.iter().filter(|entry| entry.alive || (all && entry.about.keep)).collect();
     let mut out = io::stdout().lock();
     if json {
