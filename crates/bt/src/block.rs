@@ -111,6 +111,8 @@ pub struct VcpuBlock {
     pub exit_target: u64,
     /// A value kept across the checks of one instruction.
     pub scratch: u64,
+    /// The slow path was called by a check stub: what names the access is the low half of the address that the stub was called from.
+    pub by_call: u32,
     /// RAX and RCX while a stub uses them, and a value of its own.
     pub lent: [u64; 3],
     /// Host RIP of a signal in translated code.
@@ -182,6 +184,7 @@ pub mod off {
     pub const HOST_FLAGS: i32 = offset_of!(VcpuBlock, host_flags) as i32;
     pub const EXIT_TARGET: i32 = offset_of!(VcpuBlock, exit_target) as i32;
     pub const SCRATCH: i32 = offset_of!(VcpuBlock, scratch) as i32;
+    pub const BY_CALL: i32 = offset_of!(VcpuBlock, by_call) as i32;
     pub const fn lent(index: usize) -> i32 {
         (offset_of!(VcpuBlock, lent) + 8 * index) as i32
     }

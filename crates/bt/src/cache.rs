@@ -135,6 +135,11 @@ pub struct Block {
     /// Slots that may lead here.
     slots: Vec<u32>,
     alive: bool,
+    /// Translated to be short, and not yet again to be fast.
+    compact: bool,
+    /// Samples in [`Self::window`].
+    samples: u8,
+    window: u32,
 }
 
 impl Block {
@@ -173,11 +178,38 @@ pub struct AccessSite {
     pub user: bool,
 }
 
+/// The place that a check stub was called from.
+#[derive(Clone, Copy)]
+pub struct CallSite {
+    /// Position in the code cache behind the call. Ascending.
+    pub position: u32,
+    /// Number of its access.
+    pub access: u32,
+}
+
 /// What translated code names by number. Read without the cache's lock; what is in it stays until the cache is flushed.
 pub struct Sites {
     pub exits: Table<ExitSite>,
     pub accesses: Table<AccessSite>,
+    pub calls: Table<CallSite>,
     pub slots: Table<Slot>,
+}
+
+impl Sites {
+    /// The access whose check stub was called with the return address at `position`.
+    pub fn called_from(&self, position: u32) -> Option<u32> {
+        let (mut low, mut high) = (0, self.calls.len());
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let site = self.calls.get(middle)?;
+            match site.position.cmp(&position) {
+                std::cmp::Ordering::Equal => return Some(site.access),
+                std::cmp::Ordering::Less => low = middle + 1,
+                std::cmp::Ordering::Greater => high = middle,
+            }
+        }
+        None
+    }
 }
 
 /// A part of a page that was written and holds code.
@@ -207,6 +239,7 @@ struct Translated {
     insns: u16,
     /// See [`Analyzer::ahead`].
     ahead: u64,
+    compact: bool,
     meta: Arc<[Meta]>,
     output: Output,
 }
@@ -245,6 +278,8 @@ pub struct CacheCounters {
     pub links: u64,
     /// Check sites that predict no more.
     pub unpredictable: u64,
+    /// Hot blocks translated again.
+    pub promoted: u64,
 }
 
 /// The cache has no room: everything must be flushed.
@@ -273,6 +308,10 @@ pub struct Cache {
     spare: Output,
     /// Numbers of the next check sites: of the kernel and of programs, reads and writes.
     next_sites: [[u32; 2]; 2],
+    /// New code is translated to be short; what is hot is translated again to be fast.
+    pub compact: bool,
+    /// Samples that were taken of blocks.
+    samples: u64,
     pub counters: CacheCounters,
     /// For the events of blocks.
     pub trace: Option<crate::trace::Trace>,
@@ -290,6 +329,10 @@ fn chunk_mask(start: u16, end: u16) -> u64 {
 /// How far [`Cache::shift`] may move the parts of a block.
 const HOT_SHIFT: usize = 48;
 const COLD_SHIFT: usize = 15;
+
+/// So many samples are looked at together: a block of which [`HOT`] are is hot.
+const WINDOW: u64 = 4096;
+const HOT: u8 = 2;
 
 /// Slow writes to a page with code that miss the code, before all of its code is dropped.
 const NEAR_MISSES: u32 = 64;
@@ -309,7 +352,12 @@ impl Cache {
             map: FastMap::default(),
             pages: FastMap::default(),
             links: Vec::new(),
-            sites: Arc::new(Sites { exits: Table::new(), accesses: Table::new(), slots: Table::new() }),
+            sites: Arc::new(Sites {
+                exits: Table::new(),
+                accesses: Table::new(),
+                calls: Table::new(),
+                slots: Table::new(),
+            }),
             vcpus: Vec::new(),
             slot_map: FastMap::default(),
             bases: FastMap::default(),
@@ -317,6 +365,8 @@ impl Cache {
             cold: 0,
             spare: Output::default(),
             next_sites: [[0; 2]; 2],
+            compact: false,
+            samples: 0,
             counters: CacheCounters::default(),
             trace: None,
             generation: 0,
@@ -486,7 +536,7 @@ impl Cache {
         let insns = self.analyzer.block(bytes, page_address, offset, key.mode, 1);
         let Some(insn) = insns.first() else { return Ok(STEP_ONLY) };
         let end = insn.end();
-        self.emit(key, bytes, insns, end, at)
+        self.emit(key, bytes, insns, end, at, false)
     }
 
     /// Translates the block at `key` from the page contents. [`STEP_ONLY`] when its first instruction crosses the page end. `at`: its
@@ -505,10 +555,74 @@ impl Cache {
             return Ok(STEP_ONLY);
         }
         let end = insns.last().map_or(offset, Insn::end);
-        self.emit(key, page, insns, end, at)
+        self.emit(key, page, insns, end, at, self.compact)
     }
 
-    fn emit(&mut self, key: Key, bytes: &[u8], insns: Vec<Insn>, end: usize, at: u64) -> Result<BlockId, Full> {
+    /// A sample was taken at this host address. Returns the block if it is hot and not yet fast.
+    pub fn sampled(&mut self, address: u64) -> Option<BlockId> {
+        let position = self.memory.position(address)?;
+        self.samples += 1;
+        let window = (self.samples / WINDOW) as u32;
+        let id = self.blocks.partition_point(|b| b.hot <= position).checked_sub(1)?;
+        let block = self.blocks.get_mut(id).filter(|b| b.compact && b.alive && position < b.hot + b.hot_len)?;
+        if block.window != window {
+            block.window = window;
+            block.samples = 0;
+        }
+        block.samples = block.samples.saturating_add(1);
+        (block.samples >= HOT && block.key.tail == 0).then_some(id as BlockId)
+    }
+
+    /// Translates a hot block again, from the page that it lies in, to be fast. The old translation leads to the new one from now on; only
+    /// returns still come back to it. Only when no other vCPU is inside translated code.
+    pub fn promote(&mut self, old: BlockId, page: &[u8], forgotten: &mut Forgotten) -> Result<(), Full> {
+        let Some(block) = self.block(old).filter(|b| b.alive && b.compact) else { return Ok(()) };
+        let key = block.key;
+        if self.find(&key) != Some(old) {
+            return Ok(());
+        }
+        let offset = (key.address & 0xfff) as usize;
+        let insns = self.analyzer.block(page, key.address & !0xfff, offset, key.mode, usize::MAX);
+        let end = insns.last().map_or(offset, Insn::end);
+        if insns.is_empty() {
+            return Ok(());
+        }
+        let new = self.emit(key, page, insns, end, key.address, false)?;
+        self.counters.promoted += 1;
+        let [was, now] = [old, new].map(|id| {
+            let block = &self.blocks[id as usize];
+            (block.hot, block.body, block.indirect, block.indirect_stale)
+        });
+        self.memory.write_jump(was.0, now.0);
+        self.memory.write_jump(was.1, now.1);
+        if was.3.is_some() {
+            self.memory.write_jump(was.2, now.2);
+        }
+        let block = &mut self.blocks[old as usize];
+        block.compact = false;
+        forgotten.targets.push((Place { address: key.address, base: block.base }, key.mode.user));
+        forgotten.slots.append(&mut block.slots);
+        for link in std::mem::take(&mut block.incoming) {
+            let entry = &mut self.links[link as usize];
+            if entry.destination == Some(old) && self.blocks[entry.source as usize].alive {
+                entry.destination = Some(new);
+                let position = Self::entry_position(&self.blocks[new as usize], entry.kind);
+                self.memory.link(entry.at, position);
+                self.blocks[new as usize].incoming.push(link);
+            }
+        }
+        Ok(())
+    }
+
+    fn emit(
+        &mut self,
+        key: Key,
+        bytes: &[u8],
+        insns: Vec<Insn>,
+        end: usize,
+        at: u64,
+        compact: bool,
+    ) -> Result<BlockId, Full> {
         let base = if key.movable() { self.base(key.page)? } else { 0 };
         let encoder = self.encoder.take().unwrap_or_else(|| Encoder::new(64));
         let context = Context {
@@ -518,6 +632,7 @@ impl Cache {
             base,
             bytes,
             first_sites: self.next_sites[usize::from(key.mode.user)],
+            compact,
         };
         let (output, encoder) = Emitter::block(context, &insns, encoder, std::mem::take(&mut self.spare));
         self.encoder = Some(encoder);
@@ -530,6 +645,7 @@ impl Cache {
             end: end as u16,
             insns: insns.len() as u16,
             ahead: self.analyzer.ahead,
+            compact,
             meta: output.meta.as_slice().into(),
             output,
         };
@@ -654,6 +770,9 @@ impl Cache {
             let place = place(page + u64::from(access.offset));
             self.sites.accesses.push(AccessSite { access, place, user: key.mode.user });
         }
+        for &(at, access) in &output.calls {
+            self.sites.calls.push(CallSite { position: (hot + at) as u32, access: first_access + access as u32 });
+        }
         self.hot = (hot + output.hot.len() + 15) & !15;
         Block {
             key,
@@ -672,6 +791,9 @@ impl Cache {
             incoming: Vec::new(),
             slots: Vec::new(),
             alive: true,
+            compact: translated.compact,
+            samples: 0,
+            window: 0,
         }
     }
 
@@ -809,7 +931,9 @@ impl Cache {
             trace.line(format_args!("block drop gpa {gpa:#x} {}", block.key.mode));
         }
         self.counters.invalidated += 1;
-        self.map.remove(&block.key);
+        if self.map.get(&block.key) == Some(&id) {
+            self.map.remove(&block.key);
+        }
         let user = block.key.mode.user;
         let base = block.base;
         forgotten.targets.push((Place { address: block.key.address, base }, user));
@@ -847,6 +971,7 @@ impl Cache {
         self.links.clear();
         self.sites.exits.clear();
         self.sites.accesses.clear();
+        self.sites.calls.clear();
         self.sites.slots.clear();
         self.slot_map.clear();
         self.bases.clear();

@@ -33,6 +33,8 @@ pub struct Context<'a> {
     pub bytes: &'a [u8],
     /// Numbers of the block's first check sites: reads, writes.
     pub first_sites: [u32; 2],
+    /// Short code rather than fast: see [`crate::cache::Tier`].
+    pub compact: bool,
 }
 
 /// Where the guest's arithmetic flags are.
@@ -60,7 +62,7 @@ pub struct Emitter<'a> {
 
 /// How much has been emitted.
 struct Mark {
-    lengths: [usize; 10],
+    lengths: [usize; 11],
     flags: Flags,
 }
 
@@ -189,6 +191,7 @@ impl<'a> Emitter<'a> {
                 out.meta.len(),
                 out.pads.len(),
                 out.hot_numbers.len(),
+                out.calls.len(),
             ],
             flags: self.flags,
         }
@@ -196,7 +199,7 @@ impl<'a> Emitter<'a> {
 
     /// Takes back what was emitted since `mark`.
     fn rewind(&mut self, mark: Mark) {
-        let [hot, cold, fixups, numbers, links, slots, accesses, meta, pads, hot_numbers] = mark.lengths;
+        let [hot, cold, fixups, numbers, links, slots, accesses, meta, pads, hot_numbers, calls] = mark.lengths;
         self.hot.bytes.truncate(hot);
         self.cold.bytes.truncate(cold);
         let out = &mut self.out;
@@ -208,6 +211,7 @@ impl<'a> Emitter<'a> {
         out.meta.truncate(meta);
         out.pads.truncate(pads);
         out.hot_numbers.truncate(hot_numbers);
+        out.calls.truncate(calls);
         self.flags = mark.flags;
         self.delta_at_hand = None;
     }
@@ -320,6 +324,14 @@ impl<'a> Emitter<'a> {
         }
     }
 
+    /// Brings all flags into the block, if the check that follows does not do it.
+    fn flags_before_check(&mut self, insn: &Insn) {
+        let follower = insn.group.is_some_and(|group| !group.leader);
+        if !self.context.compact || follower {
+            self.flags_to_block(ALL_FLAGS);
+        }
+    }
+
     fn step(&mut self, insn: &Insn) {
         self.flags_to_host(ALL_FLAGS);
         let exit = self.exit_number(insn.offset, crate::analyze::uses_fpu(&insn.ins));
@@ -412,13 +424,18 @@ impl<'a> Emitter<'a> {
                     self.load_guest(R11, number(ins.op0_register()));
                 }
                 self.flags_to_block(ALL_FLAGS);
+                if self.context.compact {
+                    self.name_instruction(insn);
+                    self.jump_fixed(self.context.stubs.indirect[usize::from(self.context.mode.user)]);
+                    return Ok(());
+                }
                 lookup_indirect(&mut self.hot, self.context.mode.user);
                 self.name_instruction(insn);
                 let at = self.hot.jmp();
                 self.fix(Part::Hot, at, Target::Fixed(self.context.stubs.indirect_miss));
             }
             Class::Ret => {
-                self.flags_to_block(ALL_FLAGS);
+                self.flags_before_check(insn);
                 let top = self.check_stack(insn, 0, false)?;
                 self.hot.load(R11, top);
                 let extra = if ins.code() == Code::Retnq_imm16 { i32::from(ins.immediate16()) } else { 0 };

@@ -7,6 +7,7 @@
 //! * [`stubs`]: the register convention, entry, exits.
 //! * [`block`]: the vCPU block, all that translated code reaches besides guest memory.
 //! * [`vcpu`]: the dispatcher.
+//! * [`sampler`]: where the time goes. Code is translated to be short first, and again to be fast where it is hot.
 //! * [`tlb`]: software TLB, jump slots, indirect targets, and their flushes.
 //! * [`signals`]: faults of copied instructions.
 //!
@@ -22,6 +23,7 @@ mod emit;
 mod groups;
 mod kick;
 mod memory;
+mod sampler;
 mod signals;
 mod stubs;
 mod table;
@@ -51,6 +53,8 @@ pub struct Options {
     pub precise_flags: bool,
     /// Do SYSCALL, SYSRET and IRET inside the code cache where nothing unusual is asked.
     pub fast_transitions: bool,
+    /// Translate code to be short first, and to be fast where it turns out to be hot. Else it is all translated to be fast.
+    pub tiers: bool,
     /// Count interpreted instructions by kind.
     pub step_histogram: bool,
     /// Run every block in the interpreter, too, and stop at the first difference. Slow; flags are precise then.
@@ -73,6 +77,7 @@ impl Options {
             code_cache: 256 << 20,
             precise_flags: false,
             fast_transitions: true,
+            tiers: true,
             step_histogram: false,
             lockstep: false,
             parking: None,
@@ -126,6 +131,7 @@ impl BtEngine {
         let slow_access = vcpu::slow_access as *const () as u64;
         let mut cache = Cache::new(options.code_cache, slow_access, options.precise_flags || options.lockstep)
             .map_err(|e| format!("no memory for the code cache: {e}"))?;
+        cache.compact = options.tiers;
         cache.trace = options.trace.clone().filter(|trace| trace.blocks);
         if options.model.cpus > 1 {
             cache.count_pauses();

@@ -7,7 +7,9 @@
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::sync::Once;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+
+use crate::sampler::Sampler;
 
 /// What the handler needs to know of the thread it runs on.
 #[derive(Clone, Copy)]
@@ -21,14 +23,20 @@ pub struct ThreadInfo {
     pub fault_signal: *mut u64,
     /// Guard page and stack pointer of the empty stack, for both guest-call stacks.
     pub stacks: [(u64, u64); 2],
+    /// The stubs at the start of the code cache, in bytes.
+    pub stubs: usize,
+    /// Who looks where the time goes.
+    pub sampler: *const Sampler,
+    pub kick: *const AtomicU32,
 }
 
 thread_local! {
     static INFO: Cell<Option<ThreadInfo>> = const { Cell::new(None) };
 }
 
-const SIGNALS: [i32; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP];
-static PREVIOUS: [(AtomicUsize, AtomicUsize); 5] = [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; 5];
+const SIGNALS: [i32; 6] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGPROF];
+static PREVIOUS: [(AtomicUsize, AtomicUsize); SIGNALS.len()] =
+    [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; SIGNALS.len()];
 static INSTALL: Once = Once::new();
 
 /// Installs the process's handlers (once) and this thread's alternate stack.
@@ -41,6 +49,9 @@ pub fn install(info: ThreadInfo) {
                 let mut action: libc::sigaction = std::mem::zeroed();
                 action.sa_sigaction = handler as *const () as usize;
                 action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+                if signal == libc::SIGPROF {
+                    action.sa_flags |= libc::SA_RESTART;
+                }
                 libc::sigemptyset(&mut action.sa_mask);
                 let mut old = MaybeUninit::<libc::sigaction>::zeroed();
                 if libc::sigaction(signal, &action, old.as_mut_ptr()) == 0 {
@@ -79,6 +90,12 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut lib
     unsafe {
         let registers = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
         let pc = registers[libc::REG_RIP as usize] as u64;
+        if signal == libc::SIGPROF {
+            if let Some(thread) = INFO.get() {
+                sample(&thread, pc, registers[libc::REG_RSP as usize] as u64);
+            }
+            return;
+        }
         if let Some(thread) = INFO.get()
             && pc.wrapping_sub(thread.code.0) < thread.code.1 as u64
         {
@@ -86,7 +103,8 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut lib
                 let address = (*info).si_addr() as u64;
                 for (guard, empty) in thread.stacks {
                     if address.wrapping_sub(guard) < 4096 {
-                        registers[libc::REG_RSP as usize] = empty as i64;
+                        let old = registers[libc::REG_RSP as usize] as u64;
+                        registers[libc::REG_RSP as usize] = move_top(guard + 4096, old, empty) as i64;
                         return;
                     }
                 }
@@ -97,6 +115,41 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut lib
             return;
         }
         chain(signal, info, context);
+    }
+}
+
+/// Bytes above the stack pointer of a guest-call stack that hold on: a stub may be running that was called from a block.
+const ABOVE: u64 = 64;
+/// Bytes below it that are in use: deltas of groups, see [`crate::block::MAX_GROUPS`].
+const BELOW: u64 = 128;
+
+/// Empties a guest-call stack that is full down to `bottom`, but for what is in use around its stack pointer `old`. Returns the new one.
+unsafe fn move_top(bottom: u64, old: u64, empty: u64) -> u64 {
+    let new = empty - ABOVE;
+    let first = old.saturating_sub(BELOW).max(bottom);
+    let end = (old + ABOVE).min(empty);
+    for word in (first..end).step_by(8) {
+        // SAFETY: both lie in the stack: the old one above its guard page, the new one less than 200 bytes below its empty end.
+        unsafe { *(word.wrapping_sub(old).wrapping_add(new) as *mut u64) = *(word as *const u64) };
+    }
+    new
+}
+
+/// The sampler's signal.
+unsafe fn sample(thread: &ThreadInfo, pc: u64, stack: u64) {
+    let position = |address: u64| address.wrapping_sub(thread.code.0);
+    let inside = |address: u64| position(address) < thread.code.1 as u64;
+    let mut place = inside(pc).then_some(pc);
+    if position(pc) < thread.stubs as u64 {
+        // A stub works for the block that called it.
+        // SAFETY: in stubs, the stack pointer leads to a stack of ours.
+        place = Some(unsafe { *(stack as *const u64) }).filter(|&caller| inside(caller));
+    }
+    // SAFETY: both live as long as the vCPU that this thread runs.
+    unsafe {
+        if (*thread.sampler).tick(place) {
+            (*thread.kick).store(1, Ordering::SeqCst);
+        }
     }
 }
 

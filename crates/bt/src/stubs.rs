@@ -63,6 +63,10 @@ pub struct Stubs {
     pub failed: usize,
     /// R11 = address; returns R10 = host address of its entry in the software TLB. For each table.
     pub search: [usize; 4],
+    /// See [`Stubs::check`]: by table, size, and [`Check`].
+    checks: [[[usize; 4]; CHECKED.len()]; 4],
+    /// See [`Stubs::check_group`]: by table, span in units of [`SPAN`], and whether flags are saved.
+    group_checks: [[[usize; 2]; SPANS]; 4],
     /// Indirect jump to R11, flags in the block: kernel, user. R10D = number of an exit at the jump, needed if R11 is not canonical.
     pub indirect: [usize; 2],
     /// An indirect jump to R11 that missed the target cache.
@@ -79,6 +83,37 @@ pub struct Stubs {
     pub fault: usize,
     /// Code bytes in all.
     pub end: usize,
+}
+
+/// Sizes of accesses that have a stub to check them, in bytes.
+const CHECKED: [u16; 8] = [1, 2, 4, 8, 10, 16, 32, 64];
+/// Groups are checked for a multiple of so many bytes.
+const SPAN: u16 = 16;
+/// Longest group that has a stub, in units of [`SPAN`].
+const SPANS: usize = 24;
+
+impl Stubs {
+    /// The stub that checks an access of `size` bytes by the software TLB of number `table`: R11 = address; returns R10 = delta. Clobbers flags. Its
+    /// slow path finds the access by the place that it was called from.
+    pub fn check(&self, table: usize, size: u16, check: Check) -> Option<usize> {
+        let at = CHECKED.iter().position(|&known| known == size)?;
+        Some(self.checks[table][at][usize::from(check.save) * 2 + usize::from(check.keep)])
+    }
+
+    /// The same for the range of a group, without R11. Sets CF if it crosses the page; else clears it.
+    pub fn check_group(&self, table: usize, span: u16, save: bool) -> Option<usize> {
+        let at = usize::from(span.div_ceil(SPAN)).checked_sub(1)?;
+        Some(self.group_checks[table].get(at)?[usize::from(save)])
+    }
+}
+
+/// What a check stub does besides.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Check {
+    /// It saves the flags to the block first.
+    pub save: bool,
+    /// It leaves the address in R11.
+    pub keep: bool,
 }
 
 /// Inline look-up of the indirect target in R11; falls through on a miss. Clobbers R10 and flags.
@@ -228,8 +263,66 @@ pub fn assemble(slow_access: u64) -> (Vec<u8>, Stubs) {
     let at = asm.jmp();
     link(&mut asm, at, exit_after_registers);
     transitions(&mut asm, &mut stubs);
+    checks(&mut asm, &mut stubs);
     stubs.end = asm.len();
     (asm.bytes, stubs)
+}
+
+/// See [`Stubs::check`] and [`Stubs::check_group`].
+fn checks(asm: &mut Asm, stubs: &mut Stubs) {
+    for table in 0..4 {
+        for (i, size) in CHECKED.into_iter().enumerate() {
+            for (j, place) in stubs.checks[table][i].iter_mut().enumerate() {
+                *place = check(asm, stubs.slow_access, table, size, Check { save: j >= 2, keep: j % 2 != 0 }, false);
+            }
+        }
+        for (i, places) in stubs.group_checks[table].iter_mut().enumerate() {
+            for (j, place) in places.iter_mut().enumerate() {
+                let span = SPAN * (i as u16 + 1);
+                *place = check(asm, stubs.slow_access, table, span, Check { save: j != 0, keep: false }, true);
+            }
+        }
+    }
+}
+
+/// One of [`checks`]; returns its position.
+fn check(asm: &mut Asm, slow_access: usize, table: usize, size: u16, check: Check, group: bool) -> usize {
+    let table = off::tlb(table >= 2, table & 1 != 0);
+    // A stub lies in as few cache lines as possible.
+    while !asm.len().is_multiple_of(32) {
+        asm.u8(0xcc);
+    }
+    let start = asm.len();
+    if check.save {
+        asm.save_flags(off::FLAGS, R10);
+    }
+    let last = 4096 - i32::from(size);
+    asm.raw(&[0xc4, 0x43, 0x7b, 0xf0, 0xd3, 8]); // rorx r10d, r11d, 8
+    asm.and32_imm(R10, 0xfff0);
+    asm.xor_mem(R11, Mem::gs_base(R10, table));
+    asm.cmp_imm(R11, last);
+    let miss = asm.jcc(cc::A);
+    if check.keep {
+        asm.xor_mem(R11, Mem::gs_base(R10, table));
+    }
+    asm.load(R10, Mem::gs_base(R10, table + 8));
+    if group {
+        asm.u8(0xf8); // clc
+    }
+    asm.ret();
+    asm.patch32(miss);
+    asm.xor_mem(R11, Mem::gs_base(R10, table));
+    if group {
+        asm.mov32(R10, R11);
+        asm.and32_imm(R10, 0xfff);
+        asm.cmp_imm(R10, last);
+        asm.raw(&[0x76, 2, 0xf9, 0xc3]); // jbe +2; stc; ret
+    }
+    asm.raw(&[0x44, 0x8b, 0x14, 0x24]); // mov r10d, [rsp]: where it was called
+    asm.store32_imm(Mem::gs(off::BY_CALL), 1);
+    let at = asm.jmp();
+    link(asm, at, slow_access);
+    start
 }
 
 /// Looks the entry up by the address. Clobbers flags.

@@ -20,6 +20,7 @@ use crate::block::{VcpuBlock, WRONG_PREDICTIONS, reason};
 use crate::cache::{BlockId, Cache, Hit, Place, STEP_ONLY, Sites};
 use crate::emit::LinkKind;
 use crate::kick::KickHandle;
+use crate::sampler::Sampler;
 use crate::signals::{self, ThreadInfo};
 use crate::tlb::Tlbs;
 use crate::world::{CAUSES, Cause, World};
@@ -157,7 +158,15 @@ pub struct BtVcpu {
     sites_forgiven: Instant,
     /// Check sites that shall stop predicting: number, position in the cache.
     unpredictable: Vec<(u16, u32)>,
+    sampler: Box<Sampler>,
+    /// Low half of the code cache's address.
+    code_start: u32,
+    /// What [`Self::called_from`] found last: position, access, generation of the cache.
+    callers: Box<[(u32, u32, u64); CALLERS]>,
 }
+
+/// Entries of [`BtVcpu::callers`].
+const CALLERS: usize = 1024;
 
 /// PAUSEs until a spinning vCPU lets others have its core: some microseconds.
 const PAUSES: u32 = 128;
@@ -205,6 +214,7 @@ impl BtVcpu {
         let handle = Arc::new(KickHandle::new(setup.index)?);
         shared.world.add(handle.clone());
         shared.cache().add_vcpu(handle.clone());
+        let code_start = shared.cache().address(0) as u32;
         let mut vcpu = Box::new(Self {
             handle,
             shared,
@@ -225,6 +235,9 @@ impl BtVcpu {
             page_copied: None,
             sites_forgiven: Instant::now(),
             unpredictable: Vec::new(),
+            sampler: Box::new(Sampler::new()),
+            code_start,
+            callers: Box::new([(0, u32::MAX, u64::MAX); CALLERS]),
         });
         let pointer = &raw mut *vcpu;
         let block = vcpu.block();
@@ -368,6 +381,9 @@ impl BtVcpu {
             self.drop_written();
             self.forgive_sites();
             self.stop_predicting();
+            if self.sampler.ready() && self.tamper.is_none() {
+                self.promote();
+            }
             let block = self.block();
             let state = &mut block.state;
             let status = self.setup.lapic.status();
@@ -432,6 +448,7 @@ impl BtVcpu {
             handle.hopeless.store(true, Ordering::SeqCst);
             world.check_stuck();
         }
+        self.sampler.sleep();
         handle.wait();
         handle.hopeless.store(false, Ordering::SeqCst);
         let stuck = world.stuck.load(Ordering::SeqCst);
@@ -666,6 +683,16 @@ impl BtVcpu {
         Some(self.tlbs.fill(block, user, access.write, address, host, mapping.global, mapping.page_size))
     }
 
+    /// The access whose check stub was called from this position.
+    fn called_from(&mut self, position: u32) -> u32 {
+        let known = &mut self.callers[position as usize % CALLERS];
+        if known.0 != position || known.2 != self.generation {
+            // A number that no access has: the vCPU stops.
+            *known = (position, self.shared.sites.called_from(position).unwrap_or(u32::MAX), self.generation);
+        }
+        known.1
+    }
+
     fn trace_fill(&self, kind: &str, user: bool, page: u64, mapping: &paging::Mapping) {
         if let Some(trace) = &self.trace {
             trace.line(format_args!(
@@ -691,6 +718,7 @@ impl BtVcpu {
             ("code-cache.flushes", k.flushes),
             ("blocks.linked", k.links),
             ("sites.unpredictable", k.unpredictable),
+            ("blocks.promoted", k.promoted),
         ]
         .map(|(name, value)| (name.to_string(), value))
         .into();
@@ -712,6 +740,9 @@ impl BtVcpu {
             fault_pc: &raw mut block.fault_pc,
             fault_signal: &raw mut block.fault_signal,
             stacks: [false, true].map(|user| (memory.guard(user), memory.empty_stack(user))),
+            stubs: cache.stubs.end,
+            sampler: &raw const *self.sampler,
+            kick: memory.kick_word(),
         }
     }
 
@@ -751,6 +782,13 @@ impl BtVcpu {
         // SAFETY: the GS base is not used by anything else in a 64-bit Linux process.
         unsafe { libc::syscall(libc::SYS_arch_prctl, 0x1001, block) };
         signals::install(self.thread_info());
+        let mut cache = self.shared.cache();
+        if cache.compact && !self.sampler.attach() {
+            // Nobody would find what is hot.
+            cache.compact = false;
+        }
+        drop(cache);
+        self.sampler.wake();
         let enter = {
             let cache = self.shared.cache();
             cache.address(cache.stubs.enter)
@@ -788,6 +826,11 @@ pub struct SlowResult {
 pub unsafe extern "C" fn slow_access(vcpu: *mut BtVcpu, address: u64, descriptor: u32) -> SlowResult {
     // SAFETY: the vCPU is inside `enter`, on this thread, and holds no reference across it that is used meanwhile.
     let vcpu = unsafe { &mut *vcpu };
+    let descriptor = if std::mem::take(&mut vcpu.block().by_call) == 0 {
+        descriptor
+    } else {
+        vcpu.called_from(descriptor.wrapping_sub(vcpu.code_start))
+    };
     match vcpu.slow_access(address, descriptor) {
         Some(delta) => SlowResult { delta, leave: 0 },
         None => {

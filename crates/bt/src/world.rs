@@ -73,10 +73,12 @@ pub enum Cause {
     Locked,
     /// A check site predicts no more.
     Predict,
+    /// Hot blocks are translated again.
+    Promote,
 }
 
 /// Names of the causes, in their order.
-pub const CAUSES: [&str; 6] = ["protect", "drop", "flush", "link", "locked", "predict"];
+pub const CAUSES: [&str; 7] = ["protect", "drop", "flush", "link", "locked", "predict", "promote"];
 
 /// The vCPUs, and who stops whom.
 #[derive(Default)]

@@ -182,7 +182,9 @@ fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<Rule>>, seccompiler::Backen
         libc::SYS_clock_nanosleep,
         libc::SYS_nanosleep,
         libc::SYS_timerfd_settime,
+        libc::SYS_timer_create,
         libc::SYS_timer_settime,
+        libc::SYS_timer_delete,
         libc::SYS_getrusage,
         // Entropy.
         libc::SYS_getrandom,

@@ -12,7 +12,7 @@ use super::{host, number, spilled};
 use crate::analyze::Insn;
 use crate::asm::{Asm, Mem, R9, R10, R11, RCX, RDI, RSI, RSP, Reg, cc};
 use crate::block::{MAX_GROUPS, MAX_SITES, OWN_SITES, off, reason, tlb_index};
-use crate::stubs::Failed;
+use crate::stubs::{Check, Failed};
 
 /// An address computed by [`Emitter::address`].
 #[derive(Clone, Copy)]
@@ -132,6 +132,11 @@ impl Emitter<'_> {
         if let (Some(group), Address::Simple(base, disp)) = (insn.group, address) {
             return Ok(self.check_group(insn, group, base, disp, write));
         }
+        if self.context.compact
+            && let Some(operand) = self.check_by_call(insn, address, size, write, compute)
+        {
+            return Ok(operand);
+        }
         self.flags_to_block(insn.live_before);
         self.note_flags(insn);
         match address {
@@ -159,6 +164,71 @@ impl Emitter<'_> {
                 Ok(Mem::sum(R11, R10, 0))
             }
         }
+    }
+
+    /// Number of the software TLB for reads or writes.
+    fn table(&self, write: bool) -> usize {
+        usize::from(self.context.mode.user) * 2 + usize::from(write)
+    }
+
+    /// The short form: a stub looks the address up. `None`: there is none for this size.
+    fn check_by_call(
+        &mut self,
+        insn: &Insn,
+        address: Address,
+        size: u16,
+        write: bool,
+        compute: &dyn Fn(&mut Asm),
+    ) -> Option<Mem> {
+        let stubs = self.context.stubs;
+        stubs.check(self.table(write), size, Check::default())?;
+        if matches!(address, Address::Computed) {
+            // The computation may clobber them.
+            self.flags_to_block(insn.live_before);
+        }
+        let operand = match address {
+            Address::Simple(base, disp) => {
+                address_of(&mut self.hot, base, disp);
+                Mem::sum(base, R10, disp)
+            }
+            Address::Small(value) => {
+                self.hot.mov_imm(R11, value as i64 as u64);
+                Mem::sum(R11, R10, 0)
+            }
+            Address::Constant(value) => {
+                self.hot.mov_imm(R11, value);
+                Mem::sum(R11, R10, 0)
+            }
+            Address::Computed | Address::Sum => {
+                compute(&mut self.hot);
+                Mem::sum(R11, R10, 0)
+            }
+        };
+        let save = self.flags_by_stub(insn.live_before);
+        let keep = operand.base == Some(R11);
+        let stub = stubs.check(self.table(write), size, Check { save, keep })?;
+        self.call_check(insn, stub, size, write);
+        self.hot.touch(R10);
+        Some(operand)
+    }
+
+    /// Will the next check stub save the flags?
+    fn flags_by_stub(&mut self, live: u32) -> bool {
+        let save = self.flags == Flags::Host && live != 0;
+        if self.flags == Flags::Host {
+            self.flags = if save { Flags::Block } else { Flags::Dead };
+        }
+        save
+    }
+
+    /// Calls a check stub with the address in R11.
+    fn call_check(&mut self, insn: &Insn, stub: usize, size: u16, write: bool) {
+        let at = self.hot.call();
+        self.fix(Part::Hot, at, Target::Fixed(stub));
+        self.note_flags(insn);
+        self.out.calls.push((self.hot.len(), self.out.accesses.len()));
+        let access = self.access(insn, size, write);
+        self.out.accesses.push(access);
     }
 
     /// Notes where the flags are from here on. An empty entry's tag is an address that is not canonical; a program that uses just that one is
@@ -197,7 +267,7 @@ impl Emitter<'_> {
     /// The hot part of a check by prediction; falls through with the entry's address in R10. The jump to the cold part is not bound yet: it
     /// leads to the cold part's present end.
     fn probe(&mut self, insn: &Insn, size: u16, write: bool, compute: &dyn Fn(&mut Asm)) -> Miss {
-        let table = u32::from(self.context.mode.user) * 2 + u32::from(write);
+        let table = self.table(write) as u32;
         let site = table * MAX_SITES as u32 + self.site_number(insn, write);
         compute(&mut self.hot);
         let at = self.hot.len();
@@ -293,10 +363,24 @@ impl Emitter<'_> {
             }
             return operand;
         }
-        self.flags_to_block(insn.live_before);
-        self.note_flags(insn);
         let first = disp.wrapping_add(group.start);
         let range = move |asm: &mut Asm| address_of(asm, base, first);
+        let stubs = self.context.stubs;
+        if self.context.compact && stubs.check_group(self.table(write), group.span, false).is_some() {
+            range(&mut self.hot);
+            let save = self.flags_by_stub(insn.live_before);
+            if let Some(stub) = stubs.check_group(self.table(write), group.span, save) {
+                self.call_check(insn, stub, group.span, write);
+            }
+            let crosses = self.hot.jcc(cc::B);
+            self.fix(Part::Hot, crosses, Target::Own(Part::Cold, self.cold.len()));
+            self.hot.store(delta(group.slot), R10);
+            self.at_hand(group.slot);
+            self.without_groups(insn);
+            return operand;
+        }
+        self.flags_to_block(insn.live_before);
+        self.note_flags(insn);
         let Miss { mut site, access } = self.probe(insn, group.span, write, &range);
         self.hot.load(R10, Mem::base(R10, 8));
         let back = self.hot.len();
@@ -309,12 +393,17 @@ impl Emitter<'_> {
         let crosses = self.cold.jcc(cc::B);
         self.back(back);
         self.cold.patch32(crosses);
+        self.without_groups(insn);
+        operand
+    }
+
+    /// In the cold part: on at the instruction, in the translation without groups.
+    fn without_groups(&mut self, insn: &Insn) {
         if self.flags == Flags::Block {
             self.cold.restore_flags(off::FLAGS, R10);
         }
         let at = self.cold.jmp();
         self.link_kind(Part::Cold, at, insn.ins.ip(), LinkKind::Plain);
-        operand
     }
 
     /// R10 holds the delta of the group from here on, until something else is put there.

@@ -81,7 +81,7 @@ impl Emitter<'_> {
 
     /// Checks and stores the return address; flags are in the block afterwards.
     pub(super) fn push_return(&mut self, insn: &Insn) -> Result<u64, Unsupported> {
-        self.flags_to_block(ALL_FLAGS);
+        self.flags_before_check(insn);
         let top = self.check_stack(insn, -8, true)?;
         let address = insn.ins.next_ip();
         match i32::try_from(address as i64) {

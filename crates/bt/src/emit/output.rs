@@ -111,6 +111,8 @@ pub struct Output {
     /// Offsets in the page of instructions at which the dispatcher is entered, and whether they use x87 or SSE state.
     pub exits: Vec<(u16, bool)>,
     pub accesses: Vec<Access>,
+    /// Where check stubs that are called return to: hot offsets, with the index into [`Self::accesses`].
+    pub calls: Vec<(usize, usize)>,
     pub meta: Vec<Meta>,
     /// Hot offsets of return landing pads, with the guest-virtual address each stands for.
     pub pads: Vec<(usize, u64)>,
@@ -139,6 +141,7 @@ impl Output {
             slots,
             exits,
             accesses,
+            calls,
             meta,
             pads,
             body,
@@ -156,6 +159,7 @@ impl Output {
         slots.clear();
         exits.clear();
         accesses.clear();
+        calls.clear();
         meta.clear();
         pads.clear();
         *body = 0;

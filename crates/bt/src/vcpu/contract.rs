@@ -34,6 +34,7 @@ impl Vcpu for BtVcpu {
         let _running = Running::new(self);
         self.interp.resumed(&self.block().state);
         let exit = self.run_guest();
+        self.sampler.sleep();
         self.counters.run_time += start.elapsed();
         exit
     }

@@ -111,6 +111,58 @@ impl BtVcpu {
         });
     }
 
+    /// Translates again what the samples show to be hot. A safe point if there is any.
+    #[cold]
+    pub(super) fn promote(&mut self) {
+        let mut hot: Vec<_> = {
+            let mut cache = self.shared.cache();
+            self.sampler.take().filter_map(|place| cache.sampled(place)).collect()
+        };
+        if hot.is_empty() {
+            return;
+        }
+        hot.sort_unstable();
+        hot.dedup();
+        let start = Instant::now();
+        let generation = self.generation;
+        let full = self.exclusive(Cause::Promote, |vcpu| {
+            if vcpu.generation != generation {
+                return false;
+            }
+            let mut forgotten = Forgotten::default();
+            let mut full = false;
+            {
+                let mut cache = vcpu.shared.cache();
+                for id in hot {
+                    let Some(gpa) = cache.block(id).map(|block| block.key.page) else { continue };
+                    // Writes that are not dealt with yet: the next samples will tell.
+                    if vcpu.shared.has_hits.load(Ordering::SeqCst) {
+                        break;
+                    }
+                    let read = vcpu.shared.ram.read(gpa, &mut vcpu.page[..4096]);
+                    vcpu.page_copied = None;
+                    if read && cache.promote(id, &vcpu.page[..4096], &mut forgotten).is_err() {
+                        full = true;
+                        break;
+                    }
+                }
+            }
+            // Old ways still lead to the new code: only here, where it matters, they are made shorter.
+            for (target, user) in std::mem::take(&mut forgotten.targets) {
+                let address = vcpu.address(target);
+                vcpu.tlbs.forget_indirect(vcpu.block(), address, user);
+            }
+            vcpu.forget(&forgotten);
+            let forgotten = Arc::new(forgotten);
+            vcpu.shared.world.send(&vcpu.handle, |mail| mail.forget(&forgotten));
+            full
+        });
+        self.counters.translator_time += start.elapsed();
+        if full {
+            self.flush_cache();
+        }
+    }
+
     /// Once a second, wrong predictions are counted anew.
     pub(super) fn forgive_sites(&mut self) {
         let now = Instant::now();
@@ -138,6 +190,7 @@ impl BtVcpu {
     /// From now on this vCPU is running. Waits while others want it parked.
     pub(super) fn resume(&mut self) {
         self.shared.world.unpark(&self.handle);
+        self.sampler.wake();
         self.open_mail();
     }
 

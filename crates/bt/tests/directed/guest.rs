@@ -63,8 +63,10 @@ pub const LOG: i32 = 0xe9;
 pub enum Kind {
     /// The interpreter: slow and precise.
     Interp,
-    /// The translator as users run it.
+    /// The translator as users run it: short code, which tests that last become fast.
     Bt,
+    /// The translator with fast code at once.
+    Fast,
     /// The translator with exact flags at faults.
     Precise,
     /// The same, and SYSCALL, SYSRET and IRET go to the interpreter.
@@ -73,7 +75,7 @@ pub enum Kind {
     Lockstep,
 }
 
-pub const KINDS: [Kind; 5] = [Kind::Interp, Kind::Bt, Kind::Precise, Kind::Slow, Kind::Lockstep];
+pub const KINDS: [Kind; 6] = [Kind::Interp, Kind::Bt, Kind::Fast, Kind::Precise, Kind::Slow, Kind::Lockstep];
 
 /// Runs a test under every engine; what is printed shows which one failed.
 pub fn each(test: impl Fn(Kind)) {
@@ -226,7 +228,8 @@ impl Guest {
         let options = || {
             let mut options = Options::new(Arc::new(CpuidModel::new(1, 1_000_000)));
             options.code_cache = 16 << 20;
-            options.precise_flags = kind != Kind::Bt;
+            options.precise_flags = !matches!(kind, Kind::Bt | Kind::Fast);
+            options.tiers = !matches!(kind, Kind::Fast | Kind::Precise);
             options.fast_transitions = kind != Kind::Slow;
             options.lockstep = kind == Kind::Lockstep;
             options

@@ -13,5 +13,6 @@ mod modified;
 mod movable;
 mod sensitive;
 mod smp;
+mod tiers;
 mod trace;
 mod traps;

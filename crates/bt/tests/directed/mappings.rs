@@ -446,3 +446,55 @@ fn calls_deeper_than_the_mirror() {
         }
     });
 }
+
+/// A guest-call stack that is full is emptied in the middle of a block: what the block keeps there goes on to be right. At each depth the block has many
+/// groups of accesses, each with a delta of its own.
+#[test]
+fn a_full_mirror_between_accesses() {
+    each(|kind| {
+        let mut guest = Guest::new(kind);
+        for page in 0..0x180 {
+            let page = 0x30_0000 + page * 0x1000;
+            guest.map(page, page | PRESENT | WRITE);
+        }
+        // Each object lies in a page of its own, whose delta differs.
+        let pages: [u64; 6] = [3, 1, 4, 0, 5, 2].map(|n| DATA + 0x10_0000 + n * 0x1000);
+        for (i, &page) in pages.iter().enumerate() {
+            guest.map(page, (DATA + 0x18_0000 + ((i as u64 * 5) % 7) * 0x1000) | PRESENT | WRITE);
+        }
+        guest.code(CODE, |a| {
+            let (mut f, mut end, mut leaf) = (a.create_label(), a.create_label(), a.create_label());
+            a.mov(ecx, 33_500)?;
+            a.xor(edx, edx)?;
+            a.xor(eax, eax)?;
+            a.call(f)?;
+            a.set_label(&mut end)?;
+            a.out(STOP, al)?;
+            a.set_label(&mut f)?;
+            // All leaders first, then all followers, which read: a wrong delta would read something else.
+            for register in [rbx, rdi, rsi, r12, r13, r14] {
+                a.mov(r8, qword_ptr(register))?;
+            }
+            for register in [rbx, rdi, rsi, r12, r13, r14] {
+                a.add(rdx, qword_ptr(register + 8))?;
+            }
+            a.dec(ecx)?;
+            a.je(leaf)?;
+            a.call(f)?;
+            a.set_label(&mut leaf)?;
+            a.inc(eax)?;
+            a.ret()
+        });
+        guest.set(|state| {
+            state.gpr[4] = 0x3f_0000;
+            for (register, page) in [3, 7, 6, 12, 13, 14].into_iter().zip(pages) {
+                state.gpr[register] = page;
+            }
+        });
+        for i in 0..pages.len() as u64 {
+            guest.put(DATA + 0x18_0000 + ((i * 5) % 7) * 0x1000, &[0, 1 << i]);
+        }
+        let state = guest.stop();
+        assert_eq!((state.gpr[0] as u32, state.gpr[2]), (33_500, 33_500 * 0x3f), "{kind:?}");
+    });
+}

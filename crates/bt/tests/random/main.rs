@@ -45,11 +45,13 @@ fn variable(name: &str) -> Option<u64> {
     Some(value.unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
-fn translator(name: &str, precise_flags: bool) -> Guest {
+/// `tiers`: short code; else fast code at once. No program here runs long enough to be found hot.
+fn translator(name: &str, precise_flags: bool, tiers: bool) -> Guest {
     Guest::new(name, precise_flags, |ram| {
         let mut options = Options::new(Arc::new(CpuidModel::new(1, 1_000_000)));
         options.code_cache = 16 << 20;
         options.precise_flags = precise_flags;
+        options.tiers = tiers;
         Box::new(BtEngine::new(ram, options).unwrap())
     })
 }
@@ -60,7 +62,13 @@ fn run(count: u64, seed: u64) {
     let seed = variable("BT_RANDOM_SEED").unwrap_or(seed);
     let failures = variable("BT_RANDOM_FAILURES").unwrap_or(1).max(1);
     let interpreter = Guest::new("interp", true, |ram| Box::new(interp::InterpEngine::new(ram, 1)));
-    let guests = vec![translator("bt", false), translator("bt with precise flags", true), interpreter];
+    let guests = vec![
+        translator("bt, short", false, true),
+        translator("bt, fast", false, false),
+        translator("bt, short, with precise flags", true, true),
+        translator("bt, fast, with precise flags", true, false),
+        interpreter,
+    ];
     let mut bench = Bench::new(guests);
     println!("{} instruction forms, seed {seed}", bench.generator.forms());
     let mut failed = Vec::new();
@@ -69,7 +77,7 @@ fn run(count: u64, seed: u64) {
     } else {
         let begin = Instant::now();
         let mut number = 0;
-        while bench.counts.executed[0] + bench.counts.executed[1] < count && failed.len() < failures as usize {
+        while bench.counts.executed[..4].iter().sum::<u64>() < count && failed.len() < failures as usize {
             if let Err(text) = bench.case(mix(seed.wrapping_add(number << 20))) {
                 eprintln!("{text}");
                 failed.push(text);
@@ -81,8 +89,8 @@ fn run(count: u64, seed: u64) {
             "{} cases, {} runs, at least {} instructions translated and {} interpreted in {:.1} s; {} useless, {} incomparable; faults: {}",
             c.cases,
             c.runs,
-            c.executed[0] + c.executed[1],
-            c.executed[2],
+            c.executed[..4].iter().sum::<u64>(),
+            c.executed[4],
             begin.elapsed().as_secs_f64(),
             c.useless,
             c.incomparable,
