@@ -4,6 +4,7 @@ use iced_x86::{
     Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
     InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register, RflagsBits,
 };
+use interp::host_flags::{more_mxcsr_bits, overwritten};
 
 /// All six arithmetic flags, in iced's numbering.
 pub const ALL_FLAGS: u32 =
@@ -471,6 +472,8 @@ impl Analyzer {
             return Class::Step;
         }
         match ins.mnemonic() {
+            // The CPU would take what must fault.
+            M::Ldmxcsr | M::Vldmxcsr if more_mxcsr_bits() => return Class::Step,
             M::Nop
             | M::Endbr64
             | M::Endbr32
@@ -722,33 +725,36 @@ fn must_step(ins: &Instruction) -> bool {
         )
 }
 
-fn arithmetic_reads(ins: &Instruction) -> u32 {
-    ins.rflags_read() & ALL_FLAGS
+/// RCL and RCR by an immediate that is a multiple of width + 1 change nothing, say manuals and decoder; some CPUs set OF anew by CF.
+fn through_carry(ins: &Instruction) -> u32 {
+    if matches!(ins.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr) { RflagsBits::CF } else { 0 }
 }
 
-/// Flags the instruction overwrites whatever its operands are.
+fn arithmetic_reads(ins: &Instruction) -> u32 {
+    (ins.rflags_read() | through_carry(ins)) & ALL_FLAGS
+}
+
+/// May the instruction change arithmetic flags?
+pub fn changes_flags(ins: &Instruction) -> bool {
+    (ins.rflags_modified() | through_carry(ins)) & ALL_FLAGS != 0
+}
+
+/// Flags the instruction overwrites whatever its operands are, on this CPU.
 fn certain_kills(ins: &Instruction) -> u32 {
     use Mnemonic as M;
     match ins.mnemonic() {
         M::Rcl | M::Rcr => 0, // some widths take the count modulo 9 or 17
-        // What the manual calls undefined CPUs leave alone here.
-        M::Div | M::Idiv => 0,
-        M::Bt | M::Bts | M::Btr | M::Btc => RflagsBits::CF,
         M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror | M::Shld | M::Shrd => {
             let count = (0..ins.op_count()).rev().find_map(|i| match ins.op_kind(i) {
                 OpKind::Immediate8 => Some(ins.immediate8()),
                 _ => None,
             });
             match count {
-                // The manual calls OF undefined here, CPUs leave it alone.
-                Some(count) if matches!(ins.mnemonic(), M::Rol | M::Ror) && !matches!(count & 0x3f, 0 | 1 | 0x20) => {
-                    RflagsBits::CF
-                }
-                Some(count) if count & 0x1f != 0 => ins.rflags_modified() & ALL_FLAGS,
+                Some(count) if count & 0x1f != 0 => overwritten(ins),
                 _ => 0,
             }
         }
         _ if ins.has_rep_prefix() || ins.has_repne_prefix() => 0,
-        _ => ins.rflags_modified() & ALL_FLAGS,
+        _ => overwritten(ins),
     }
 }

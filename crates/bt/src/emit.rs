@@ -15,7 +15,7 @@ use self::access::Address;
 pub use self::access::LOAD;
 pub use self::output::*;
 
-use crate::analyze::{ALL_FLAGS, Class, Insn, Mode};
+use crate::analyze::{ALL_FLAGS, Class, Insn, Mode, changes_flags};
 use crate::asm::{Asm, Mem, R9, R10, R11, RBP, RCX, Reg, cc};
 use crate::block::{off, reason};
 use crate::stubs::lookup_indirect;
@@ -85,7 +85,7 @@ fn saves_first(insns: &[Insn]) -> bool {
             | Class::Pop
             | Class::Leave => return true,
             Class::Skip | Class::Lea => {}
-            Class::Plain if insn.reads == 0 && insn.ins.rflags_modified() & ALL_FLAGS == 0 => {}
+            Class::Plain if insn.reads == 0 && !changes_flags(&insn.ins) => {}
             _ => return false,
         }
     }
@@ -626,13 +626,13 @@ impl<'a> Emitter<'a> {
 
     /// Are the flags in the block while the copied instruction reads them, or leaves some of them as they are?
     fn wants_flags(&self, insn: &Insn) -> bool {
-        let writes = insn.ins.rflags_modified() & ALL_FLAGS != 0;
+        let writes = changes_flags(&insn.ins);
         let needed = insn.reads | if writes { insn.live_after & !insn.kills } else { 0 };
         self.flags == Flags::Block && needed != 0
     }
 
     fn flags_after(&mut self, insn: &Insn) {
-        if insn.ins.rflags_modified() & ALL_FLAGS != 0 {
+        if changes_flags(&insn.ins) {
             self.flags = Flags::Host;
         }
     }

@@ -22,6 +22,7 @@ mod decode;
 mod differential;
 mod engine;
 mod events;
+pub mod host_flags;
 mod host_memory;
 mod interp;
 mod mmu;

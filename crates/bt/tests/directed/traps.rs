@@ -663,6 +663,11 @@ fn arithmetic_and_opcodes() {
         case("a pending x87 exception, by fld1", vector::MF, |a, _| a.fld1()).before(zero_divide),
         case("a pending x87 exception, by a load", vector::MF, |a, _| a.fld(qword_ptr(rbx))).before(zero_divide),
         case("a pending x87 exception, by mmx", vector::MF, |a, _| a.paddb(mm0, mm1)).before(zero_divide),
+        // AMD's CPUs have one more, which guests are not shown.
+        case("a bit that MXCSR does not have", vector::GP, |a, _| a.ldmxcsr(dword_ptr(rbx + 0x80)))
+            .before(|a, _| a.mov(dword_ptr(rbx + 0x80), 0x2_1f80)),
+        case("a bit that MXCSR does not have, by avx", vector::GP, |a, _| a.vldmxcsr(dword_ptr(rbx + 0x80)))
+            .before(|a, _| a.mov(dword_ptr(rbx + 0x80), 0x2_1f80)),
         case("sse zero divide", vector::XM, |a, _| a.divss(xmm0, xmm1)).before(unmask),
         case("avx zero divide from memory", vector::XM, |a, _| a.vdivps(ymm0, ymm0, ymmword_ptr(rbx + 0x40)))
             .before(unmask),

@@ -15,12 +15,12 @@ const SLOTS_AT: u64 = 0x40_0000;
 const EXIT_AT: u64 = 0x30_0000;
 const KERNEL_AT: u64 = 0x31_0000;
 /// Linear address of the kernel's pages: GDT and TSS, IDT, handlers, stack.
-const KERNEL: u64 = 0xffff_8000_0000_0000;
+pub const KERNEL: u64 = 0xffff_8000_0000_0000;
 const TSS: u64 = KERNEL + 0x800;
 const IDT: u64 = KERNEL + PAGE;
 const HANDLERS: u64 = KERNEL + 2 * PAGE;
 const STACK_TOP: u64 = KERNEL + 8 * PAGE;
-const KERNEL_PAGES: u64 = 8;
+pub const KERNEL_PAGES: u64 = 8;
 
 /// Guest-physical address of a backing page: not in order, and not adjacent.
 const fn backing_at(page: usize) -> u64 {

@@ -3,6 +3,7 @@
 use cpu::{CpuState, FpState, rflags};
 use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
+use crate::guest::{KERNEL, KERNEL_PAGES};
 use crate::layout::{ALIAS, BACKING, Layout, Memory, PAGE};
 use crate::rng::Rng;
 
@@ -303,6 +304,9 @@ pub fn differences(native: &Final, guest: &Final, strictness: Strictness) -> Opt
 /// | x87 store with an unmasked exception | does not access memory | checks the memory first | no program unmasks and relies on it |
 /// | FLDENV, FRSTOR, masked moves with a page fault | names any byte of the operand in CR2 | the first of the page | they read in an order of their own |
 /// | VCVTPS2PH whose store faults | has set MXCSR's exception flags | has not | sticky, and set anyway once the instruction is repeated |
+/// | CMPS, where both operands fault | reports one or the other (AMD) | the target | both come, one after the other |
+/// | gather with a fault | has normalised its mask and loaded elements, or not | those before the one that faults | invisible once the instruction is repeated |
+/// | near call to a non-canonical address | has pushed (Intel), has not (AMD) | has pushed | below the stack pointer |
 /// | near branch to a non-canonical address | #GP at the branch | #GP at the target | the branch has left its block by then; Linux makes SIGSEGV of either |
 fn tolerate(native: &mut Final, guest: &mut Final, strictness: Strictness) -> bool {
     let last = &strictness.last;
@@ -344,6 +348,22 @@ fn tolerate(native: &mut Final, guest: &mut Final, strictness: Strictness) -> bo
     if same && last.mnemonic() == Mnemonic::Vcvtps2ph {
         guest.fp.bytes[24] |= native.fp.bytes[24] & 0x3f;
     }
+    if is_cmps(last) && native.rip == guest.rip && vector >= 13 && guest_fault {
+        native.stop = guest.stop.clone();
+    }
+    // The guest's kernel has pages there.
+    if !strictness.user
+        && matches!(native.stop, Stop::Fault { cr2, .. } if cr2.wrapping_sub(KERNEL) < KERNEL_PAGES * PAGE)
+    {
+        return true;
+    }
+    if same && last.is_vsib() {
+        for register in [last.op0_register(), last.op2_register()] {
+            for at in [160, 576].map(|half| half + 16 * register.number()) {
+                guest.fp.bytes[at..at + 16].copy_from_slice(&native.fp.bytes[at..at + 16]);
+            }
+        }
+    }
     if matches!(last.flow_control(), FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return)
         && native.stop == (Stop::Fault { vector: 13, error: 0, cr2: 0 })
         && guest.stop == native.stop
@@ -353,6 +373,10 @@ fn tolerate(native: &mut Final, guest: &mut Final, strictness: Strictness) -> bo
         guest.gpr[4] = native.gpr[4];
     }
     false
+}
+
+fn is_cmps(ins: &Instruction) -> bool {
+    matches!(ins.code(), Code::Cmpsb_m8_m8 | Code::Cmpsw_m16_m16 | Code::Cmpsd_m32_m32 | Code::Cmpsq_m64_m64)
 }
 
 /// Differences in memory.

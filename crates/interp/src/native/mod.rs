@@ -18,8 +18,9 @@ use cpu::{Exception, FpState, cr0, cr4, rflags, vector as number};
 use iced_x86::{CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
 use crate::decode::{Insn, gpr_number};
+use crate::host_flags::is_amd;
 use crate::interp::Outcome;
-use crate::ops::{Cx, Handler, at_stack};
+use crate::ops::{Cx, Handler, MXCSR_MASK, at_stack};
 use arena::Arena;
 
 /// Largest memory operand the bounce buffer takes, in bytes.
@@ -202,6 +203,8 @@ fn pending_x87(cx: &Cx<'_>, state: State, raw: &Instruction) -> Result<(), Excep
 fn alignment(raw: &Instruction, state: State, size: usize) -> usize {
     use Mnemonic as M;
     let aligned = match state {
+        // AMD's CPUs do not ask it of the SHA instructions.
+        State::Sse if is_amd() && features(raw).contains(&CpuidFeature::SHA) => false,
         State::Sse | State::Mmx => {
             size == 16
                 && !matches!(
@@ -402,21 +405,24 @@ pub(crate) fn run(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     cx.it.mmu.checks.alignment = false;
     let mut data = [0u8; LARGEST];
     let Some(data) = data.get_mut(..plan.size) else { return Err(Exception::ud()) };
-    // Of this one the conversion comes first, with its own exceptions.
-    let late = insn.raw.mnemonic() == Mnemonic::Vcvtps2ph;
+    // Of this one the conversion comes first on Intel's CPUs, with its own exceptions.
+    let late = insn.raw.mnemonic() == Mnemonic::Vcvtps2ph && !is_amd();
     let refused = if plan.write && !late {
         cx.it.mmu.check(cx.st, address, plan.size, Kind::Write, cx.user).map_err(|e| at_stack(e, on_stack)).err()
     } else {
         None
     };
-    // A store that raises an unmasked exception does not touch memory: it is tried before memory may refuse it.
+    // A store that raises an unmasked exception does not touch memory: on Intel's CPUs it is tried before memory may refuse it.
     let before = match refused {
-        Some(refused) if !stores_x87(&insn.raw) => return Err(refused),
+        Some(refused) if !stores_x87(&insn.raw) || is_amd() => return Err(refused),
         Some(refused) => Some((refused, cx.st.fp.clone())),
         None => None,
     };
     if plan.read && before.is_none() {
         read_operand(cx, address, data).map_err(|e| at_stack(e, on_stack))?;
+    }
+    if matches!(insn.raw.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr) && reserved_mxcsr(data) {
+        return Err(Exception::gp(0));
     }
     let Some(mut arena) = cx.it.assist.arena.take() else { return Err(Exception::ud()) };
     let bounce = arena.bounce(address, plan.size);
@@ -448,6 +454,8 @@ pub(crate) fn run(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     data.copy_from_slice(arena.bounce(address, plan.size));
     if with_fp {
         cx.st.fp.bytes[512] = 7;
+        // Where the CPU knows more bits of MXCSR than guests are shown, it says so here.
+        cx.st.fp.bytes[28..32].copy_from_slice(&MXCSR_MASK.to_le_bytes());
         fix_pointers(cx, &arena, plan, address);
     }
     cx.it.assist.arena = Some(arena);
@@ -479,6 +487,11 @@ pub(crate) fn run(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     }
     cx.st.rflags = (cx.st.rflags & !rflags::ARITH) | (flags & rflags::ARITH);
     Ok(())
+}
+
+/// Does a new value of MXCSR have bits that do not exist in the guest?
+fn reserved_mxcsr(data: &[u8]) -> bool {
+    data.try_into().is_ok_and(|bytes| u32::from_le_bytes(bytes) & !MXCSR_MASK != 0)
 }
 
 /// Does the instruction store an x87 register as a number? (SDM volume 1, 8.5: most unmasked exceptions keep it from storing.)

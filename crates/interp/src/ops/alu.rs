@@ -1,12 +1,14 @@
 //! Integer arithmetic and logic, and the flags they set (SDM volume 1, 3.4.3.1).
 
+use std::arch::asm;
+
 use cpu::gpr::{RAX, RDX};
 use cpu::{CpuState, Exception, rflags, vector};
 
 use super::{Cx, mask, sign, sign_extend};
 use crate::decode::{Insn, Op};
 
-use rflags::{AF, ARITH, CF, OF, PF, SF, ZF};
+use rflags::{AF, ARITH, CF, FIXED, OF, PF, SF, ZF};
 
 /// SF, ZF and PF of a result.
 #[inline(always)]
@@ -156,92 +158,160 @@ pub(super) fn not(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     Ok(())
 }
 
-/// Stores a double-width product and sets CF and OF. (The other flags are undefined; set from the low half, as CPUs do.)
-fn put_product(cx: &mut Cx<'_>, low: u64, high: u64, size: u8, overflow: bool) {
-    if size == 1 {
-        cx.set_reg(RAX as u8, 2, (high & 0xff) << 8 | (low & 0xff));
-    } else {
-        cx.set_reg(RAX as u8, size, low);
-        cx.set_reg(RDX as u8, size, high);
-    }
-    product_flags(cx, low, size, overflow);
+/// RAX, RDX and arithmetic flags, on their way through an instruction of the host.
+#[derive(Clone, Copy)]
+struct Wide {
+    rax: u64,
+    rdx: u64,
+    flags: u64,
 }
 
-fn product_flags(cx: &mut Cx<'_>, low: u64, size: u8, overflow: bool) {
-    // ZF is undefined; CPUs clear it.
-    put(cx.st, result_flags(low, size) & !ZF | if overflow { CF | OF } else { 0 });
+/// Defines a function that runs MUL or its like of `size` bytes with operand `b` on the host CPU. So flags that the manual leaves
+/// undefined are the CPU's, too.
+macro_rules! on_host {
+    ($name:ident, $instruction:literal) => {
+        fn $name(wide: Wide, b: u64, size: u8) -> Wide {
+            let Wide { mut rax, mut rdx, flags } = wide;
+            let mut flags = flags & ARITH | FIXED;
+            macro_rules! run {
+                                                        ($operand:literal, $class:ident, $b:expr) => {
+                                                            // SAFETY: changes RAX, RDX and arithmetic flags only; the stack is left as it was. The callers of DIV and IDIV have
+                                                            // seen to it that the quotient exists and fits.
+                                                            unsafe {
+                                                                asm!(
+                                                                    "push {flags}",
+                                                                    "popfq",
+                                                                    concat!($instruction, " ", $operand),
+                                                                    "pushfq",
+                                                                    "pop {flags}",
+                                                                    flags = inout(reg) flags,
+                                                                    b = in($class) $b,
+                                                                    inout("rax") rax,
+                                                                    inout("rdx") rdx,
+                                                                )
+                                                            }
+                                                        };
+                                                    }
+            match size {
+                1 => run!("{b}", reg_byte, b as u8),
+                2 => run!("{b:x}", reg, b),
+                4 => run!("{b:e}", reg, b),
+                _ => run!("{b:r}", reg, b),
+            }
+            Wide { rax, rdx, flags: flags & ARITH }
+        }
+    };
+}
+
+on_host!(host_mul, "mul");
+on_host!(host_imul, "imul");
+on_host!(host_div, "div");
+on_host!(host_idiv, "idiv");
+
+fn wide(cx: &Cx<'_>) -> Wide {
+    Wide { rax: cx.st.gpr[RAX], rdx: cx.st.gpr[RDX], flags: cx.st.rflags }
+}
+
+/// Stores what came out: AX for bytes, else RDX and RAX of the size.
+fn put_wide(cx: &mut Cx<'_>, wide: Wide, size: u8) {
+    if size == 1 {
+        cx.set_reg(RAX as u8, 2, wide.rax);
+    } else {
+        cx.set_reg(RAX as u8, size, wide.rax);
+        cx.set_reg(RDX as u8, size, wide.rdx);
+    }
+    put(cx.st, wide.flags);
 }
 
 pub(super) fn mul(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
-    let size = insn.size;
-    let b = cx.get(insn, insn.dst, size)?;
-    let product = u128::from(cx.st.gpr[RAX] & mask(size)) * u128::from(b);
-    let high = (product >> (u32::from(size) * 8)) as u64;
-    put_product(cx, product as u64 & mask(size), high, size, high != 0);
+    let b = cx.get(insn, insn.dst, insn.size)?;
+    let product = host_mul(wide(cx), b, insn.size);
+    put_wide(cx, product, insn.size);
     Ok(())
+}
+
+/// IMUL of two operands on the host CPU: the low half of the product, and the flags.
+fn host_imul2(a: u64, b: u64, size: u8, flags: u64) -> (u64, u64) {
+    let (mut product, mut flags) = (a, flags & ARITH | FIXED);
+    macro_rules! run {
+        ($operands:literal) => {
+            // SAFETY: changes the two registers and arithmetic flags only; the stack is left as it was.
+            unsafe {
+                asm!(
+                    "push {flags}",
+                    "popfq",
+                    concat!("imul ", $operands),
+                    "pushfq",
+                    "pop {flags}",
+                    flags = inout(reg) flags,
+                    a = inout(reg) product,
+                    b = in(reg) b,
+                )
+            }
+        };
+    }
+    match size {
+        2 => run!("{a:x}, {b:x}"),
+        4 => run!("{a:e}, {b:e}"),
+        _ => run!("{a:r}, {b:r}"),
+    }
+    (product & mask(size), flags & ARITH)
 }
 
 pub(super) fn imul(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     let size = insn.size;
-    let signed = |value: u64| i128::from(sign_extend(value, size) as i64);
     if insn.src == Op::None {
         let b = cx.get(insn, insn.dst, size)?;
-        let product = signed(cx.st.gpr[RAX]) * signed(b);
-        let low = product as u64 & mask(size);
-        let high = (product >> (u32::from(size) * 8)) as u64 & mask(size);
-        put_product(cx, low, high, size, product != signed(low));
+        let product = host_imul(wide(cx), b, size);
+        put_wide(cx, product, size);
         return Ok(());
     }
     // Two operands: dst * src; three: src * immediate.
     let b = cx.get(insn, insn.src, size)?;
     let a = if insn.raw.op_count() == 3 { insn.imm } else { cx.get(insn, insn.dst, size)? };
-    let product = signed(a) * signed(b);
-    let low = product as u64 & mask(size);
-    product_flags(cx, low, size, product != signed(low));
-    cx.set(insn, insn.dst, size, low)
-}
-
-fn dividend(cx: &Cx<'_>, size: u8) -> u128 {
-    let (rax, rdx) = (cx.st.gpr[RAX], cx.st.gpr[RDX]);
-    match size {
-        1 => u128::from(rax & 0xffff),
-        _ => u128::from(rdx & mask(size)) << (u32::from(size) * 8) | u128::from(rax & mask(size)),
-    }
-}
-
-fn put_quotient(cx: &mut Cx<'_>, size: u8, quotient: u64, remainder: u64) {
-    if size == 1 {
-        cx.set_reg(RAX as u8, 2, (remainder & 0xff) << 8 | (quotient & 0xff));
-    } else {
-        cx.set_reg(RAX as u8, size, quotient);
-        cx.set_reg(RDX as u8, size, remainder);
-    }
+    let (product, flags) = host_imul2(a, b, size, cx.st.rflags);
+    put(cx.st, flags);
+    cx.set(insn, insn.dst, size, product)
 }
 
 pub(super) fn div(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     let size = insn.size;
-    let error = Exception::plain(vector::DE);
-    let b = u128::from(cx.get(insn, insn.dst, size)?);
-    let a = dividend(cx, size);
-    let quotient = a.checked_div(b).ok_or(error)?;
-    if quotient > u128::from(mask(size)) {
-        return Err(error);
+    let b = cx.get(insn, insn.dst, size)?;
+    let wide = wide(cx);
+    // The quotient fits if the divisor is above the dividend's high half.
+    let high = if size == 1 { wide.rax >> 8 & 0xff } else { wide.rdx & mask(size) };
+    if high >= b {
+        return Err(Exception::plain(vector::DE));
     }
-    put_quotient(cx, size, quotient as u64, (a % b) as u64);
+    let quotient = host_div(wide, b, size);
+    put_wide(cx, quotient, size);
     Ok(())
+}
+
+/// Does the quotient of this signed division exist and fit?
+fn idiv_fits(wide: Wide, b: u64, size: u8) -> bool {
+    let (low, b) = (sign_extend(wide.rax, size) as i64, sign_extend(b, size) as i64);
+    let dividend = match size {
+        1 => sign_extend(wide.rax, 2) as i64,
+        2 | 4 => sign_extend(wide.rdx << (size * 8) | (wide.rax & mask(size)), size * 2) as i64,
+        // As after CQO, mostly.
+        _ if wide.rdx == (low >> 63) as u64 => low,
+        _ => {
+            let dividend = (u128::from(wide.rdx) << 64 | u128::from(wide.rax)) as i128;
+            return dividend.checked_div(i128::from(b)).is_some_and(|quotient| i64::try_from(quotient).is_ok());
+        }
+    };
+    dividend.checked_div(b).is_some_and(|quotient| sign_extend(quotient as u64, size) as i64 == quotient)
 }
 
 pub(super) fn idiv(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     let size = insn.size;
-    let error = Exception::plain(vector::DE);
-    let b = i128::from(sign_extend(cx.get(insn, insn.dst, size)?, size) as i64);
-    let shift = 128 - u32::from(size) * 16;
-    let a = (dividend(cx, size) << shift) as i128 >> shift;
-    let quotient = a.checked_div(b).ok_or(error)?;
-    let remainder = a.checked_rem(b).ok_or(error)?;
-    if i128::from(sign_extend(quotient as u64, size) as i64) != quotient {
-        return Err(error);
+    let b = cx.get(insn, insn.dst, size)?;
+    let wide = wide(cx);
+    if !idiv_fits(wide, b, size) {
+        return Err(Exception::plain(vector::DE));
     }
-    put_quotient(cx, size, quotient as u64 & mask(size), remainder as u64 & mask(size));
+    let quotient = host_idiv(wide, b, size);
+    put_wide(cx, quotient, size);
     Ok(())
 }

@@ -18,6 +18,7 @@ use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind, Register};
 use crate::decode::{Insn, Mem, NONE, Op, RIP};
 use crate::interp::{Hooks, Interp, Outcome};
 use crate::native;
+pub(crate) use fpstate::MXCSR_MASK;
 
 /// Executes one decoded instruction. On an error nothing has happened.
 pub(crate) type Handler = fn(&mut Cx<'_>, &Insn) -> Result<(), Exception>;

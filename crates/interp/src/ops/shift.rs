@@ -6,6 +6,7 @@ use cpu::{Exception, rflags};
 
 use super::{Cx, mask};
 use crate::decode::{Insn, Op};
+use crate::host_flags::rotate_keeps_of;
 
 use rflags::{ARITH, FIXED, OF};
 
@@ -94,9 +95,10 @@ pub(super) fn sar(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     shift(cx, insn, host_sar)
 }
 
-/// Rotates of a register by an immediate count other than 1 leave OF alone; those by CL and those of memory set it.
+/// On some CPUs rotates of a register by an immediate count other than 1 leave OF alone; those by CL and those of memory set it.
 fn rotate(cx: &mut Cx<'_>, insn: &Insn, f: fn(u64, u32, u8, u64) -> (u64, u64)) -> Result<(), Exception> {
-    let kept = if insn.src == Op::Imm && insn.dst != Op::Mem && count(cx, insn)? != 1 { OF } else { 0 };
+    let form = insn.src == Op::Imm && insn.dst != Op::Mem && count(cx, insn)? != 1;
+    let kept = if form && rotate_keeps_of() { OF } else { 0 };
     let flags = cx.st.rflags;
     shift(cx, insn, f)?;
     cx.st.rflags = (cx.st.rflags & !kept) | (flags & kept);

@@ -8,8 +8,8 @@ use memory::PAGE_SIZE;
 
 use super::{Cx, alu, mask};
 use crate::decode::{Insn, Rep};
-use crate::host_memory;
 use crate::mmu::Target;
+use crate::{host_flags, host_memory};
 
 /// Elements done in one step where there is no fast path.
 const CHUNK: u64 = 256;
@@ -52,10 +52,10 @@ impl Shape {
         (count != 0).then_some(count)
     }
 
-    /// With a repeat prefix the CPU writes these registers back even when nothing is done, for lack of a count or by a fault; this
+    /// With a repeat prefix some CPUs write these registers back even when nothing is done, for lack of a count or by a fault; this
     /// shows with 32-bit addresses only.
     fn truncate(&self, cx: &mut Cx<'_>, registers: &[usize]) {
-        if self.rep != Rep::No {
+        if self.rep != Rep::No && self.addr == 4 && host_flags::rep_truncates() {
             for &register in registers {
                 cx.st.gpr[register] &= mask(self.addr);
             }
@@ -238,11 +238,14 @@ fn compare(
     shape.truncate(cx, &[RCX]);
     let Some(count) = shape.count(cx) else { return Ok(()) };
     let mut done = 0;
-    // Flags show only when the instruction ends: at a fault on the way they are as before it (SDM volume 2, REP).
+    // Flags show only when the instruction ends: at a fault on the way they are as before it (SDM volume 2, REP). AMD's CPUs show
+    // those of the last element.
+    let kept = if host_flags::is_amd() { 0 } else { rflags::ARITH };
     let flags = cx.st.rflags;
+    let restore = |cx: &mut Cx<'_>| cx.st.rflags = (cx.st.rflags & !kept) | (flags & kept);
     while done < shape.chunk(count) {
         if let Err(error) = element(cx, &shape) {
-            cx.st.rflags = flags;
+            restore(cx);
             return partial(cx, &shape, done, Err(error));
         }
         done += 1;
@@ -254,7 +257,7 @@ fn compare(
         }
     }
     if done < count {
-        cx.st.rflags = flags;
+        restore(cx);
     }
     partial(cx, &shape, done, Ok(()))
 }
@@ -272,7 +275,7 @@ pub(super) fn scas(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
 pub(super) fn cmps(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     compare(cx, insn, |cx, shape| {
         let size = usize::from(shape.size);
-        // Where both fault, the CPU reports the target.
+        // Where both fault, Intel's CPUs report the target, AMD's either, mostly the target.
         let b = cx.it.mmu.read(cx.st, shape.target(cx), size, cx.user)?;
         let a = cx.it.mmu.read(cx.st, shape.source(cx), size, cx.user)?;
         alu::flags_sub(cx.st, a, b, 0, shape.size);

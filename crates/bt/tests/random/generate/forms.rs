@@ -137,7 +137,11 @@ pub(super) fn excluded(code: Code) -> bool {
             | Code::Popq_GS
             | Code::Popd_FS
             | Code::Popd_GS
-    )
+            // Of registers, prefetches of this opcode are no instructions of AMD's CPUs.
+            | Code::Reservednop_rm16_r16_0F0D
+            | Code::Reservednop_rm32_r32_0F0D
+            | Code::Reservednop_rm64_r64_0F0D
+    ) || (matches!(code.mnemonic(), M::Ldmxcsr | M::Vldmxcsr) && interp::host_flags::more_mxcsr_bits())
 }
 
 pub(super) fn kind_of(code: Code) -> Kind {
