@@ -65,9 +65,11 @@ pub mod init {
     pub const DO_READDIRPLUS: u32 = 1 << 13;
     pub const READDIRPLUS_AUTO: u32 = 1 << 14;
     pub const ASYNC_DIO: u32 = 1 << 15;
+    pub const NO_OPEN_SUPPORT: u32 = 1 << 17;
     pub const PARALLEL_DIROPS: u32 = 1 << 18;
     pub const MAX_PAGES: u32 = 1 << 22;
     pub const CACHE_SYMLINKS: u32 = 1 << 23;
+    pub const NO_OPENDIR_SUPPORT: u32 = 1 << 24;
     pub const HANDLE_KILLPRIV_V2: u32 = 1 << 28;
 }
 
@@ -88,6 +90,8 @@ pub mod fattr {
 
 /// FOPEN_KEEP_CACHE: what the guest has in its page cache is still right.
 pub const FOPEN_KEEP_CACHE: u32 = 1 << 1;
+/// FOPEN_CACHE_DIR: the guest may keep a directory's entries.
+pub const FOPEN_CACHE_DIR: u32 = 1 << 3;
 /// FUSE_GETATTR_FH: the file handle is valid.
 pub const GETATTR_FH: u32 = 1 << 0;
 /// FUSE_WRITE_CACHE: from the page cache (of a mapped file), with any handle of the file.

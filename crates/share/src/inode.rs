@@ -78,12 +78,22 @@ struct Place {
     name: Option<(Arc<Inode>, CString)>,
 }
 
+/// Of one file.
+#[derive(Default)]
+struct Files {
+    read: Option<Arc<OwnedFd>>,
+    /// Reads, too.
+    write: Option<Arc<OwnedFd>>,
+}
+
 /// A file the guest knows of.
 pub(crate) struct Inode {
     pub(crate) id: u64,
     key: Key,
     pub(crate) kind: FileType,
     place: Mutex<Place>,
+    /// Opened, where files are not opened by requests.
+    files: Mutex<Files>,
     /// The sweep passes it by once.
     used: AtomicBool,
     /// The attribute as it was at a time.
@@ -120,6 +130,38 @@ impl Inode {
         table.open.fetch_add(1, Ordering::Relaxed);
         table.make_room();
         Ok(fd)
+    }
+
+    /// A descriptor for its content, which `open` opens the first time.
+    ///
+    /// # Errors
+    /// As [`Self::fd`], and those of `open`.
+    pub(crate) fn file(
+        &self,
+        table: &Inodes,
+        write: bool,
+        open: impl FnOnce(&OwnedFd) -> Result<OwnedFd>,
+    ) -> Result<Arc<OwnedFd>> {
+        self.used.store(true, Ordering::Relaxed);
+        let mut files = lock(&self.files);
+        if let Some(fd) = files.write.as_ref().or(files.read.as_ref().filter(|_| !write)) {
+            return Ok(fd.clone());
+        }
+        let fd = Arc::new(open(&*self.fd(table)?)?);
+        *if write { &mut files.write } else { &mut files.read } = Some(fd.clone());
+        drop(files);
+        table.open.fetch_add(1, Ordering::Relaxed);
+        table.make_room();
+        Ok(fd)
+    }
+
+    /// How many descriptors it has.
+    fn descriptors(&self) -> usize {
+        let files = lock(&self.files);
+        [lock(&self.place).fd.is_some(), files.read.is_some(), files.write.is_some()]
+            .into_iter()
+            .filter(|one| *one)
+            .count()
     }
 
     /// Is it a regular file or a directory, which alone have attributes of the user's?
@@ -249,6 +291,7 @@ impl Inodes {
             key,
             kind,
             place: Mutex::new(Place { fd: Some(fd), name }),
+            files: Mutex::default(),
             used: AtomicBool::new(false),
             owner: Mutex::default(),
             opened: Mutex::default(),
@@ -259,6 +302,20 @@ impl Inodes {
         self.open.fetch_add(1, Ordering::Relaxed);
         self.make_room();
         Ok(inode)
+    }
+
+    /// The file that `stat` describes and `fd` holds, if the guest knows of it, is not to be looked for by its name any more.
+    pub(crate) fn keep_hold(&self, stat: &Statx, fd: OwnedFd) {
+        let table = self.read();
+        let found = table.by_key.get(&Key::of(stat)).and_then(|id| table.by_id.get(id));
+        let Some(inode) = found.map(|entry| entry.inode.clone()) else { return };
+        drop(table);
+        let mut place = lock(&inode.place);
+        place.name = None;
+        if place.fd.is_none() {
+            place.fd = Some(Arc::new(fd));
+            self.open.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// Counts `lookups` of `id` down; forgets it when none is left. The root stays.
@@ -291,7 +348,7 @@ impl Inodes {
 
     fn count_closed(&self, gone: impl IntoIterator<Item = Entry>) {
         // An open file may hold its inode still; its descriptor counts no more, which errs by little.
-        let closed = gone.into_iter().filter(|entry| lock(&entry.inode.place).fd.is_some()).count();
+        let closed: usize = gone.into_iter().map(|entry| entry.inode.descriptors()).sum();
         self.open.fetch_sub(closed.min(self.open.load(Ordering::Relaxed)), Ordering::Relaxed);
     }
 
@@ -326,13 +383,15 @@ impl Inodes {
                 if inode.used.swap(false, Ordering::Relaxed) {
                     continue;
                 }
+                let Ok(mut files) = inode.files.try_lock() else { continue };
+                let before = closed.len();
+                closed.extend(files.read.take().into_iter().chain(files.write.take()));
                 if let Ok(mut place) = inode.place.try_lock()
                     && place.name.is_some()
-                    && let Some(fd) = place.fd.take()
                 {
-                    closed.push(fd);
-                    left -= 1;
+                    closed.extend(place.fd.take());
                 }
+                left = left.saturating_sub(closed.len() - before);
             }
         }
         self.open.fetch_sub(closed.len(), Ordering::Relaxed);

@@ -39,6 +39,7 @@ const OWN_FILES: u64 = 64;
 #[derive(Debug, Serialize, Deserialize)]
 struct Task {
     access: Access,
+    exclusive: bool,
     confinement: Confinement,
 }
 
@@ -47,14 +48,14 @@ fn broken(what: &str) -> io::Error {
 }
 
 /// Starts `program` with the argument `argument`, which is to call [`run`] then, for the directory `root` (opened for reading) and the
-/// server's end of `channel`. Returns the socket to it, and the process, which ends once the socket is closed.
+/// server's end of `channel`. `exclusive`: nobody else changes it meanwhile ([`FileSystem::exclusive`]). Returns the socket to it, and the process, which ends once the socket is closed.
 ///
 /// # Errors
 /// The program cannot be started.
 pub fn start(
     program: &Path,
     argument: &str,
-    access: Access,
+    (access, exclusive): (Access, bool),
     confinement: Confinement,
     root: BorrowedFd<'_>,
     channel: &Client,
@@ -70,7 +71,7 @@ pub fn start(
         .current_dir("/")
         .process_group(0)
         .spawn()?;
-    let message = postcard::to_stdvec(&Task { access, confinement }).map_err(|_| broken("task"))?;
+    let message = postcard::to_stdvec(&Task { access, exclusive, confinement }).map_err(|_| broken("task"))?;
     let [memory, posted, done] = channel.descriptors();
     let descriptors = [root, memory, posted, done];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
@@ -102,7 +103,8 @@ pub fn run() -> io::Result<()> {
     // The first call finds out how it is to be done, by ways that are closed later.
     let _ = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
     let copy = root.try_clone()?;
-    let system = Arc::new(FileSystem::new(root, task.access, files.saturating_sub(OWN_FILES) as usize)?);
+    let system = FileSystem::new(root, task.access, files.saturating_sub(OWN_FILES) as usize)?;
+    let system = Arc::new(if task.exclusive { system.exclusive() } else { system });
     if task.confinement == Confinement::On {
         sandbox::before_threads(&copy, task.access).map_err(io::Error::other)?;
     }
@@ -197,12 +199,13 @@ mod tests {
     }
 
     /// A server of `root`, in a process of its own.
-    pub(crate) fn serve(dir: &Path, root: &Path, access: Access) -> Rig {
+    pub(crate) fn serve(dir: &Path, root: &Path, access: Access, exclusive: bool) -> Rig {
         use rustix::fs::{Mode, OFlags};
         use vm_memory::Bytes;
         let client = Client::new().unwrap();
         let root = rustix::fs::open(root, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
-        let (socket, child) = start(&program(dir), "", access, Confinement::On, root.as_fd(), &client).unwrap();
+        let (socket, child) =
+            start(&program(dir), "", (access, exclusive), Confinement::On, root.as_fd(), &client).unwrap();
         let watched = socket.try_clone().unwrap();
         let client = std::sync::Mutex::new(client);
         let guest = Guest::new(move |request, room| {
@@ -232,7 +235,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("root");
         std::fs::create_dir(&root).unwrap();
-        let Rig { guest, mut child, socket } = serve(dir.path(), &root, Access::ReadWrite);
+        let Rig { guest, mut child, socket } = serve(dir.path(), &root, Access::ReadWrite, false);
         let (entry, open) = guest.create(ROOT_ID, "file", libc::O_RDWR, 0o644).unwrap();
         assert_eq!(guest.write(open.fh, 0, b"0123456789"), Ok(10));
         assert_eq!(guest.read(open.fh, 2, 4), Ok(b"2345".to_vec()));
@@ -288,6 +291,28 @@ mod tests {
         assert_eq!(child.wait().unwrap().code(), Some(0));
     }
 
+    /// An exclusive directory, whose files are not opened by requests.
+    #[test]
+    fn an_exclusive_directory_needs_no_more_calls() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        std::fs::create_dir(&root).unwrap();
+        std::fs::write(root.join("file"), b"0123456789").unwrap();
+        let Rig { guest, .. } = serve(dir.path(), &root, Access::ReadWrite, true);
+        let node = guest.walk("file").unwrap();
+        assert_eq!(guest.open(node, libc::O_RDONLY).err(), Some(libc::ENOSYS));
+        assert_eq!(guest.read_of(node, 2, 4), Ok(b"2345".to_vec()));
+        assert_eq!(guest.write_of(node, 10, b"more"), Ok(4));
+        guest.ask(op::FSYNC, node, FsyncIn::default().as_bytes()).unwrap();
+        guest.ask(op::FSYNCDIR, ROOT_ID, FsyncIn::default().as_bytes()).unwrap();
+        let body = LseekIn { whence: libc::SEEK_HOLE as u32, ..LseekIn::default() };
+        guest.ask(op::LSEEK, node, body.as_bytes()).unwrap();
+        guest.rename(ROOT_ID, "file", ROOT_ID, "moved", 0).unwrap();
+        guest.unlink(ROOT_ID, "moved").unwrap();
+        assert_eq!(guest.read_of(node, 8, 10), Ok(b"89more".to_vec()));
+        assert_eq!(guest.list(ROOT_ID, true, 4096).unwrap().len(), 2);
+    }
+
     /// What is mounted elsewhere, and what was moved away on the host, is out of reach.
     #[test]
     fn what_left_the_directory_is_out_of_reach() {
@@ -295,7 +320,7 @@ mod tests {
         let root = dir.path().join("root");
         std::fs::create_dir_all(root.join("sub")).unwrap();
         std::fs::write(root.join("sub/file"), b"inside").unwrap();
-        let Rig { guest, .. } = serve(dir.path(), &root, Access::ReadWrite);
+        let Rig { guest, .. } = serve(dir.path(), &root, Access::ReadWrite, false);
         let sub = guest.walk("sub").unwrap();
         let file = guest.walk("sub/file").unwrap();
         assert!(guest.open(file, libc::O_RDONLY).is_ok());
@@ -313,7 +338,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("root");
         std::fs::create_dir(&root).unwrap();
-        let Rig { guest, socket, .. } = serve(dir.path(), &root, Access::ReadWrite);
+        let Rig { guest, socket, .. } = serve(dir.path(), &root, Access::ReadWrite, false);
         std::fs::remove_dir(&root).unwrap();
         let gone = guest.raw(&[0; 40], 16);
         assert!(gone.is_empty());

@@ -139,6 +139,19 @@ impl Guest {
         self.ask_for(op::READ, 0, body.as_bytes(), size as usize)
     }
 
+    /// Of a file that is not opened.
+    pub(crate) fn read_of(&self, node: u64, offset: u64, size: u32) -> Answer<Vec<u8>> {
+        let body = ReadIn { offset, size, ..ReadIn::default() };
+        self.ask_for(op::READ, node, body.as_bytes(), size as usize)
+    }
+
+    /// To a file that is not opened.
+    pub(crate) fn write_of(&self, node: u64, offset: u64, data: &[u8]) -> Answer<u32> {
+        let head = WriteIn { offset, size: data.len() as u32, write_flags: WRITE_CACHE, ..WriteIn::default() };
+        let answer = self.ask(op::WRITE, node, &[head.as_bytes(), data].concat())?;
+        Ok(WriteOut::read_from_bytes(&answer).unwrap().size)
+    }
+
     pub(crate) fn write_with(&self, fh: u64, offset: u64, data: &[u8], write_flags: u32) -> Answer<u32> {
         let head = WriteIn { fh, offset, size: data.len() as u32, write_flags, ..WriteIn::default() };
         let answer = self.ask(op::WRITE, 0, &[head.as_bytes(), data].concat())?;
@@ -179,12 +192,19 @@ impl Guest {
 
     /// All entries, by READDIRPLUS or READDIR, in buffers of `size`: name, number, kind and, for READDIRPLUS, entry.
     pub(crate) fn list(&self, node: u64, plus: bool, size: u32) -> Answer<Vec<(String, Dirent, EntryOut)>> {
-        let fh = OpenOut::read_from_bytes(&self.ask(op::OPENDIR, node, OpenIn::default().as_bytes())?).unwrap().fh;
+        let opened = match self.ask(op::OPENDIR, node, OpenIn::default().as_bytes()) {
+            Err(libc::ENOSYS) => OpenOut::default(),
+            other => OpenOut::read_from_bytes(&other?).unwrap(),
+        };
+        let fh = opened.fh;
         let opcode = if plus { op::READDIRPLUS } else { op::READDIR };
         let (mut all, mut offset) = (Vec::new(), 0);
         loop {
             let body = ReadIn { fh, offset, size, ..ReadIn::default() };
             let answer = self.ask_for(opcode, node, body.as_bytes(), size as usize)?;
+            if answer.is_empty() && fh == 0 {
+                return Ok(all);
+            }
             if answer.is_empty() {
                 self.ask(op::RELEASEDIR, node, ReleaseIn { fh, ..ReleaseIn::default() }.as_bytes())?;
                 return Ok(all);

@@ -245,8 +245,9 @@ pub struct RunArgs {
     pub publish: Vec<PortForward>,
 
     /// Let the guest see a directory of this host, at the absolute path GUEST (without one, at the same path; where GUEST is a tag,
-    /// `mount -t virtiofs GUEST DIR` mounts it in the guest); `:ro` keeps it from being changed. Owned by root in the guest, by you here
-    #[arg(long, value_name = "HOST[:GUEST][:ro]", value_hint = ValueHint::DirPath)]
+    /// `mount -t virtiofs GUEST DIR` mounts it in the guest); `:ro` keeps it from being changed; `:exclusive` promises that nobody else changes
+    /// it meanwhile, which is faster. Owned by root in the guest, by you here
+    #[arg(long, value_name = "HOST[:GUEST][:ro][:exclusive]", value_hint = ValueHint::DirPath)]
     pub share: Vec<ShareConfig>,
 
     /// Guest memory, like 512M or 2G [default: 512M]

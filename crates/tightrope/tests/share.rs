@@ -79,6 +79,39 @@ fn a_command_finds_shared_directories() {
     assert_eq!(fs::read(inner.join("made")).unwrap(), b"made\n");
 }
 
+/// A directory that nobody else changes: the guest keeps what it knows, and all is there in the end.
+#[test]
+fn an_exclusive_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = dir.path().join("tree");
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("numbers"), (0..200_000u32).flat_map(u32::to_le_bytes).collect::<Vec<_>>()).unwrap();
+    let script = "set -e; cd /tree; cmp numbers numbers; cp numbers copy; cmp numbers copy
+        (for i in $(seq 300); do echo line $i; done) >>text; echo more >>text; tail -n 1 text | grep -x more; test $(wc -l <text) = 301
+        printf X | dd of=copy bs=1 seek=5000 conv=notrunc 2>/dev/null; test \"$(dd if=copy bs=1 skip=5000 count=1 2>/dev/null)\" = X
+        mkdir -p a/b; for i in $(seq 200); do echo $i >a/b/$i; done; test $(ls a/b | wc -l) = 200; mv a/b/7 a/seven; rm a/b/8; ! cat a/b/8
+        exec 3<>a/b/9; rm a/b/9; echo changed >&3; exec 4</proc/self/fd/3; read x <&4; test $x = changed
+        truncate -s 10 numbers; test $(stat -c %s numbers) = 10; echo new >numbers; test $(cat numbers) = new
+        rm -r a/b; test \"$(ls a)\" = seven; ln text hard; test $(stat -c %h text) = 2; chmod 600 text; sync";
+    fs::write(tree.join("script"), script).unwrap();
+    let share = format!("--share={}:/tree:exclusive", tree.display());
+    let mut session = boot(&[&share]);
+    // Nobody else may have it meanwhile.
+    for (other, part) in
+        [(":/tree", "shared exclusively with another VM"), (":/tree:exclusive", "shared with another VM")]
+    {
+        let finished = finish(run(&["--net=none", &format!("--share={}{other}", tree.display())]), b"");
+        assert!(finished.code() == Some(1) && finished.err.contains(part), "{finished:?}");
+    }
+    done(&mut session, "sh /tree/script");
+    power_off(session);
+    assert_eq!(fs::read(tree.join("a/seven")).unwrap(), b"7\n");
+    assert_eq!(fs::read(tree.join("numbers")).unwrap(), b"new\n");
+    assert_eq!(fs::read(tree.join("copy")).unwrap()[5000], b'X');
+    assert_eq!(fs::metadata(tree.join("hard")).unwrap().mode() & 0o777, 0o600);
+    assert!(!tree.join("a/b").exists());
+}
+
 #[test]
 fn a_directory_that_vanishes_and_a_server_that_dies() {
     let dir = tempfile::tempdir().unwrap();

@@ -8,7 +8,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::io::Errno;
 use share::Access;
 use share::channel::Client;
 use share::sandbox::Confinement;
@@ -20,7 +21,7 @@ use crate::error::Error;
 /// Most shared directories of one guest.
 pub const MAX_SHARES: usize = 8;
 
-/// `--share HOST[:GUEST][:ro]`
+/// `--share HOST[:GUEST][:ro][:exclusive]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShareConfig {
     /// The directory.
@@ -29,6 +30,8 @@ pub struct ShareConfig {
     pub guest: GuestPlace,
     /// May the guest not change it?
     pub read_only: bool,
+    /// Does nobody but the guest change it while it is shared?
+    pub exclusive: bool,
 }
 
 /// Where a guest finds a shared directory.
@@ -44,11 +47,21 @@ impl FromStr for ShareConfig {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (rest, read_only) = match text.rsplit_once(':') {
-            Some((rest, "ro")) => (rest, true),
-            Some((rest, "rw")) => (rest, false),
-            _ => (text, false),
-        };
+        let (mut rest, mut read_only, mut exclusive) = (text, false, false);
+        loop {
+            rest = match rest.rsplit_once(':') {
+                Some((rest, "ro")) => {
+                    read_only = true;
+                    rest
+                }
+                Some((rest, "rw")) => rest,
+                Some((rest, "exclusive")) => {
+                    exclusive = true;
+                    rest
+                }
+                _ => break,
+            };
+        }
         let (host, guest) = match rest.rsplit_once(':') {
             Some((host, guest)) => (host, guest.to_owned()),
             None => {
@@ -64,7 +77,7 @@ impl FromStr for ShareConfig {
             ));
         }
         let guest = GuestPlace::parse(&guest)?;
-        Ok(Self { host: host.into(), guest, read_only })
+        Ok(Self { host: host.into(), guest, read_only, exclusive })
     }
 }
 
@@ -177,8 +190,9 @@ pub(crate) fn open(
         let confinement = if sandbox == SandboxMode::Off { Confinement::Off } else { Confinement::On };
         let access = if share.read_only { Access::ReadOnly } else { Access::ReadWrite };
         let channel = Client::new().map_err(|error| cannot(error.to_string()))?;
-        let (socket, _) = share::server::start(program, argument, access, confinement, root.as_fd(), &channel)
-            .map_err(|error| cannot(error.to_string()))?;
+        let (socket, _) =
+            share::server::start(program, argument, (access, share.exclusive), confinement, root.as_fd(), &channel)
+                .map_err(|error| cannot(error.to_string()))?;
         open.push(Share { tag, name: share.host.display().to_string(), channel, socket });
     }
     Ok(open)
@@ -189,7 +203,7 @@ fn open_root(share: &ShareConfig) -> Result<OwnedFd, Error> {
     let path = &share.host;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::open(OsStr::from_bytes(path.as_os_str().as_bytes()), flags, Mode::empty());
-    root.map_err(|error| {
+    let root = root.map_err(|error| {
         let error = io::Error::from(error);
         let problem = match error.kind() {
             io::ErrorKind::NotFound => "does not exist: check the name, or make it".to_string(),
@@ -198,7 +212,21 @@ fn open_root(share: &ShareConfig) -> Result<OwnedFd, Error> {
             _ => error.to_string(),
         };
         Error::file(what, path, problem)
-    })
+    })?;
+    // Held by the server, to its end. File systems without such locks cannot tell.
+    let alone = share.exclusive && !share.read_only;
+    let lock = if alone { FlockOperation::NonBlockingLockExclusive } else { FlockOperation::NonBlockingLockShared };
+    match flock(&root, lock) {
+        Err(Errno::WOULDBLOCK) if alone => {
+            let problem = "is shared with another VM: stop that first, or leave :exclusive out".to_string();
+            Err(Error::file(what, path, problem))
+        }
+        Err(Errno::WOULDBLOCK) => {
+            let problem = "is shared exclusively with another VM: stop that first".to_string();
+            Err(Error::file(what, path, problem))
+        }
+        _ => Ok(root),
+    }
 }
 
 #[cfg(test)]
@@ -212,10 +240,26 @@ mod tests {
     #[test]
     fn texts() {
         let mounted = |path: &str| GuestPlace::Mounted(path.into());
-        assert_eq!(share("a:/b"), ShareConfig { host: "a".into(), guest: mounted("/b"), read_only: false });
-        assert_eq!(share("/a:b:/c:ro"), ShareConfig { host: "/a:b".into(), guest: mounted("/c"), read_only: true });
+        assert_eq!(
+            share("a:/b"),
+            ShareConfig { host: "a".into(), guest: mounted("/b"), read_only: false, exclusive: false }
+        );
+        assert_eq!(
+            share("/a:b:/c:ro"),
+            ShareConfig { host: "/a:b".into(), guest: mounted("/c"), read_only: true, exclusive: false }
+        );
+        for text in ["a:/b:ro:exclusive", "a:/b:exclusive:ro"] {
+            assert_eq!(
+                share(text),
+                ShareConfig { host: "a".into(), guest: mounted("/b"), read_only: true, exclusive: true }
+            );
+        }
+        assert_eq!(share("/usr:exclusive").guest, mounted("/usr"));
         assert_eq!(share("a:tag:rw").guest, GuestPlace::Tag("tag".into()));
-        assert_eq!(share("/usr/.:ro"), ShareConfig { host: "/usr/.".into(), guest: mounted("/usr"), read_only: true });
+        assert_eq!(
+            share("/usr/.:ro"),
+            ShareConfig { host: "/usr/.".into(), guest: mounted("/usr"), read_only: true, exclusive: false }
+        );
         for bad in [
             "",
             ":",

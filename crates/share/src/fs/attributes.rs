@@ -22,12 +22,12 @@ const MAX_XATTR: usize = 64 << 10;
 impl FileSystem {
     pub(super) fn getattr(&self, id: u64, asked: GetattrIn, reply: &mut Reply<'_>) -> Result<()> {
         let inode = self.inodes.get(id)?;
-        if asked.getattr_flags & abi::GETATTR_FH != 0 && inode.kind == FileType::RegularFile {
+        if asked.getattr_flags & abi::GETATTR_FH != 0 && asked.fh != 0 && inode.kind == FileType::RegularFile {
             // What is open can be asked even if its name is gone.
-            return self.with_file(asked.fh, |fd, opened, _| {
+            return self.with_file(asked.fh, id, false, |fd, opened, _| {
                 let stat = host::stat(fd)?;
                 let attr = self.attributes(opened, fd.as_fd(), &stat);
-                reply.put(&abi::AttrOut { attr_valid: 0, attr_valid_nsec: super::VALID_NS, dummy: 0, attr })
+                reply.put(&self.valid_attr(attr))
             });
         }
         let found = self.found(inode)?;
@@ -114,8 +114,8 @@ impl FileSystem {
         if i64::try_from(asked.size).is_err() {
             return Err(Errno::FBIG);
         }
-        if asked.valid & fattr::FH != 0 {
-            self.with_file(asked.fh, |fd, _, _| rustix::fs::ftruncate(fd, asked.size))?;
+        if asked.valid & fattr::FH != 0 && asked.fh != 0 {
+            self.with_file(asked.fh, found.inode.id, true, |fd, _, _| rustix::fs::ftruncate(fd, asked.size))?;
         } else {
             let file = self.reopen(&found.fd, found.inode.kind, OFlags::WRONLY)?;
             rustix::fs::ftruncate(&file, asked.size)?;

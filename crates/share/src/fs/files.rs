@@ -76,8 +76,23 @@ impl FileSystem {
         handles.get(&number).cloned().ok_or(Errno::BADF)
     }
 
-    /// Uses an open file.
-    pub(super) fn with_file<T>(&self, number: u64, act: impl FnOnce(&OwnedFd, &Inode, bool) -> Result<T>) -> Result<T> {
+    /// Uses an open file; where files are not opened (handle 0), the file `id`, to `write` to it or not.
+    pub(super) fn with_file<T>(
+        &self,
+        number: u64,
+        id: u64,
+        write: bool,
+        act: impl FnOnce(&OwnedFd, &Inode, bool) -> Result<T>,
+    ) -> Result<T> {
+        if number == 0 && self.exclusive {
+            let inode = self.inodes.get(id)?;
+            let flags = if write { OFlags::RDWR } else { OFlags::RDONLY };
+            let fd = inode.file(&self.inodes, write, |held| match inode.kind {
+                FileType::Directory => Err(Errno::ISDIR),
+                kind => self.reopen(held, kind, flags),
+            })?;
+            return act(&fd, &inode, false);
+        }
         match &*self.handle(number)? {
             Handle::File { fd, inode, append } => act(fd, inode, *append),
             Handle::Dir { .. } => Err(Errno::ISDIR),
@@ -85,11 +100,15 @@ impl FileSystem {
     }
 
     pub(super) fn add_file(&self, fd: OwnedFd, inode: Arc<Inode>, append: bool, stat: &Statx) -> Result<OpenOut> {
-        let open_flags = if inode.reopened(stat) { abi::FOPEN_KEEP_CACHE } else { 0 };
+        let open_flags = if self.exclusive || inode.reopened(stat) { abi::FOPEN_KEEP_CACHE } else { 0 };
         Ok(OpenOut { fh: self.add_handle(Handle::File { fd, inode, append })?, open_flags, padding: 0 })
     }
 
     pub(super) fn open(&self, id: u64, asked: OpenIn, reply: &mut Reply<'_>) -> Result<()> {
+        if self.no_open.load(Ordering::Relaxed) {
+            // The guest opens files by itself from now on.
+            return Err(Errno::NOSYS);
+        }
         let inode = self.inodes.get(id)?;
         let (flags, append) = open_flags(asked.flags);
         if flags.intersects(OFlags::WRONLY | OFlags::RDWR | OFlags::TRUNC) {
@@ -108,13 +127,17 @@ impl FileSystem {
     }
 
     pub(super) fn opendir(&self, id: u64, reply: &mut Reply<'_>) -> Result<()> {
+        if self.no_opendir.load(Ordering::Relaxed) {
+            return Err(Errno::NOSYS);
+        }
         let inode = self.inodes.get(id)?;
         if inode.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
         let fd = self.reopen(&*inode.fd(&self.inodes)?, inode.kind, OFlags::RDONLY)?;
         let fh = self.add_handle(Handle::Dir { fd: Mutex::new(fd), inode })?;
-        reply.put(&OpenOut { fh, ..OpenOut::default() })
+        let open_flags = if self.exclusive { abi::FOPEN_KEEP_CACHE | abi::FOPEN_CACHE_DIR } else { 0 };
+        reply.put(&OpenOut { fh, open_flags, padding: 0 })
     }
 
     pub(super) fn release(&self, asked: ReleaseIn) {
@@ -122,9 +145,9 @@ impl FileSystem {
         drop(gone); // with the lock released: closing may take time
     }
 
-    pub(super) fn read(&self, asked: ReadIn, reply: &mut Reply<'_>) -> Result<()> {
+    pub(super) fn read(&self, id: u64, asked: ReadIn, reply: &mut Reply<'_>) -> Result<()> {
         let at = offset(asked.offset)?;
-        self.with_file(asked.fh, |fd, _, _| {
+        self.with_file(asked.fh, id, false, |fd, _, _| {
             let want = (asked.size as usize).min(MAX_DATA);
             let mut done = 0;
             // Short only at the end of the file: the guest takes the rest for zeros.
@@ -144,10 +167,10 @@ impl FileSystem {
         })
     }
 
-    pub(super) fn write(&self, asked: WriteIn, data: &[u8], reply: &mut Reply<'_>) -> Result<()> {
+    pub(super) fn write(&self, id: u64, asked: WriteIn, data: &[u8], reply: &mut Reply<'_>) -> Result<()> {
         self.changing()?;
         let at = offset(asked.offset)?;
-        self.with_file(asked.fh, |fd, inode, append| {
+        self.with_file(asked.fh, id, true, |fd, inode, append| {
             if asked.write_flags & abi::WRITE_KILL_SUIDGID != 0 {
                 self.drop_special(inode)?;
             }
@@ -167,8 +190,17 @@ impl FileSystem {
         })
     }
 
-    pub(super) fn fsync(&self, asked: FsyncIn) -> Result<()> {
+    pub(super) fn fsync(&self, id: u64, asked: FsyncIn) -> Result<()> {
         let data_only = asked.fsync_flags & abi::FSYNC_FDATASYNC != 0;
+        if asked.fh == 0 && self.exclusive {
+            let inode = self.inodes.get(id)?;
+            if inode.kind == FileType::Directory {
+                let fd = self.reopen(&*inode.fd(&self.inodes)?, inode.kind, OFlags::RDONLY)?;
+                return rustix::fs::fsync(fd);
+            }
+            let sync = |fd: &OwnedFd| if data_only { rustix::fs::fdatasync(fd) } else { rustix::fs::fsync(fd) };
+            return self.with_file(0, id, false, |fd, _, _| sync(fd));
+        }
         match &*self.handle(asked.fh)? {
             Handle::File { fd, .. } if data_only => rustix::fs::fdatasync(fd),
             Handle::File { fd, .. } => rustix::fs::fsync(fd),
@@ -176,14 +208,14 @@ impl FileSystem {
         }
     }
 
-    pub(super) fn fallocate(&self, asked: FallocateIn) -> Result<()> {
+    pub(super) fn fallocate(&self, id: u64, asked: FallocateIn) -> Result<()> {
         self.changing()?;
         let mode = FallocateFlags::from_bits(asked.mode).ok_or(Errno::OPNOTSUPP)?;
         let (at, len) = (offset(asked.offset)?, offset(asked.length)?);
-        self.with_file(asked.fh, |fd, _, _| again(|| rustix::fs::fallocate(fd, mode, at, len)))
+        self.with_file(asked.fh, id, true, |fd, _, _| again(|| rustix::fs::fallocate(fd, mode, at, len)))
     }
 
-    pub(super) fn lseek(&self, asked: LseekIn, reply: &mut Reply<'_>) -> Result<()> {
+    pub(super) fn lseek(&self, id: u64, asked: LseekIn, reply: &mut Reply<'_>) -> Result<()> {
         let at = offset(asked.offset)?;
         let whence = match i32::try_from(asked.whence) {
             Ok(libc::SEEK_DATA) => SeekFrom::Data(at),
@@ -191,11 +223,11 @@ impl FileSystem {
             _ => return Err(Errno::INVAL),
         };
         // The file's own position is used by nothing else.
-        let offset = self.with_file(asked.fh, |fd, _, _| rustix::fs::seek(fd, whence))?;
+        let offset = self.with_file(asked.fh, id, false, |fd, _, _| rustix::fs::seek(fd, whence))?;
         reply.put(&LseekOut { offset })
     }
 
-    pub(super) fn copy_file_range(&self, asked: CopyFileRangeIn, reply: &mut Reply<'_>) -> Result<()> {
+    pub(super) fn copy_file_range(&self, id: u64, asked: CopyFileRangeIn, reply: &mut Reply<'_>) -> Result<()> {
         self.changing()?;
         let (mut from, mut to) = (offset(asked.off_in)?, offset(asked.off_out)?);
         // No longer at a time than others should wait for.
@@ -203,8 +235,8 @@ impl FileSystem {
         if asked.flags != 0 {
             return Err(Errno::INVAL);
         }
-        let count = self.with_file(asked.fh_in, |source, _, _| {
-            self.with_file(asked.fh_out, |target, _, _| {
+        let count = self.with_file(asked.fh_in, id, false, |source, _, _| {
+            self.with_file(asked.fh_out, asked.nodeid_out, true, |target, _, _| {
                 again(|| rustix::fs::copy_file_range(source, Some(&mut from), target, Some(&mut to), len))
             })
         })?;
@@ -228,9 +260,18 @@ impl FileSystem {
     }
 
     /// READDIR, or with `plus` READDIRPLUS, which also looks each name up.
-    pub(super) fn readdir(&self, asked: ReadIn, plus: bool, reply: &mut Reply<'_>) -> Result<()> {
+    pub(super) fn readdir(&self, id: u64, asked: ReadIn, plus: bool, reply: &mut Reply<'_>) -> Result<()> {
         let at = offset(asked.offset)?;
-        let handle = self.handle(asked.fh)?;
+        let handle = if asked.fh == 0 && self.exclusive {
+            let inode = self.inodes.get(id)?;
+            if inode.kind != FileType::Directory {
+                return Err(Errno::NOTDIR);
+            }
+            let fd = Mutex::new(self.reopen(&*inode.fd(&self.inodes)?, inode.kind, OFlags::RDONLY)?);
+            Arc::new(Handle::Dir { fd, inode })
+        } else {
+            self.handle(asked.fh)?
+        };
         let Handle::Dir { fd, inode: dir } = &*handle else { return Err(Errno::NOTDIR) };
         let fd = fd.lock().unwrap_or_else(PoisonError::into_inner);
         rustix::fs::seek(&*fd, SeekFrom::Start(at))?;

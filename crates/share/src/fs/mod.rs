@@ -34,6 +34,8 @@ pub const MAX_DATA: usize = 1 << 20;
 /// How long the guest may use what it knows of names and attributes without asking, in nanoseconds: what is changed on the host shows in
 /// the guest after this time at the latest.
 const VALID_NS: u32 = 100_000_000;
+/// The same where nobody but the guest changes anything, in seconds.
+const EXCLUSIVE_VALID_S: u64 = 3600;
 /// Requests the guest may have on the way by itself (reading ahead, writing mapped files back).
 const MAX_BACKGROUND: u16 = 32;
 /// What of INIT's flags is used if the guest has it.
@@ -48,6 +50,10 @@ const INIT_FLAGS: u32 = init::ASYNC_READ
     | init::MAX_PAGES
     | init::CACHE_SYMLINKS
     | init::HANDLE_KILLPRIV_V2;
+/// As [`INIT_FLAGS`], for an exclusive directory: nothing is opened here by the guest's leave, so truncation comes by itself, and nothing
+/// becomes void by itself. The two others only say what the guest's kernel can do.
+const EXCLUSIVE_FLAGS: u32 =
+    INIT_FLAGS & !(init::ATOMIC_O_TRUNC | init::AUTO_INVAL_DATA) | init::NO_OPEN_SUPPORT | init::NO_OPENDIR_SUPPORT;
 
 /// May the guest change anything?
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -61,6 +67,11 @@ pub enum Access {
 /// A shared directory.
 pub struct FileSystem {
     access: Access,
+    /// Nobody else changes the directory while it is shared.
+    exclusive: bool,
+    /// The guest's kernel can do without opening files, and directories.
+    no_open: AtomicBool,
+    no_opendir: AtomicBool,
     identity: Identity,
     /// The root, opened for reading: for SYNCFS.
     root: OwnedFd,
@@ -94,6 +105,9 @@ impl FileSystem {
         let identity = Identity { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw() };
         Ok(Self {
             access,
+            exclusive: false,
+            no_open: AtomicBool::new(false),
+            no_opendir: AtomicBool::new(false),
             identity,
             root,
             device: (stat.stx_dev_major, stat.stx_dev_minor),
@@ -104,6 +118,19 @@ impl FileSystem {
             permissions: Mutex::default(),
             gone: AtomicBool::new(false),
         })
+    }
+
+    /// Nobody but the guest changes the directory: it may keep for long what it knows. (It writes at once all the same: writing later brings
+    /// nothing, as Linux lets such a file system have next to no unwritten pages.)
+    #[must_use]
+    pub fn exclusive(mut self) -> Self {
+        self.exclusive = true;
+        self
+    }
+
+    /// How long the guest may use what it is told, in seconds and nanoseconds.
+    fn valid(&self) -> (u64, u32) {
+        if self.exclusive { (EXCLUSIVE_VALID_S, 0) } else { (0, VALID_NS) }
     }
 
     /// Has the directory been removed on the host?
@@ -190,17 +217,17 @@ impl FileSystem {
                 self.release(request.take()?);
                 Ok(())
             }
-            op::READ => self.read(request.take()?, reply),
+            op::READ => self.read(id, request.take()?, reply),
             op::WRITE => {
                 let write: abi::WriteIn = request.take()?;
-                self.write(write, request.data(write.size)?, reply)
+                self.write(id, write, request.data(write.size)?, reply)
             }
-            op::READDIR => self.readdir(request.take()?, false, reply),
-            op::READDIRPLUS => self.readdir(request.take()?, true, reply),
-            op::FSYNC | op::FSYNCDIR => self.fsync(request.take()?),
-            op::FALLOCATE => self.fallocate(request.take()?),
-            op::LSEEK => self.lseek(request.take()?, reply),
-            op::COPY_FILE_RANGE => self.copy_file_range(request.take()?, reply),
+            op::READDIR => self.readdir(id, request.take()?, false, reply),
+            op::READDIRPLUS => self.readdir(id, request.take()?, true, reply),
+            op::FSYNC | op::FSYNCDIR => self.fsync(id, request.take()?),
+            op::FALLOCATE => self.fallocate(id, request.take()?),
+            op::LSEEK => self.lseek(id, request.take()?, reply),
+            op::COPY_FILE_RANGE => self.copy_file_range(id, request.take()?, reply),
             _ => Err(Errno::NOSYS),
         }
     }
@@ -218,7 +245,9 @@ impl FileSystem {
             }
             out.minor = abi::MINOR.min(asked.minor);
             out.max_readahead = asked.max_readahead;
-            out.flags = INIT_FLAGS & asked.flags;
+            out.flags = if self.exclusive { EXCLUSIVE_FLAGS } else { INIT_FLAGS } & asked.flags;
+            self.no_open.store(out.flags & init::NO_OPEN_SUPPORT != 0, Ordering::Relaxed);
+            self.no_opendir.store(out.flags & init::NO_OPENDIR_SUPPORT != 0, Ordering::Relaxed);
             out.max_background = MAX_BACKGROUND;
             out.congestion_threshold = MAX_BACKGROUND / 4 * 3;
             out.max_write = MAX_DATA as u32;
@@ -339,18 +368,24 @@ impl FileSystem {
 
     fn attr_out(&self, found: &Found) -> AttrOut {
         let attr = self.attributes(&found.inode, found.fd.as_fd(), &found.stat);
-        AttrOut { attr_valid: 0, attr_valid_nsec: VALID_NS, dummy: 0, attr }
+        self.valid_attr(attr)
+    }
+
+    fn valid_attr(&self, attr: Attr) -> AttrOut {
+        let (attr_valid, attr_valid_nsec) = self.valid();
+        AttrOut { attr_valid, attr_valid_nsec, dummy: 0, attr }
     }
 
     fn entry(&self, found: &Found) -> EntryOut {
+        let (valid, valid_nsec) = self.valid();
         let attr = self.attributes(&found.inode, found.fd.as_fd(), &found.stat);
         EntryOut {
             nodeid: found.inode.id,
             generation: 0,
-            entry_valid: 0,
-            attr_valid: 0,
-            entry_valid_nsec: VALID_NS,
-            attr_valid_nsec: VALID_NS,
+            entry_valid: valid,
+            attr_valid: valid,
+            entry_valid_nsec: valid_nsec,
+            attr_valid_nsec: valid_nsec,
             attr,
         }
     }

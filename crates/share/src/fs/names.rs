@@ -8,7 +8,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::files::open_flags;
-use super::{FileSystem, Found, VALID_NS};
+use super::{FileSystem, Found};
 use crate::abi::{CreateIn, EntryOut, InHeader, LinkIn, MkdirIn, MknodIn};
 use crate::host::{self, Link};
 use crate::inode::Inode;
@@ -27,7 +27,8 @@ impl FileSystem {
             Ok(found) => self.put_entry(&found, reply),
             // That it is not there may be remembered as well.
             Err(Errno::NOENT) if !self.is_gone() => {
-                reply.put(&EntryOut { entry_valid_nsec: VALID_NS, ..EntryOut::default() })
+                let (entry_valid, entry_valid_nsec) = self.valid();
+                reply.put(&EntryOut { entry_valid, entry_valid_nsec, ..EntryOut::default() })
             }
             Err(errno) => Err(errno),
         }
@@ -129,8 +130,19 @@ impl FileSystem {
         self.put_entry(&found, reply)
     }
 
+    /// The name goes, or becomes another's: the guest may have the file open without our knowing, so it must stay in hand.
+    fn keep_hold(&self, dir: &OwnedFd, name: &CStr) {
+        if self.exclusive
+            && let Ok(fd) = host::hold_below(dir, name)
+            && let Ok(stat) = host::stat(&fd)
+        {
+            self.inodes.keep_hold(&stat, fd);
+        }
+    }
+
     pub(super) fn remove(&self, id: u64, name: &CStr, flags: AtFlags) -> Result<()> {
         let (_, fd) = self.dir(id)?;
+        self.keep_hold(&fd, name);
         self.lifted(&*fd, 0o700, || rustix::fs::unlinkat(&*fd, name, flags))
     }
 
@@ -140,6 +152,8 @@ impl FileSystem {
         let flags = RenameFlags::from_bits(flags).filter(|flags| allowed.contains(*flags)).ok_or(Errno::INVAL)?;
         let (_, from) = self.dir(id)?;
         let (_, to) = self.dir(new_id)?;
+        self.keep_hold(&from, old);
+        self.keep_hold(&to, new);
         let act = || rustix::fs::renameat_with(&*from, old, &*to, new, flags);
         match self.lifted(&*from, 0o700, act) {
             Err(Errno::ACCESS) if id != new_id => self.lifted(&*to, 0o700, act),

@@ -15,11 +15,16 @@ struct Rig {
 }
 
 fn rig_with(access: Access, max_files: usize) -> Rig {
+    rig_of(access, max_files, false)
+}
+
+fn rig_of(access: Access, max_files: usize, exclusive: bool) -> Rig {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join("root")).unwrap();
     fs::write(dir.path().join("secret"), b"the host's").unwrap();
     let root = fs::File::open(dir.path().join("root")).unwrap();
-    let system = Arc::new(FileSystem::new(root.into(), access, max_files).unwrap());
+    let system = FileSystem::new(root.into(), access, max_files).unwrap();
+    let system = Arc::new(if exclusive { system.exclusive() } else { system });
     let server = system.clone();
     let guest = Guest::new(move |request, room| {
         let mut answer = vec![0; room];
@@ -44,6 +49,61 @@ impl Rig {
         let names: Vec<_> = fs::read_dir(self.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(names.len(), 2, "{names:?}");
     }
+}
+
+/// Where nobody else changes anything, the guest may keep what it knows, and files are not opened by requests. However few descriptors there
+/// are, what has lost its name or got another stays the same file.
+#[test]
+fn an_exclusive_directory() {
+    let rig = rig_of(Access::ReadWrite, 40, true);
+    let (guest, root) = (&rig.guest, rig.root());
+    let entry = guest.lookup(ROOT_ID, "none");
+    assert_eq!(entry.err(), Some(ENOENT));
+    let names = ["gone", "moved", "replaced", "with"];
+    for name in names {
+        fs::write(root.join(name), name).unwrap();
+    }
+    let nodes = names.map(|name| {
+        let entry = guest.lookup(ROOT_ID, name).unwrap();
+        assert_eq!((entry.entry_valid, entry.attr_valid), (3600, 3600));
+        entry.nodeid
+    });
+    assert_eq!(guest.open(nodes[0], libc::O_RDWR).err(), Some(libc::ENOSYS));
+    guest.unlink(ROOT_ID, "gone").unwrap();
+    guest.rename(ROOT_ID, "moved", ROOT_ID, "elsewhere", 0).unwrap();
+    guest.rename(ROOT_ID, "with", ROOT_ID, "replaced", 0).unwrap();
+    for number in 0..100 {
+        fs::write(root.join(format!("f{number}")), [number]).unwrap();
+        let node = guest.walk(&format!("f{number}")).unwrap();
+        assert_eq!(guest.read_of(node, 0, 9), Ok(vec![number]));
+        assert_eq!(guest.write_of(node, 1, b"x"), Ok(1));
+    }
+    assert!(rig.system.inodes.open() <= 40, "{}", rig.system.inodes.open());
+    for (node, name) in nodes.into_iter().zip(names) {
+        assert_eq!(guest.read_of(node, 0, 20), Ok(name.as_bytes().to_vec()));
+        assert_eq!(guest.write_of(node, 0, b"X"), Ok(1));
+        assert_eq!(
+            guest
+                .setattr(node, SetattrIn { valid: fattr::SIZE | fattr::FH, size: 2, ..SetattrIn::default() })
+                .unwrap()
+                .size,
+            2
+        );
+    }
+    assert_eq!(fs::read(root.join("replaced")).unwrap(), b"Xi");
+    assert_eq!(fs::read(root.join("elsewhere")).unwrap(), b"Xo");
+    assert_eq!(fs::read(root.join("f7")).unwrap(), [7, b'x']);
+    // What is made is opened as ever.
+    let (_, made) = guest.create(ROOT_ID, "made", libc::O_RDWR, 0o600).unwrap();
+    assert_eq!(made.open_flags & FOPEN_KEEP_CACHE, FOPEN_KEEP_CACHE);
+    guest.write(made.fh, 0, b"ab").unwrap();
+    assert_eq!(guest.read(made.fh, 0, 9), Ok(b"ab".to_vec()));
+    assert_eq!(guest.list(ROOT_ID, true, 4096).unwrap().len(), 105);
+    assert_eq!(guest.read_of(ROOT_ID, 0, 9).err(), Some(libc::EISDIR));
+    assert_eq!(guest.read_of(1 << 40, 0, 9).err(), Some(libc::ESTALE));
+    // Otherwise there is no such thing as handle 0.
+    assert_eq!(crate::fs::tests::rig().guest.read_of(ROOT_ID, 0, 9).err(), Some(libc::EBADF));
+    rig.outside_is_whole();
 }
 
 #[test]

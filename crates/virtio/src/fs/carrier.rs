@@ -42,7 +42,7 @@ struct OnTheWay {
 struct Work {
     queues: [Option<Virtqueue>; QUEUES],
     slots: [Option<OnTheWay>; SLOTS],
-    /// A queue is being stopped: nothing new is taken from it.
+    /// A queue is being stopped: nothing new is taken from it, and somebody waits for what is on the way.
     stopping: [bool; QUEUES],
     dead: bool,
 }
@@ -240,12 +240,19 @@ impl Shared {
                     });
                 }
             }
-            self.progress.notify_all();
+            self.tell(work);
             if full {
                 for index in 0..QUEUES {
                     self.take_requests(work, index);
                 }
             }
+        }
+    }
+
+    /// Wakes who waits for answers. (That is a system call even where nobody does.)
+    fn tell(&self, work: &Work) {
+        if work.stopping.contains(&true) {
+            self.progress.notify_all();
         }
     }
 
@@ -284,7 +291,7 @@ impl Shared {
                 self.answer(work, request, head, |writable| refuse(writable, request.unique, libc::EIO));
             }
         }
-        self.progress.notify_all();
+        self.tell(work);
         for index in 0..QUEUES {
             self.take_requests(work, index);
         }
