@@ -57,7 +57,7 @@ pub const MAX_SITES: usize = 8192;
 /// that lead to the same page share one.
 pub const OWN_SITES: usize = 7168;
 /// Wrong predictions in a second after which a site predicts no more.
-pub const WRONG_PREDICTIONS: i32 = 4_000;
+pub const WRONG_PREDICTIONS: i32 = 400_000;
 
 /// Why translated code came back to the dispatcher.
 pub mod reason {

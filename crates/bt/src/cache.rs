@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use iced_x86::Encoder;
 
 use crate::analyze::{Analyzer, Insn, Mode};
-use crate::emit::{Access, Context, Emitter, LinkKind, Meta, Number, Output, Part, Target};
+use crate::emit::{Access, Context, Emitter, LinkKind, Meta, Number, Output, Part, Target, searching};
 use crate::kick::KickHandle;
 use crate::memory::CodeMemory;
 use crate::stubs::{self, Stubs};
@@ -135,8 +135,8 @@ pub struct Block {
     /// Slots that may lead here.
     slots: Vec<u32>,
     alive: bool,
-    /// Translated to be short, and not yet again to be fast.
-    compact: bool,
+    /// Could be made faster by translating it again: it was translated to be short, or predicts in vain.
+    improvable: bool,
     /// Samples in [`Self::window`].
     samples: u8,
     window: u32,
@@ -310,6 +310,8 @@ pub struct Cache {
     next_sites: [[u32; 2]; 2],
     /// New code is translated to be short; what is hot is translated again to be fast.
     pub compact: bool,
+    /// Accesses whose predictions have failed often, see [`searching`].
+    searching: FastSet<u64>,
     /// Samples that were taken of blocks.
     samples: u64,
     pub counters: CacheCounters,
@@ -333,6 +335,8 @@ const COLD_SHIFT: usize = 15;
 /// So many samples are looked at together: a block of which [`HOT`] are is hot.
 const WINDOW: u64 = 4096;
 const HOT: u8 = 2;
+/// Entries of [`Cache::searching`].
+const MAX_SEARCHING: usize = 1 << 16;
 
 /// Slow writes to a page with code that miss the code, before all of its code is dropped.
 const NEAR_MISSES: u32 = 64;
@@ -366,6 +370,7 @@ impl Cache {
             spare: Output::default(),
             next_sites: [[0; 2]; 2],
             compact: false,
+            searching: FastSet::default(),
             samples: 0,
             counters: CacheCounters::default(),
             trace: None,
@@ -431,6 +436,15 @@ impl Cache {
     /// vCPUs must be parked.
     pub fn stop_predicting(&mut self, site: u16, position: usize) {
         self.counters.unpredictable += 1;
+        if let Some((id, meta)) = self.locate_block(position) {
+            if self.searching.len() >= MAX_SEARCHING {
+                self.searching.clear();
+            }
+            let block = &mut self.blocks[id];
+            block.improvable = true;
+            let write = usize::from(site) / crate::block::MAX_SITES % 2 != 0;
+            self.searching.insert(searching(block.key.page, meta.offset, write));
+        }
         let table = usize::from(site) / crate::block::MAX_SITES;
         let mut code = [0xe8, 0, 0, 0, 0, 0x0f, 0x1f, 0x40, 0]; // call; nop [rax + 0]
         let displacement = (self.stubs.search[table] as i64 - position as i64 - 5) as i32;
@@ -564,7 +578,7 @@ impl Cache {
         self.samples += 1;
         let window = (self.samples / WINDOW) as u32;
         let id = self.blocks.partition_point(|b| b.hot <= position).checked_sub(1)?;
-        let block = self.blocks.get_mut(id).filter(|b| b.compact && b.alive && position < b.hot + b.hot_len)?;
+        let block = self.blocks.get_mut(id).filter(|b| b.improvable && b.alive && position < b.hot + b.hot_len)?;
         if block.window != window {
             block.window = window;
             block.samples = 0;
@@ -576,9 +590,11 @@ impl Cache {
     /// Translates a hot block again, from the page that it lies in, to be fast. The old translation leads to the new one from now on; only
     /// returns still come back to it. Only when no other vCPU is inside translated code.
     pub fn promote(&mut self, old: BlockId, page: &[u8], forgotten: &mut Forgotten) -> Result<(), Full> {
-        let Some(block) = self.block(old).filter(|b| b.alive && b.compact) else { return Ok(()) };
+        let Some(block) = self.block(old).filter(|b| b.alive && b.improvable) else { return Ok(()) };
         let key = block.key;
         if self.find(&key) != Some(old) {
+            // Only returns still come here.
+            self.blocks[old as usize].improvable = false;
             return Ok(());
         }
         let offset = (key.address & 0xfff) as usize;
@@ -599,7 +615,7 @@ impl Cache {
             self.memory.write_jump(was.2, now.2);
         }
         let block = &mut self.blocks[old as usize];
-        block.compact = false;
+        block.improvable = false;
         forgotten.targets.push((Place { address: key.address, base: block.base }, key.mode.user));
         forgotten.slots.append(&mut block.slots);
         for link in std::mem::take(&mut block.incoming) {
@@ -633,6 +649,8 @@ impl Cache {
             bytes,
             first_sites: self.next_sites[usize::from(key.mode.user)],
             compact,
+            gpa: key.page,
+            searching: &self.searching,
         };
         let (output, encoder) = Emitter::block(context, &insns, encoder, std::mem::take(&mut self.spare));
         self.encoder = Some(encoder);
@@ -791,7 +809,7 @@ impl Cache {
             incoming: Vec::new(),
             slots: Vec::new(),
             alive: true,
-            compact: translated.compact,
+            improvable: translated.compact,
             samples: 0,
             window: 0,
         }
@@ -822,14 +840,19 @@ impl Cache {
 
     /// The instruction that the host address in the hot part belongs to, and how to restore state.
     pub fn locate(&self, address: u64) -> Option<(Place, Meta)> {
-        let position = self.memory.position(address)?;
-        let after = self.blocks.partition_point(|b| b.hot <= position);
-        let block = self.blocks.get(after.checked_sub(1)?)?;
+        let (id, meta) = self.locate_block(self.memory.position(address)?)?;
+        let block = &self.blocks[id];
+        let address = (block.key.address & !0xfff) + u64::from(meta.offset);
+        Some((Place { address, base: block.base }, meta))
+    }
+
+    /// The block that the position in the hot part belongs to.
+    fn locate_block(&self, position: usize) -> Option<(usize, Meta)> {
+        let id = self.blocks.partition_point(|b| b.hot <= position).checked_sub(1)?;
+        let block = &self.blocks[id];
         let offset = position.checked_sub(block.hot).filter(|&o| o < block.hot_len)? as u32;
         let after = block.meta.partition_point(|m| m.at <= offset);
-        let meta = block.meta.get(after.checked_sub(1)?)?;
-        let address = (block.key.address & !0xfff) + u64::from(meta.offset);
-        Some((Place { address, base: block.base }, *meta))
+        Some((id, *block.meta.get(after.checked_sub(1)?)?))
     }
 
     /// Guest-physical bytes were written: which translations must go? From now on copies taken before make none.
@@ -975,6 +998,7 @@ impl Cache {
         self.sites.slots.clear();
         self.slot_map.clear();
         self.bases.clear();
+        self.searching.clear();
         self.reset();
         self.counters.flushes += 1;
         if let Some(trace) = &self.trace {

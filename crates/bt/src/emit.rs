@@ -12,12 +12,13 @@ use iced_x86::{Code, Encoder, Instruction, OpKind, Register};
 use interp::GPR64;
 
 use self::access::Address;
-pub use self::access::LOAD;
+pub use self::access::{LOAD, searching};
 pub use self::output::*;
 
 use crate::analyze::{ALL_FLAGS, Class, Insn, Mode, changes_flags};
 use crate::asm::{Asm, Mem, R9, R10, R11, RBP, RCX, Reg, cc};
 use crate::block::{off, reason};
+use crate::cache::FastSet;
 use crate::stubs::lookup_indirect;
 
 /// Positions the emitter needs.
@@ -33,8 +34,12 @@ pub struct Context<'a> {
     pub bytes: &'a [u8],
     /// Numbers of the block's first check sites: reads, writes.
     pub first_sites: [u32; 2],
-    /// Short code rather than fast: see [`crate::cache::Tier`].
+    /// Short code rather than fast.
     pub compact: bool,
+    /// Guest-physical address of the page.
+    pub gpa: u64,
+    /// Accesses that are not worth predicting, see [`searching`].
+    pub searching: &'a FastSet<u64>,
 }
 
 /// Where the guest's arithmetic flags are.

@@ -41,9 +41,10 @@ const _: () = assert!(0x18 + 8 * MAX_GROUPS <= 128);
 
 /// What a check site does when its prediction fails.
 struct Miss {
-    /// For the stub, see [`crate::stubs::Failed`].
-    site: Failed,
+    /// For the stub, see [`crate::stubs::Failed`]. None: the site searches.
+    site: Option<Failed>,
     access: Access,
+    write: bool,
 }
 
 impl Emitter<'_> {
@@ -145,21 +146,21 @@ impl Emitter<'_> {
             Address::Simple(base, disp) => {
                 let compute = move |asm: &mut Asm| address_of(asm, base, disp);
                 let miss = self.probe(insn, size, write, &compute);
-                self.hot.load(R10, Mem::base(R10, 8));
+                self.hot.load(R10, self.tlb_entry(&miss, 8));
                 self.probe_miss(&miss, &compute);
                 Ok(Mem::sum(base, R10, disp))
             }
             Address::Sum => {
                 let miss = self.probe(insn, size, write, compute);
                 compute(&mut self.hot);
-                self.hot.load(R10, Mem::base(R10, 8));
+                self.hot.load(R10, self.tlb_entry(&miss, 8));
                 self.probe_miss(&miss, compute);
                 Ok(Mem::sum(R11, R10, 0))
             }
             Address::Computed => {
                 let miss = self.probe(insn, size, write, compute);
-                self.hot.xor_mem(R11, Mem::base(R10, 0));
-                self.hot.load(R10, Mem::base(R10, 8));
+                self.hot.xor_mem(R11, self.tlb_entry(&miss, 0));
+                self.hot.load(R10, self.tlb_entry(&miss, 8));
                 self.probe_miss(&miss, compute);
                 Ok(Mem::sum(R11, R10, 0))
             }
@@ -264,31 +265,48 @@ impl Emitter<'_> {
         number
     }
 
-    /// The hot part of a check by prediction; falls through with the entry's address in R10. The jump to the cold part is not bound yet: it
-    /// leads to the cold part's present end.
+    /// The field at `offset` of the entry of the software TLB that a probe has led R10 to.
+    fn tlb_entry(&self, miss: &Miss, offset: i32) -> Mem {
+        match miss.site {
+            Some(_) => Mem::base(R10, offset),
+            None => Mem::gs_base(R10, off::tlb(self.context.mode.user, miss.write) + offset),
+        }
+    }
+
+    /// The hot part of a check by prediction, or by search; falls through with R10 leading to the entry. The jump to the cold part is not bound
+    /// yet: it leads to the cold part's present end.
     fn probe(&mut self, insn: &Insn, size: u16, write: bool, compute: &dyn Fn(&mut Asm)) -> Miss {
-        let table = self.table(write) as u32;
-        let site = table * MAX_SITES as u32 + self.site_number(insn, write);
+        let mut access = self.access(insn, size, write);
         compute(&mut self.hot);
-        let at = self.hot.len();
-        self.hot.load(R10, Mem::gs(off::site(site)));
-        debug_assert_eq!(self.hot.len() - at, LOAD);
-        self.hot.xor_mem(R11, Mem::base(R10, 0));
+        let mut site = None;
+        if self.context.searching.contains(&searching(self.context.gpa, insn.offset, write)) {
+            self.hot.raw(&[0xc4, 0x43, 0x7b, 0xf0, 0xd3, 8]); // rorx r10d, r11d, 8
+            self.hot.and32_imm(R10, 0xfff0);
+            self.hot.xor_mem(R11, Mem::gs_base(R10, off::tlb(self.context.mode.user, write)));
+        } else {
+            let number = (self.table(write) * MAX_SITES) as u32 + self.site_number(insn, write);
+            let at = self.hot.len();
+            self.hot.load(R10, Mem::gs(off::site(number)));
+            debug_assert_eq!(self.hot.len() - at, LOAD);
+            self.hot.xor_mem(R11, Mem::base(R10, 0));
+            access.site = Some((number as u16, at as u32));
+            site = Some(Failed { site: number, size, group: false });
+        }
         self.hot.cmp_imm(R11, 4096 - i32::from(size));
         let slow = self.hot.jcc(cc::A);
         self.fix(Part::Hot, slow, Target::Own(Part::Cold, self.cold.len()));
-        let mut access = self.access(insn, size, write);
-        access.site = Some((site as u16, at as u32));
-        let site = Failed { site, size, group: false };
-        Miss { site, access }
+        Miss { site, access, write }
     }
 
-    /// The cold part of a check by prediction: the stub tries the entry that belongs to the address, then the monitor. Comes back with the
-    /// delta in R10 and the address in R11.
+    /// The cold part of a check: the stub tries the entry that belongs to the address, then the monitor. Comes back with the delta in R10 and
+    /// the address in R11.
     fn probe_miss(&mut self, miss: &Miss, compute: &dyn Fn(&mut Asm)) {
         let back = self.hot.len();
         compute(&mut self.cold);
-        self.failed(miss.site, miss.access);
+        match miss.site {
+            Some(site) => self.failed(site, miss.access),
+            None => self.ask(miss.access),
+        }
         self.back(back);
     }
 
@@ -381,16 +399,27 @@ impl Emitter<'_> {
         }
         self.flags_to_block(insn.live_before);
         self.note_flags(insn);
-        let Miss { mut site, access } = self.probe(insn, group.span, write, &range);
-        self.hot.load(R10, Mem::base(R10, 8));
+        let miss = self.probe(insn, group.span, write, &range);
+        self.hot.load(R10, self.tlb_entry(&miss, 8));
         let back = self.hot.len();
         self.hot.store(delta(group.slot), R10);
         self.at_hand(group.slot);
         // A wrong prediction, a miss, or a range across a page?
-        site.group = true;
         range(&mut self.cold);
-        self.failed(site, access);
-        let crosses = self.cold.jcc(cc::B);
+        let crosses = match miss.site {
+            Some(site) => {
+                self.failed(Failed { group: true, ..site }, miss.access);
+                self.cold.jcc(cc::B)
+            }
+            None => {
+                self.cold.mov32(R10, R11);
+                self.cold.and32_imm(R10, 0xfff);
+                self.cold.cmp_imm(R10, 4096 - i32::from(group.span));
+                let crosses = self.cold.jcc(cc::A);
+                self.ask(miss.access);
+                crosses
+            }
+        };
         self.back(back);
         self.cold.patch32(crosses);
         self.without_groups(insn);
@@ -503,6 +532,11 @@ impl Emitter<'_> {
         let at = self.cold.jmp();
         self.fix(Part::Cold, at, Target::Own(Part::Hot, back));
     }
+}
+
+/// What [`super::Context::searching`] holds of an access: of the instruction at `offset` in the page at guest-physical address `gpa`.
+pub fn searching(gpa: u64, offset: u16, write: bool) -> u64 {
+    (gpa + u64::from(offset)) << 1 | u64::from(write)
 }
 
 /// `mov reg, address`, where the address is relative to the base of number `base`. Leaves the flags.

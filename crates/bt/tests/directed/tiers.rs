@@ -10,7 +10,7 @@ fn counter(guest: &Guest, name: &str) -> u64 {
 
 /// Stops after each round, and goes on until `done`; some seconds at most.
 fn rounds(guest: &mut Guest, mut check: impl FnMut(&Guest, u64), done: impl Fn(&Guest) -> bool) {
-    for round in 1..5000 {
+    for round in 1..20_000 {
         guest.stop();
         check(guest, round);
         if done(guest) {
@@ -103,6 +103,56 @@ fn fast_code_is_written() {
         guest.stop();
         assert_eq!(guest.stop().gpr[2], 20_000 * u64::from(value));
     }
+}
+
+/// Accesses that go to another page each time: predictions fail, the block is translated once more, and then its accesses search. Some go across the
+/// end of a page.
+#[test]
+fn unpredictable_accesses_search() {
+    let mut guest = Guest::new(Kind::Bt);
+    const PAGES: u64 = 256;
+    guest.code(CODE, |a| {
+        let (mut round, mut top) = (a.create_label(), a.create_label());
+        a.set_label(&mut round)?;
+        a.mov(ecx, 20_000)?;
+        a.xor(edx, edx)?;
+        a.set_label(&mut top)?;
+        // The next place: one of 256 pages, at an offset that walks over the page's end.
+        a.imul_3(esi, esi, 0x0101_0105)?;
+        a.add(esi, 0x3333)?;
+        a.mov(edi, esi)?;
+        a.shr(edi, 4)?;
+        a.and(edi, (PAGES as i32 - 1) << 12 | 0xfff)?;
+        a.mov(rax, qword_ptr(rbx + rdi))?;
+        a.lea(r12, ptr(rbx + rdi))?;
+        a.inc(qword_ptr(r12))?;
+        a.inc(qword_ptr(r12 + 24))?;
+        a.add(rdx, qword_ptr(r12 + 24))?;
+        a.sub(qword_ptr(r12 + 24), 1)?;
+        a.dec(qword_ptr(rbx + rdi))?;
+        a.cmp(rax, qword_ptr(rbx + rdi))?;
+        a.jne(CODE + 0x800)?;
+        a.dec(ecx)?;
+        a.jne(top)?;
+        a.out(STOP, al)?;
+        a.jmp(round)
+    });
+    guest.code(CODE + 0x800, |a| a.ud2());
+    guest.set(|state| {
+        state.gpr[3] = DATA;
+        state.gpr[6] = 1;
+    });
+    rounds(
+        &mut guest,
+        |_, _| {},
+        |guest| counter(guest, "sites.unpredictable") >= 4 && counter(guest, "blocks.promoted") >= 2,
+    );
+    // All searches now: nothing is found to be unpredictable any more.
+    let known = counter(&guest, "sites.unpredictable");
+    for _ in 0..50 {
+        guest.stop();
+    }
+    assert!(counter(&guest, "sites.unpredictable") <= known + 2);
 }
 
 /// Without tiers, nothing is translated twice.
