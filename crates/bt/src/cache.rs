@@ -442,7 +442,7 @@ impl Cache {
             }
             let block = &mut self.blocks[id];
             block.improvable = true;
-            let write = usize::from(site) / crate::block::MAX_SITES % 2 != 0;
+            let write = (usize::from(site) / crate::block::MAX_SITES) & 1 != 0;
             self.searching.insert(searching(block.key.page, meta.offset, write));
         }
         let table = usize::from(site) / crate::block::MAX_SITES;
