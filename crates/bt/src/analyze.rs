@@ -437,6 +437,8 @@ impl Analyzer {
                 return Class::MovFromSegment;
             }
             Code::Popfq if !mode.user && !mode.df => return Class::Popf,
+            // Of two bytes in memory AMD's CPUs read four.
+            Code::Movsxd_r16_rm16 if ins.op1_kind() == OpKind::Memory => return Class::Step,
             // Without shadow stacks these are no-operations.
             Code::Rdsspd_r32 | Code::Rdsspq_r64 => return Class::Skip,
             Code::Cld => return if mode.df { Class::Step } else { Class::Skip },

@@ -228,7 +228,7 @@ impl Bench {
                 self.guests[case.guest].read_memory(&mut memory);
                 list.extend(memory_differences(self.native.memory(), &memory));
             }
-            if strayed(case, placed, start, &native) && found.as_ref().is_some_and(|l| !l.is_empty()) {
+            if strayed(case, placed, start, &native, &guest) && found.as_ref().is_some_and(|l| !l.is_empty()) {
                 found = None;
             }
             match &found {
@@ -373,7 +373,7 @@ impl Bench {
 /// Has the program left the ground on which it can be compared? By a wild jump, perhaps into what other programs left (that may show
 /// the level or other engines' flags), or by a repeated string instruction that overwrites code, perhaps itself (the CPU notices
 /// between elements, the engine between pieces).
-fn strayed(case: &Case, placed: &Placed, start: &Start, native: &Final) -> bool {
+fn strayed(case: &Case, placed: &Placed, start: &Start, native: &Final, guest: &Final) -> bool {
     let code = case.layout.code..case.layout.code + SLOTS * SLOT;
     let own = start.rip..start.rip + placed.bytes.len() as u64;
     let outside = native.stop != Stop::End && !own.contains(&native.rip);
@@ -389,7 +389,11 @@ fn strayed(case: &Case, placed: &Placed, start: &Start, native: &Final) -> bool 
     let returns = !case.user
         && native.stop == Stop::End
         && case.program.items.iter().any(|i| i.alive && i.ins.mnemonic() == iced_x86::Mnemonic::Ret);
-    (outside && (code.contains(&native.rip) || !case.user)) || stores || privileged || returns
+    // What others left may be a near branch with an operand size prefix: AMD's CPUs cut its target to 16 bits, Intel's and the engine do not.
+    let short = native.rip < 1 << 16
+        && LAYOUTS.iter().any(|l| (l.code..l.code + SLOTS * SLOT).contains(&guest.rip))
+        && !own.contains(&guest.rip);
+    (outside && (code.contains(&native.rip) || short || !case.user)) || stores || privileged || returns
 }
 
 /// The instruction at this offset.

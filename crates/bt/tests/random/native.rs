@@ -294,9 +294,15 @@ impl Native {
             c.mxcsr = 0x1f80;
             c.rip = EXIT;
             c.fp = start.fp.clone();
+            // The engine's timer must not interrupt a program: its handler wants the FS and GS base to be this process's.
+            let mut timer: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&raw mut timer);
+            libc::sigaddset(&raw mut timer, libc::SIGPROF);
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const timer, std::ptr::null_mut());
             ACTIVE.store(true, Ordering::SeqCst);
             bt_random_enter(c);
             ACTIVE.store(false, Ordering::SeqCst);
+            libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const timer, std::ptr::null_mut());
             &mut *(CONTEXT as *mut Context)
         };
         let mut fp = c.fp.clone();

@@ -168,30 +168,31 @@ struct Wide {
 
 /// Defines a function that runs MUL or its like of `size` bytes with operand `b` on the host CPU. So flags that the manual leaves
 /// undefined are the CPU's, too.
+#[rustfmt::skip] // it indents the inner macro further each time
 macro_rules! on_host {
     ($name:ident, $instruction:literal) => {
         fn $name(wide: Wide, b: u64, size: u8) -> Wide {
             let Wide { mut rax, mut rdx, flags } = wide;
             let mut flags = flags & ARITH | FIXED;
             macro_rules! run {
-                                                        ($operand:literal, $class:ident, $b:expr) => {
-                                                            // SAFETY: changes RAX, RDX and arithmetic flags only; the stack is left as it was. The callers of DIV and IDIV have
-                                                            // seen to it that the quotient exists and fits.
-                                                            unsafe {
-                                                                asm!(
-                                                                    "push {flags}",
-                                                                    "popfq",
-                                                                    concat!($instruction, " ", $operand),
-                                                                    "pushfq",
-                                                                    "pop {flags}",
-                                                                    flags = inout(reg) flags,
-                                                                    b = in($class) $b,
-                                                                    inout("rax") rax,
-                                                                    inout("rdx") rdx,
-                                                                )
-                                                            }
-                                                        };
-                                                    }
+                ($operand:literal, $class:ident, $b:expr) => {
+                    // SAFETY: changes RAX, RDX and arithmetic flags only; the stack is left as it was.
+                    // The callers of DIV and IDIV have seen to it that the quotient fits.
+                    unsafe {
+                        asm!(
+                            "push {flags}",
+                            "popfq",
+                            concat!($instruction, " ", $operand),
+                            "pushfq",
+                            "pop {flags}",
+                            flags = inout(reg) flags,
+                            b = in($class) $b,
+                            inout("rax") rax,
+                            inout("rdx") rdx,
+                        )
+                    }
+                };
+            }
             match size {
                 1 => run!("{b}", reg_byte, b as u8),
                 2 => run!("{b:x}", reg, b),

@@ -2,9 +2,11 @@
 
 use cpu::gpr::{RAX, RBX, RCX, RDX};
 use cpu::{Exception, rflags};
+use iced_x86::Code;
 
 use super::{Cx, alu, at_stack, mask, sign_extend};
 use crate::decode::{Insn, Op};
+use crate::host_flags::is_amd;
 use crate::host_memory;
 use crate::mmu::Target;
 use cpu::paging::Kind;
@@ -35,7 +37,9 @@ pub(super) fn movzx(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
 
 pub(super) fn movsx(cx: &mut Cx<'_>, insn: &Insn) -> Result<(), Exception> {
     let size = insn.size2.min(insn.size);
-    let value = cx.get(insn, insn.src, size)?;
+    // MOVSXD of two bytes, which no compiler makes, reads four in memory on AMD's CPUs.
+    let wide = insn.src == Op::Mem && insn.raw.code() == Code::Movsxd_r16_rm16 && is_amd();
+    let value = cx.get(insn, insn.src, if wide { 4 } else { size })?;
     cx.set(insn, insn.dst, insn.size, sign_extend(value, size) & mask(insn.size))
 }
 
