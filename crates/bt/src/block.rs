@@ -200,6 +200,10 @@ pub mod off {
     /// Offset of the selector in a segment.
     pub const SELECTOR: i32 = offset_of!(cpu::Segment, selector) as i32;
     pub const NMI_BLOCKED: i32 = offset_of!(VcpuBlock, state.nmi_blocked) as i32;
+    pub const CR0: i32 = offset_of!(VcpuBlock, state.cr0) as i32;
+    pub const CR2: i32 = offset_of!(VcpuBlock, state.cr2) as i32;
+    pub const CR3: i32 = offset_of!(VcpuBlock, state.cr3) as i32;
+    pub const CR4: i32 = offset_of!(VcpuBlock, state.cr4) as i32;
     pub const LSTAR: i32 = offset_of!(VcpuBlock, state.lstar) as i32;
     pub const ENTRY: i32 = offset_of!(VcpuBlock, entry) as i32;
     pub const fn borrowed(index: usize) -> i32 {

@@ -425,6 +425,7 @@ fn load_vectors(asm: &mut Asm) {
 
 /// Flags that the fast transitions take: the arithmetic ones, IF and the fixed one.
 pub const PLAIN_FLAGS: i32 = 0xad7;
+const RF: i32 = 0x1_0000;
 const CS: usize = 1;
 const SS: usize = 2;
 
@@ -501,10 +502,10 @@ fn transitions(asm: &mut Asm, stubs: &mut Stubs) {
     asm.store(Mem::gs(off::gpr(1)), RCX);
     asm.cmp32_mem_imm8(Mem::gs(off::FAST_SYSCALL), 0);
     jcc_to(asm, cc::E, slow);
-    // RFLAGS and RIP of the frame must be plain.
+    // RFLAGS and RIP of the frame must be plain. Faults leave RF in the frame, which says nothing without breakpoints.
     asm.load(RAX, Mem::base(R11, 16));
     asm.rr(true, &[0xf7], 0, RAX);
-    asm.i32(!PLAIN_FLAGS);
+    asm.i32(!(PLAIN_FLAGS | RF));
     jcc_to(asm, cc::NE, slow);
     asm.load(RCX, Mem::base(R11, 0));
     asm.sar(RCX, 47);

@@ -13,6 +13,7 @@ mod modified;
 mod movable;
 mod sensitive;
 mod smp;
+mod system;
 mod tiers;
 mod trace;
 mod traps;
