@@ -3,6 +3,7 @@
 //!
 //! [`guest::Guest`] is the machine around them; start there.
 
+mod across;
 mod contexts;
 mod debug;
 mod guest;
