@@ -1,18 +1,18 @@
 //! The kernel's interrupt chips and timers: local APICs, IOAPIC, PICs, PIT.
 
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cpu::Chips;
-use cpu::chips::{
-    Binding, ChipRegisters, IoApicRegisters, LapicRegisters, MessageLine, PicRegisters, PitChannel, PitRegisters,
-};
+use cpu::chips::{Binding, ChipRegisters, IoApicRegisters, LapicRegisters, MessageLine, PicRegisters};
 use cpu::msr as n;
 use kvm_bindings as b;
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::events::{self, Doorbell, Line, Routes};
 use crate::kick::Cell;
+use crate::pit;
 use crate::refusal::{refused, told};
 use crate::registers::{self, Features};
 
@@ -21,44 +21,36 @@ const TIMER_PIN: u32 = 2;
 const PINS: u32 = 24;
 /// The master PIC's input from the slave.
 const CASCADE: u32 = 2;
+/// In an entry of a local vector table.
+const MASKED: u32 = 1 << 16;
 const LEVEL: u64 = 1 << 15;
 const REMOTE_IRR: u64 = 1 << 14;
-/// The mode of a PIT channel that the kernel has after its power-on, when nothing counts.
-const NOTHING_COUNTS: u8 = 0xff;
-/// Flag of the PIT's state: port 0x61, bit 1.
-const SPEAKER_ON: u32 = 2;
 
 /// Indices into [`LapicRegisters::page`].
 const TIMER_LVT: usize = 0x32;
+const TIMER_INITIAL: usize = 0x38;
+const TIMER_CURRENT: usize = 0x39;
 
 /// Chips of one VM.
 pub struct KernelChips {
     vm: Arc<VmFd>,
     features: Features,
     vcpus: Mutex<Vec<Arc<Cell>>>,
+    /// The wires' levels, a bit each.
+    levels: AtomicU32,
     /// Where the kernel has doorbells and interrupts by event counters.
     routes: Option<Arc<Routes>>,
-}
-
-/// Now, on the clock by which the kernel dates the PIT's counts.
-fn monotonic() -> u64 {
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `now` is a valid place for the result.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
-    (now.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec as u64)
 }
 
 impl KernelChips {
     /// Makes the chips in `vm`, which has no vCPU yet.
     pub fn create(vm: Arc<VmFd>, features: Features, eventfds: bool) -> Result<Arc<Self>, String> {
         vm.create_irq_chip().map_err(refused("interrupt chips"))?;
-        // Port 0x61 belongs to the PIT's second channel and goes with it.
-        vm.create_pit2(b::kvm_pit_config { flags: b::KVM_PIT_SPEAKER_DUMMY, ..Default::default() })
-            .map_err(refused("a timer chip"))?;
+        pit::create(&vm)?;
         let wires = wires();
         events::set_routes(&vm, &wires).map_err(refused("the interrupts' routing"))?;
         let routes = eventfds.then(|| Arc::new(Routes::new(vm.clone(), wires)));
-        Ok(Arc::new(Self { vm, features, vcpus: Mutex::default(), routes }))
+        Ok(Arc::new(Self { vm, features, vcpus: Mutex::default(), levels: AtomicU32::new(0), routes }))
     }
 
     /// A vCPU has been made; called in the order of their numbers.
@@ -101,6 +93,12 @@ fn wires() -> Vec<b::kvm_irq_routing_entry> {
 
 impl Chips for KernelChips {
     fn set_level(&self, gsi: u32, high: bool) {
+        let bit = 1_u32.checked_shl(gsi).unwrap_or(0);
+        if high {
+            self.levels.fetch_or(bit, Ordering::SeqCst);
+        } else {
+            self.levels.fetch_and(!bit, Ordering::SeqCst);
+        }
         // It fails for wires that do not exist only.
         let _ = self.vm.set_irq_line(gsi, high);
     }
@@ -124,12 +122,13 @@ impl Chips for KernelChips {
     }
 
     fn save(&self) -> Result<ChipRegisters, String> {
+        // First: it takes its time.
+        let pit = pit::Stopped::look(self)?;
         let mut lapics = Vec::new();
         for cell in self.cells() {
             let fd = cell.stopped_fd().ok_or("a vCPU runs while the chips are to be saved")?;
-            lapics.push(save_lapic(&fd, &self.features)?);
+            lapics.push(save_lapic(&cell, fd, &self.features)?);
         }
-        let pit = self.vm.get_pit2().map_err(told("to tell the timer chip"))?;
         let (master, slave) = (self.chip(b::KVM_IRQCHIP_PIC_MASTER)?, self.chip(b::KVM_IRQCHIP_PIC_SLAVE)?);
         let ioapic = self.chip(b::KVM_IRQCHIP_IOAPIC)?;
         // SAFETY: KVM filled in the chip that was asked for; all bit patterns are valid.
@@ -138,11 +137,12 @@ impl Chips for KernelChips {
             lapics,
             ioapic: ioapic_from_kvm(&ioapic),
             pics: [master, slave].map(|chip| pic_from_kvm(&chip)),
-            pit: pit_from_kvm(&pit, monotonic()),
+            pit: pit.registers(pit::monotonic()),
         })
     }
 
     fn restore(&self, registers: &ChipRegisters) -> Result<(), String> {
+        let began = pit::monotonic();
         let cells = self.cells();
         if cells.len() != registers.lapics.len() {
             return Err(format!("{} local APICs, here {}", registers.lapics.len(), cells.len()));
@@ -150,7 +150,6 @@ impl Chips for KernelChips {
         let [master, slave] = registers.pics.map(|chip| pic_to_kvm(&chip));
         self.set_chip(b::KVM_IRQCHIP_PIC_MASTER, b::kvm_irqchip__bindgen_ty_1 { pic: master })?;
         self.set_chip(b::KVM_IRQCHIP_PIC_SLAVE, b::kvm_irqchip__bindgen_ty_1 { pic: slave })?;
-        self.vm.set_pit2(&pit_to_kvm(&registers.pit)).map_err(told("this state of the timer chip"))?;
         let ioapic = b::kvm_irqchip__bindgen_ty_1 { ioapic: ioapic_to_kvm(&registers.ioapic) };
         self.set_chip(b::KVM_IRQCHIP_IOAPIC, ioapic)?;
         // After the IOAPIC, whose restoring may send messages: what is pending is in the saved registers.
@@ -165,22 +164,68 @@ impl Chips for KernelChips {
                 self.set_level(gsi, true);
             }
         }
-        Ok(())
+        // Last: it waits for the right moment, and then interrupts.
+        pit::restore(self, &registers.pit, began)
     }
 }
 
-fn save_lapic(fd: &VcpuFd, features: &Features) -> Result<LapicRegisters, String> {
-    let run_state = fd.get_mp_state().map_err(told("to tell the run state"))?.mp_state;
+impl pit::Around for KernelChips {
+    fn vm(&self) -> &VmFd {
+        &self.vm
+    }
+
+    fn has_ticked(&self) -> Result<bool, String> {
+        // SAFETY: KVM filled in the chip that was asked for; all bit patterns are valid.
+        Ok(unsafe { self.chip(b::KVM_IRQCHIP_PIC_MASTER)?.chip.pic }.irr & 1 != 0)
+    }
+
+    fn set_ticked(&self, ticked: bool) -> Result<(), String> {
+        let chip = self.chip(b::KVM_IRQCHIP_PIC_MASTER)?;
+        // SAFETY: as above.
+        let mut pic = unsafe { chip.chip.pic };
+        pic.irr = pic.irr & !1 | u8::from(ticked);
+        self.set_chip(b::KVM_IRQCHIP_PIC_MASTER, b::kvm_irqchip__bindgen_ty_1 { pic })?;
+        // A wire that changed in between is not to be lost.
+        let levels = self.levels.load(Ordering::SeqCst);
+        (1..8).filter(|gsi| *gsi != CASCADE).for_each(|gsi| self.set_level(gsi, levels >> gsi & 1 != 0));
+        Ok(())
+    }
+
+    fn tick(&self) {
+        self.set_level(0, true);
+        self.set_level(0, false);
+    }
+}
+
+/// The register page of a local APIC.
+fn page(fd: &VcpuFd) -> Result<[u32; 64], String> {
     let raw = fd.get_lapic().map_err(told("to tell the local APIC"))?;
-    let word = |index: usize| {
+    Ok(std::array::from_fn(|index| {
         let bytes = raw.regs.get(index * 16..index * 16 + 4).map(|bytes| [bytes[0], bytes[1], bytes[2], bytes[3]]);
         bytes.map_or(0, |bytes| u32::from_le_bytes(bytes.map(|byte| byte as u8)))
-    };
+    }))
+}
+
+/// Has a one-shot timer run out?
+fn ran_out(page: &[u32; 64]) -> bool {
+    let one_shot = page[TIMER_LVT] >> 17 & 3 == 0;
+    one_shot && page[TIMER_INITIAL] != 0 && page[TIMER_CURRENT] == 0
+}
+
+fn save_lapic(cell: &Cell, mut fd: MutexGuard<'_, VcpuFd>, features: &Features) -> Result<LapicRegisters, String> {
+    let mut page = self::page(&fd)?;
+    if ran_out(&page) && page[TIMER_LVT] & MASKED == 0 {
+        // The count does not tell whether the interrupt has been sent: the kernel does that on its way into the guest.
+        cell.pass_timers(&mut fd)?;
+        page = self::page(&fd)?;
+    }
+    let fd = &*fd;
+    let run_state = fd.get_mp_state().map_err(told("to tell the run state"))?.mp_state;
     let events = fd.get_vcpu_events().map_err(told("to tell pending events"))?;
     let deadline = registers::get_msr(fd, n::TSC_DEADLINE)?;
     let offset = registers::tsc_offset(fd, features)?;
     Ok(LapicRegisters {
-        page: std::array::from_fn(word),
+        page,
         base: registers::get_msr(fd, n::APIC_BASE)?,
         tsc_deadline: if deadline == 0 { 0 } else { deadline.wrapping_sub(offset).max(1) },
         nmi: events.nmi.pending != 0 || events.nmi.injected != 0,
@@ -192,7 +237,12 @@ fn save_lapic(fd: &VcpuFd, features: &Features) -> Result<LapicRegisters, String
 fn restore_lapic(fd: &VcpuFd, features: &Features, lapic: &LapicRegisters) -> Result<(), String> {
     registers::set_msr(fd, n::APIC_BASE, lapic.base)?;
     let mut raw = b::kvm_lapic_state::default();
-    for (index, word) in lapic.page.iter().enumerate() {
+    let mut page = lapic.page;
+    if ran_out(&page) {
+        // The kernel would start it again, so that no interrupt is lost that was not sent: here it was.
+        page[TIMER_INITIAL] = 0;
+    }
+    for (index, word) in page.iter().enumerate() {
         for (to, from) in raw.regs.iter_mut().skip(index * 16).zip(word.to_le_bytes()) {
             *to = from as _;
         }
@@ -283,48 +333,4 @@ fn pic_to_kvm(chip: &PicRegisters) -> b::kvm_pic_state {
         // Which inputs may be level-triggered: the kernel's own is not changed by this.
         elcr_mask: 0,
     }
-}
-
-fn pit_from_kvm(pit: &b::kvm_pit_state2, now: u64) -> PitRegisters {
-    let channel = |c: &b::kvm_pit_channel_state| PitChannel {
-        mode: if c.mode > 5 { 0 } else { c.mode },
-        bcd: c.bcd != 0,
-        access: c.rw_mode & 3,
-        reload: c.count as u16,
-        age: (c.mode != NOTHING_COUNTS).then(|| now.saturating_sub(c.count_load_time as u64)),
-        gate: c.gate != 0,
-        write_high_next: c.write_state == 4,
-        low_written: c.write_latch,
-        read_high_next: c.read_state == 4,
-        latched: (c.count_latched != 0).then_some(c.latched_count),
-        latched_status: (c.status_latched != 0).then_some(c.status),
-    };
-    PitRegisters { channels: pit.channels.each_ref().map(channel), speaker: pit.flags & SPEAKER_ON != 0 }
-}
-
-/// The counts start anew: the kernel takes none that runs already.
-fn pit_to_kvm(pit: &PitRegisters) -> b::kvm_pit_state2 {
-    let state = |access: u8, high: bool| match (access, high) {
-        (1, _) => 1,
-        (2, _) => 2,
-        (_, false) => 3,
-        (_, true) => 4,
-    };
-    let channel = |c: &PitChannel| b::kvm_pit_channel_state {
-        count: u32::from(c.reload),
-        latched_count: c.latched.unwrap_or_default(),
-        count_latched: if c.latched.is_some() { c.access } else { 0 },
-        status_latched: c.latched_status.is_some().into(),
-        status: c.latched_status.unwrap_or_default(),
-        read_state: state(c.access, c.read_high_next),
-        write_state: state(c.access, c.write_high_next),
-        write_latch: c.low_written,
-        rw_mode: c.access,
-        mode: if c.age.is_some() { c.mode } else { NOTHING_COUNTS },
-        bcd: c.bcd.into(),
-        gate: c.gate.into(),
-        count_load_time: 0,
-    };
-    let flags = if pit.speaker { SPEAKER_ON } else { 0 };
-    b::kvm_pit_state2 { channels: pit.channels.each_ref().map(channel), flags, ..Default::default() }
 }

@@ -6,6 +6,8 @@ use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
 const KVMIO: u32 = b::KVMIO;
 
 ioctl_io_nr!(KVM_RUN, KVMIO, 0x80);
+// The argument is a length and as many bytes; the number speaks of the length only.
+ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, u32);
 ioctl_iow_nr!(KVM_IRQ_LINE, KVMIO, 0x61, b::kvm_irq_level);
 ioctl_iow_nr!(KVM_SIGNAL_MSI, KVMIO, 0xa5, b::kvm_msi);
 ioctl_ior_nr!(KVM_GET_REGS, KVMIO, 0x81, b::kvm_regs);
@@ -33,6 +35,7 @@ ioctl_iowr_nr!(KVM_GET_IRQCHIP, KVMIO, 0x62, b::kvm_irqchip);
 ioctl_ior_nr!(KVM_SET_IRQCHIP, KVMIO, 0x63, b::kvm_irqchip);
 ioctl_ior_nr!(KVM_GET_PIT2, KVMIO, 0x9f, b::kvm_pit_state2);
 ioctl_iow_nr!(KVM_SET_PIT2, KVMIO, 0xa0, b::kvm_pit_state2);
+ioctl_io_nr!(KVM_REINJECT_CONTROL, KVMIO, 0x71);
 ioctl_ior_nr!(KVM_GET_CLOCK, KVMIO, 0x7c, b::kvm_clock_data);
 ioctl_iow_nr!(KVM_SET_CLOCK, KVMIO, 0x7b, b::kvm_clock_data);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, b::kvm_device_attr);
@@ -48,6 +51,7 @@ ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, b::kvm_dirty_log);
 pub fn after_start() -> Vec<u64> {
     let all = [
         KVM_RUN(),
+        KVM_SET_SIGNAL_MASK(),
         KVM_IRQ_LINE(),
         KVM_SIGNAL_MSI(),
         KVM_GET_REGS(),

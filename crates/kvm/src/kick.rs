@@ -5,9 +5,15 @@
 
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::time::Duration;
 
 use cpu::Kick;
+use kvm_bindings as b;
 use kvm_ioctls::VcpuFd;
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_ptr};
+
+use crate::ioctls::{KVM_RUN, KVM_SET_SIGNAL_MASK};
+use crate::refusal::told;
 
 /// Leave the guest once; nothing else is asked.
 pub const WAKE: u32 = 1 << 0;
@@ -106,6 +112,69 @@ impl Cell {
             // SAFETY: a signal to a thread of this process, whose handler does nothing.
             unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, number()) };
         }
+    }
+
+    /// Makes the kernel deliver to the local APIC what its timer has pending, without running the guest. `fd` is this vCPU's, which is
+    /// stopped. Half delivered afterwards may be an NMI, nothing else.
+    ///
+    /// A halted vCPU that cannot be interrupted is not entered: the kernel waits with it, looks at its timers, and returns for the signal
+    /// that is pending from the start.
+    pub fn pass_timers(&self, fd: &mut VcpuFd) -> Result<(), String> {
+        let mut state = fd.get_mp_state().map_err(told("to tell the run state"))?;
+        if !matches!(state.mp_state, b::KVM_MP_STATE_RUNNABLE | b::KVM_MP_STATE_HALTED) {
+            return Ok(());
+        }
+        // What has just run out may be on its way from the host's timer.
+        std::thread::sleep(Duration::from_micros(100));
+        let registers = fd.get_regs().map_err(told("to tell registers"))?;
+        let uninterruptible = b::kvm_regs { rflags: registers.rflags & !cpu::rflags::IF, ..registers };
+        fd.set_regs(&uninterruptible).map_err(told("these registers"))?;
+        let mut done = Ok(());
+        // Where it was woken by something before the kernel looked, it is halted once more.
+        for _ in 0..3 {
+            let halted = b::kvm_mp_state { mp_state: b::KVM_MP_STATE_HALTED };
+            done = fd.set_mp_state(halted).map_err(told("this run state"));
+            done = done.and_then(|()| self.run_with_signal_pending(fd));
+            if done.is_err() || fd.get_mp_state().is_ok_and(|now| now == halted) {
+                break;
+            }
+            state.mp_state = b::KVM_MP_STATE_RUNNABLE;
+        }
+        done = done.and(fd.set_mp_state(state).map_err(told("this run state")));
+        done.and(fd.set_regs(&registers).map_err(told("these registers")))
+    }
+
+    /// KVM_RUN with a signal that the thread has blocked and the vCPU has not.
+    fn run_with_signal_pending(&self, fd: &mut VcpuFd) -> Result<(), String> {
+        /// The kernel's form of a set of signals, with its size in front.
+        #[repr(C)]
+        struct Mask {
+            len: u32,
+            set: [u8; 8],
+        }
+        let everything_else = !(1_u64 << (number() - 1));
+        let mask = Mask { len: 8, set: everything_else.to_ne_bytes() };
+        // SAFETY: the kernel reads `len` and as many bytes.
+        if unsafe { ioctl_with_ptr(fd, KVM_SET_SIGNAL_MASK(), &raw const mask) } != 0 {
+            return Err(told("a signal mask")(kvm_ioctls::Error::last()));
+        }
+        self.set_immediate(0);
+        // SAFETY: the sets are locals; the signal goes to this very thread, which has it blocked, and has a handler that does nothing.
+        unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            let mut old: libc::sigset_t = std::mem::zeroed();
+            libc::sigaddset(&mut set, number());
+            libc::pthread_sigmask(libc::SIG_BLOCK, &set, &mut old);
+            libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), number());
+            // It ends at once, for the signal; should it end for another reason, that is met again when the vCPU goes on.
+            let _ = ioctl(fd, KVM_RUN());
+            libc::pthread_sigmask(libc::SIG_SETMASK, &old, std::ptr::null_mut());
+        }
+        // SAFETY: without an argument: the thread's own mask counts again.
+        if unsafe { ioctl_with_ptr(fd, KVM_SET_SIGNAL_MASK(), std::ptr::null::<Mask>()) } != 0 {
+            return Err(told("a signal mask")(kvm_ioctls::Error::last()));
+        }
+        Ok(())
     }
 
     pub fn asked(&self, bit: u32) -> bool {

@@ -21,6 +21,7 @@ mod host;
 mod ioctls;
 mod kick;
 mod msr;
+mod pit;
 pub mod probe;
 mod refusal;
 mod registers;

@@ -12,9 +12,11 @@ use memory::GuestRam;
 const PML4: u64 = 0x1000;
 const CODE: u64 = 0x1_0000;
 
-/// Keeps what is written; reads give the address's low bytes.
+type Hook = Box<dyn Fn() + Send>;
+
+/// Keeps what is written; reads give the address's low bytes. At a write to a port the hook is called.
 #[derive(Default)]
-struct Log(Mutex<Vec<(u64, Vec<u8>)>>);
+struct Log(Mutex<Vec<(u64, Vec<u8>)>>, Mutex<Option<Hook>>);
 
 impl Bus for Log {
     fn pio_read(&self, port: u16, data: &mut [u8]) {
@@ -22,6 +24,9 @@ impl Bus for Log {
     }
     fn pio_write(&self, port: u16, data: &[u8]) {
         self.0.lock().unwrap().push((port.into(), data.to_vec()));
+        if let Some(hook) = &*self.1.lock().unwrap() {
+            hook();
+        }
     }
     fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
         assert!(gpa % 8 + data.len() as u64 <= 8, "{gpa:#x}, {}", data.len());
@@ -382,6 +387,124 @@ fn doorbells_do_not_leave_the_guest() {
     assert_eq!(exits(&*rig.vcpu), 4000);
 }
 
+/// Puts an interrupt handler there, and into the table at 0x9000.
+fn handle(ram: &GuestRam, vector: u64, handler: u64, code: &[u8]) {
+    assert!(ram.write(handler, code));
+    let gate = handler & 0xffff | 8 << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
+    assert!(ram.write(0x9000 + vector * 16, &gate.to_le_bytes()));
+    assert!(ram.write(0x9008 + vector * 16, &[0; 8]));
+}
+
+/// With the table of interrupts at 0x9000, and RDI at the local APIC's page.
+fn start_with_interrupts() -> CpuState {
+    let mut state = start();
+    state.idtr = TableRegister { base: 0x9000, limit: 0xfff };
+    state.gpr[gpr::RDI] = 0xfee0_0000;
+    state
+}
+
+/// `mov dword [rdi + register], value`
+fn store(register: u32, value: u32) -> Vec<u8> {
+    [&[0xc7, 0x87], &register.to_le_bytes()[..], &value.to_le_bytes()].concat()
+}
+
+/// A one-shot timer of the local APIC that runs out while the vCPU is on its way out, or while it stands: its interrupt is in the saved
+/// registers, once, and the vCPU is as it was.
+#[test]
+fn one_shot_timers_are_saved() {
+    // Switches the local APIC on; a timer of RAX ns; OUT; 1: sti; hlt; jmp 1b. The handler: inc r8, end of interrupt, iretq.
+    let timer = [store(0xf0, 0x1ff), store(0x320, 0x41), store(0x3e0, 0xb)].concat();
+    let rest = [0x89, 0x87, 0x80, 3, 0, 0, 0xe6, 0x80, 0xfb, 0xf4, 0xeb, 0xfc];
+    let Some(mut rig) = rig(&[&timer[..], &rest].concat(), DirtyLog::Off) else { return };
+    let end = [store(0xb0, 0), vec![0x48, 0xcf]].concat();
+    handle(&rig.ram, 0x41, 0x1_1000, &[&[0x49, 0xff, 0xc0], &end[..]].concat());
+    let chips = rig.engine.chips().unwrap();
+    let requested = |page: &[u32; 64]| page[0x22] & 2 != 0;
+
+    // It runs out while the OUT is dealt with; then the vCPU stops before the kernel has looked at timers.
+    let mut state = start_with_interrupts();
+    state.gpr[gpr::RAX] = 1_000_000;
+    rig.vcpu.set_state(&state);
+    let stop = rig.vcpu.stop_handle();
+    *rig.log.1.lock().unwrap() = Some(Box::new(move || {
+        std::thread::sleep(Duration::from_millis(20));
+        stop.kick();
+    }));
+    assert_eq!(rig.vcpu.run(), Exit::Stopped);
+    let before = rig.vcpu.state();
+    assert_eq!(before.gpr[gpr::R8], 0);
+    let saved = chips.save().unwrap();
+    assert!(requested(&saved.lapics[0].page), "lost");
+    assert_eq!(saved.lapics[0].page[0x39], 0);
+    assert_eq!(rig.vcpu.state(), before);
+    *rig.log.1.lock().unwrap() = None;
+    assert_eq!(run_for(&mut *rig.vcpu, Duration::from_millis(30)), Exit::Stopped);
+    assert_eq!(rig.vcpu.state().gpr[gpr::R8], 1);
+
+    // It has interrupted: saved and restored it does not do so again.
+    let mut saved = chips.save().unwrap();
+    assert!(!requested(&saved.lapics[0].page));
+    chips.restore(&saved).unwrap();
+    assert_eq!(run_for(&mut *rig.vcpu, Duration::from_millis(30)), Exit::Stopped);
+    assert_eq!(rig.vcpu.state().gpr[gpr::R8], 1);
+    // What is left of a count is counted.
+    saved.lapics[0].page[0x38] = 1_000_000;
+    saved.lapics[0].page[0x39] = 1;
+    chips.restore(&saved).unwrap();
+    assert_eq!(run_for(&mut *rig.vcpu, Duration::from_millis(30)), Exit::Stopped);
+    assert_eq!(rig.vcpu.state().gpr[gpr::R8], 2);
+
+    // A vCPU that waits with interrupts on, and a timer that runs out once it stands.
+    state.gpr[gpr::RAX] = 200_000_000;
+    rig.vcpu.set_state(&state);
+    assert_eq!(run_for(&mut *rig.vcpu, Duration::from_millis(30)), Exit::Stopped);
+    let before = rig.vcpu.state();
+    assert!(before.halted && before.rflags & cpu::rflags::IF != 0);
+    std::thread::sleep(Duration::from_millis(250));
+    assert!(requested(&chips.save().unwrap().lapics[0].page), "lost");
+    // With something to take it is no longer halted, by the kernel's own account.
+    assert_eq!(CpuState { halted: true, ..rig.vcpu.state() }, before);
+    assert_eq!(run_for(&mut *rig.vcpu, Duration::from_millis(30)), Exit::Stopped);
+    assert_eq!(rig.vcpu.state().gpr[gpr::R8], 1);
+}
+
+/// The timer chip's count goes on from where it was; the saved phase is the restored one's, and time goes by meanwhile.
+#[test]
+fn the_timer_chip_keeps_its_phase() {
+    let Some(rig) = rig(&[0xf4], DirtyLog::Off) else { return };
+    let chips = rig.engine.chips().unwrap();
+    let mut registers = chips.save().unwrap();
+    assert_eq!(registers.pit.channels.map(|channel| channel.age), [None; 3]);
+    const MS: u64 = 1_000_000;
+    // A round of 50 ms; and a count of as much that ends once.
+    for mode in [2, 0] {
+        let channel = &mut registers.pit.channels[0];
+        (channel.mode, channel.access, channel.reload) = (mode, 3, 59_659);
+        let differs = |_| {
+            registers.pit.channels[0].age = Some(20 * MS);
+            let began = std::time::Instant::now();
+            chips.restore(&registers).unwrap();
+            let channel = chips.save().unwrap().pit.channels[0];
+            let wanted = 20 * MS + began.elapsed().as_nanos() as u64;
+            // What is left of a count is loaded as one of its own: its end is what counts.
+            let length = u64::from(channel.reload) * 1_000_000_000 / 1_193_182;
+            let age = channel.age.unwrap() + 50 * MS - length;
+            let differs = (age % (50 * MS)).abs_diff(wanted % (50 * MS));
+            differs.min(50 * MS - differs)
+        };
+        // A busy host may look late.
+        let differs: Vec<u64> = (0..10).map(differs).collect();
+        println!("mode {mode}: {differs:?} ns");
+        assert!(differs.iter().any(|differs| *differs < 3 * MS), "mode {mode}: {differs:?}");
+    }
+    // It has ended, and that is known.
+    let saved = chips.save().unwrap();
+    assert!(saved.pit.channels[0].age.unwrap() >= 29 * MS);
+    chips.restore(&saved).unwrap();
+    let [channel, ..] = chips.save().unwrap().pit.channels;
+    assert!(channel.mode == 0 && channel.age.unwrap() >= 50 * MS, "{channel:?}");
+}
+
 /// A message by a line's counter arrives, also after the line has another message to send.
 #[test]
 fn message_lines_interrupt() {
@@ -392,15 +515,9 @@ fn message_lines_interrupt() {
     let Some(mut rig) = rig(&switch_on, DirtyLog::Off) else { return };
     for (vector, handler, count) in [(0x41_u64, 0x1_1000_u64, [0x49, 0xff, 0xc0]), (0x42, 0x1_1100, [0x49, 0xff, 0xc1])]
     {
-        assert!(rig.ram.write(handler, &[&count[..], &eoi].concat()));
-        let gate = handler & 0xffff | 8 << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
-        assert!(rig.ram.write(0x9000 + vector * 16, &gate.to_le_bytes()));
-        assert!(rig.ram.write(0x9008 + vector * 16, &[0; 8]));
+        handle(&rig.ram, vector, handler, &[&count[..], &eoi].concat());
     }
-    let mut state = start();
-    state.idtr = TableRegister { base: 0x9000, limit: 0xfff };
-    state.gpr[gpr::RDI] = 0xfee0_0000;
-    rig.vcpu.set_state(&state);
+    rig.vcpu.set_state(&start_with_interrupts());
     let line = rig.engine.chips().unwrap().message_line().expect("a line");
     assert_eq!(run_for(&mut *rig.vcpu, Duration::from_millis(50)), Exit::Stopped);
     for round in 1..=3 {

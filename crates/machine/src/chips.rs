@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use cpu::Chips;
 use cpu::chips::{ChipRegisters, MessageLine};
 
+use crate::clock::Clock;
 use crate::ioapic::IoApicState;
 use crate::irq::{IrqSink, MsiSink};
 use crate::lapic::LapicState;
@@ -46,18 +47,20 @@ impl EngineChips {
         levels & !(1 | 1 << TIMER_PIN) | (levels & 1) << TIMER_PIN
     }
 
-    /// The states at clock time `now`. No vCPU may run.
-    pub fn save(&self, now: u64) -> Result<ChipStates, StateError> {
+    /// The states, and the clock's time at which they are so: the engine may take its time. No vCPU may run.
+    pub fn save(&self, clock: &Clock) -> Result<(ChipStates, u64), StateError> {
         let registers = self.chips.save().map_err(|why| StateError::new("interrupt chips", why))?;
+        let now = clock.now();
         let pic = PicState::from(&registers.pics);
         let output = pic.output();
         let lapics = (0..).zip(&registers.lapics);
-        Ok(ChipStates {
+        let states = ChipStates {
             lapics: lapics.map(|(id, lapic)| LapicState::from_registers(id, lapic, now, id == 0 && output)).collect(),
             ioapic: IoApicState::from_registers(&registers.ioapic, self.pins()),
             pic,
             pit: PitState::from_registers(&registers.pit, now),
-        })
+        };
+        Ok((states, now))
     }
 
     /// Takes over states at clock time `now`. No vCPU may run.
@@ -140,7 +143,9 @@ mod tests {
     #[test]
     fn there_and_back() {
         let chips = EngineChips::new(Arc::new(Kept::default()));
-        assert!(chips.save(0).is_err());
+        let clock = Clock::manual(1_000_000);
+        clock.set(5_000_000);
+        assert!(chips.save(&clock).is_err());
         let mut states = states();
         let lapic = &mut states.lapics[1];
         // One-shot timer, a pending and a served interrupt, an NMI, in x2APIC mode.
@@ -154,10 +159,30 @@ mod tests {
         chips.set_level(4, true);
         chips.set_level(0, true);
         chips.restore(&states, 5_000_000).unwrap();
-        let back = chips.save(5_000_000).unwrap();
+        let (back, now) = chips.save(&clock).unwrap();
+        assert_eq!(now, 5_000_000);
         assert_eq!(back.lapics, states.lapics);
         assert_eq!((back.pic, back.pit), (states.pic, states.pit));
         assert_eq!(back.ioapic.levels(), 1 << 4 | 1 << 2, "wires are the machine's own");
+    }
+
+    /// One-shot timers that have run out: one that still has to interrupt does it at once, one that has done so does not do it again.
+    #[test]
+    fn timers_that_have_run_out() {
+        let kept = Arc::new(Kept::default());
+        let chips = EngineChips::new(kept.clone());
+        let clock = Clock::manual(1_000_000);
+        clock.set(5_000_000);
+        for (end, left) in [(Some(5_000_000), 1), (Some(4_000_000), 1), (Some(5_000_100), 7), (None, 0)] {
+            let mut states = states();
+            let lapic = &mut states.lapics[1];
+            lapic.lvt[0] = 0xef;
+            (lapic.timer_initial, lapic.timer_divide, lapic.timer_end) = (1_000_000, 3, end);
+            chips.restore(&states, 5_000_000).unwrap();
+            assert_eq!(kept.0.lock().unwrap().as_ref().unwrap().lapics[1].page[0x39], left);
+            let back = chips.save(&clock).unwrap().0.lapics[1].timer_end;
+            assert_eq!(back, end.map(|_| 5_000_000 + 16 * u64::from(left)));
+        }
     }
 
     #[test]

@@ -332,12 +332,12 @@ impl Pc {
     pub fn save(&self) -> Result<PcState, StateError> {
         // Timers still run, and console input may come: what interrupts is saved before what it interrupts, so that an interrupt may be
         // saved twice but is never lost.
-        let clock = self.clock().now();
+        let now = self.clock().now();
         let (rtc, acpi_pm, reset_ports) = (self.rtc.save(), self.acpi_pm.save(), self.reset_ports.save());
         let (serial, pci) = (self.serial.save(), self.pci.save());
-        let chips = match &self.chips {
-            Some(chips) => chips.save(clock)?,
-            None => self.own_chips(),
+        let (chips, clock) = match &self.chips {
+            Some(chips) => chips.save(self.clock())?,
+            None => (self.own_chips(), now),
         };
         let ChipStates { lapics, ioapic, pic, pit } = chips;
         Ok(PcState { clock, lapics, ioapic, pic, pit, rtc, acpi_pm, reset_ports, serial, pci })

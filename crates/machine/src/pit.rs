@@ -45,6 +45,8 @@ pub struct PitState {
     channels: [ChannelState; 3],
     /// Bit 1 of port 0x61: the speaker hears the timer.
     speaker: bool,
+    /// When channel 0 interrupts next, in clock ns. If that time has come, the interrupt has not.
+    next: Option<u64>,
 }
 
 impl ChannelState {
@@ -205,7 +207,15 @@ impl PitState {
             latched: c.latched,
             latched_status: c.latched_status,
         };
-        PitRegisters { channels: self.channels.map(channel), speaker: self.speaker }
+        let mut channels = self.channels.map(channel);
+        let [first, ..] = &mut channels;
+        if !self.channels[0].periodic()
+            && let (Some(next), Some(start)) = (self.next, self.channels[0].start)
+        {
+            // What is due has not come yet: a little is left.
+            first.age = first.age.map(|age| age.min(next.saturating_sub(start).saturating_sub(1)));
+        }
+        PitRegisters { channels, speaker: self.speaker }
     }
 
     /// The state that has these registers at clock time `now`.
@@ -224,7 +234,8 @@ impl PitState {
             latched: c.latched,
             latched_status: c.latched_status,
         };
-        Self { channels: registers.channels.map(channel), speaker: registers.speaker }
+        let channels = registers.channels.map(channel);
+        Self { channels, speaker: registers.speaker, next: channels[0].next_rise(now) }
     }
 
     /// Is it a state that the chip can be in?
@@ -239,8 +250,6 @@ impl PitState {
 struct Inner {
     state: PitState,
     irq: IrqLine,
-    /// When channel 0's output rises next.
-    next: Option<u64>,
 }
 
 /// The chip.
@@ -257,14 +266,14 @@ impl fmt::Debug for Pit {
 
 fn power_on() -> PitState {
     let channel = ChannelState { access: 3, gate: true, ..ChannelState::default() };
-    PitState { channels: [channel, channel, ChannelState { gate: false, ..channel }], speaker: false }
+    PitState { channels: [channel, channel, ChannelState { gate: false, ..channel }], speaker: false, next: None }
 }
 
 impl Pit {
     /// No channel counts. `irq` is IRQ 0.
     pub fn new(queue: &Arc<TimerQueue>, irq: IrqLine) -> Arc<Self> {
         Arc::new_cyclic(|this: &Weak<Self>| Self {
-            inner: Mutex::new(Inner { state: power_on(), irq, next: None }),
+            inner: Mutex::new(Inner { state: power_on(), irq }),
             timer: queue.timer(this.clone()),
         })
     }
@@ -272,8 +281,8 @@ impl Pit {
     /// Sets the timer for channel 0's next interrupt after its programming has changed.
     fn rearm(&self, inner: &mut Inner) {
         let now = self.timer.clock().now();
-        inner.next = inner.state.channels[0].next_rise(now);
-        self.timer.set(inner.next);
+        inner.state.next = inner.state.channels[0].next_rise(now);
+        self.timer.set(inner.state.next);
     }
 
     fn change(&self, change: impl FnOnce(&mut PitState, u64)) {
@@ -303,7 +312,8 @@ impl Pit {
         state.check()?;
         let mut inner = lock(&self.inner);
         inner.state = *state;
-        self.rearm(&mut inner);
+        // Not computed anew: what is due by now is still to come.
+        self.timer.set(inner.state.next);
         Ok(())
     }
 }
@@ -312,13 +322,13 @@ impl TimerTarget for Pit {
     fn timer_due(&self) {
         let mut inner = lock(&self.inner);
         let now = self.timer.clock().now();
-        if inner.next.is_some_and(|next| next <= now) {
+        if inner.state.next.is_some_and(|next| next <= now) {
             inner.irq.pulse();
             // A guest that programs a few ticks' period gets fewer interrupts than it asked for.
             let earliest = now.saturating_add(MIN_PERIOD_NS);
-            inner.next = inner.state.channels[0].next_rise(now).map(|next| next.max(earliest));
+            inner.state.next = inner.state.channels[0].next_rise(now).map(|next| next.max(earliest));
         }
-        self.timer.set(inner.next);
+        self.timer.set(inner.state.next);
     }
 }
 
@@ -475,6 +485,65 @@ mod tests {
         assert_eq!(read(&*pit, 0), 0xb4, "status first");
         let first = u32::from(read(&*pit, 0)) | u32::from(read(&*pit, 0)) << 8;
         assert_eq!(u64::from(0x1_0000 - first), 11_000_000 * HZ / NS);
+    }
+
+    /// A chip that is saved in the middle of its counts goes on there, in the machine's own form and in the engines'.
+    #[test]
+    fn counts_keep_their_phase() {
+        let (clock, queue, pit, _) = rig();
+        let port61 = Port61(pit.clone());
+        // Channel 0: 10 ms, again and again; channel 2: once, in 20 ms.
+        for (port, value) in [(3, 0x34), (0, 0x9c), (0, 0x2e), (3, 0xb0), (2, 0x38), (2, 0x5d)] {
+            if port == 2 {
+                port61.pio_write(0, &[1]);
+            }
+            pit.pio_write(port, &[value]);
+        }
+        advance(&queue, 7_000_000);
+        let by_registers = PitState::from_registers(&pit.save().to_registers(clock.now()), 90_000_000);
+        for (now, state) in [(clock.now(), pit.save()), (90_000_000, by_registers)] {
+            let (clock, queue, other, recorder) = rig();
+            let port61 = Port61(other.clone());
+            clock.set(now);
+            other.restore(&state).unwrap();
+            advance(&queue, 2_900_000);
+            assert_eq!(interrupts(&recorder), 0);
+            advance(&queue, 200_000);
+            assert_eq!(interrupts(&recorder), 1, "10 ms after the first");
+            advance(&queue, 9_800_000);
+            assert_eq!((interrupts(&recorder), read(&port61, 0) & 0x20), (0, 0));
+            advance(&queue, 200_000);
+            assert_eq!((interrupts(&recorder), read(&port61, 0) & 0x20), (1, 0x20));
+        }
+    }
+
+    /// A count that ends between the last look at it and its saving, or while the machine stands, interrupts in the one that goes on, once.
+    #[test]
+    fn a_count_that_ended_in_the_moment_of_saving() {
+        let (clock, _, pit, _) = rig();
+        for (port, value) in [(3, 0x30), (0, 0x9c), (0, 0x2e)] {
+            pit.pio_write(port, &[value]);
+        }
+        // Nobody looks: the clock goes on, and no timer is run.
+        clock.set(15_000_000);
+        let registers = pit.save().to_registers(clock.now());
+        assert!(registers.channels[0].age < Some(10_001_000), "a little is left");
+        for (now, state) in [(15_000_000, pit.save()), (90_000_000, PitState::from_registers(&registers, 90_000_000))] {
+            let (clock, queue, other, recorder) = rig();
+            clock.set(now);
+            other.restore(&state).unwrap();
+            advance(&queue, 1_000);
+            assert_eq!(interrupts(&recorder), 1);
+            advance(&queue, 100_000_000);
+            assert_eq!(interrupts(&recorder), 0);
+            let (clock, queue, last, recorder) = rig();
+            clock.set(now + 200_000_000);
+            last.restore(&other.save()).unwrap();
+            advance(&queue, 100_000_000);
+            assert_eq!(interrupts(&recorder), 0, "not once more");
+            let ended = other.save().to_registers(now + 100_001_000);
+            assert!(ended.channels[0].age > Some(10_000_000));
+        }
     }
 
     #[test]

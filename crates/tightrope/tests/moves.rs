@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Session, engine, tightrope};
+use common::{Code, Kernel, Session, engine, tightrope};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// In the guest (which echoes this, so it must not contain what is looked for): reads the disk again and again past its cache, compares, asks
@@ -78,6 +78,70 @@ fn a_working_guest_moves_between_engines() {
     let done = session.finish();
     assert_eq!(done.code(), Some(0), "{}", done.err);
     assert!(!done.out.contains("BAD-"), "{}", done.out);
+}
+
+/// A kernel whose timer interrupts once; its handler ends with the code `again`, which asks for the next interrupt. Each 64th is a dot.
+fn chain(start: Code, again: &[u8]) -> Kernel {
+    const IDT: usize = 0x1000;
+    const HANDLER: usize = 0x800;
+    // mov esp, 0x180000; lidt [0x100700]; mov edi, 0xfee00000
+    let code = Code::new()
+        .raw(&[0xbc, 0, 0, 0x18, 0, 0x0f, 0x01, 0x1c, 0x25, 0, 0x07, 0x10, 0, 0xbf, 0, 0, 0xe0, 0xfe])
+        .raw(&start.0)
+        .raw(&[0xfb])
+        .stop();
+    let at = |code: Code, offset: usize| {
+        let gap = offset - code.0.len();
+        code.raw(&vec![0; gap])
+    };
+    let base = (Code::START as u32 + IDT as u32).to_le_bytes();
+    let code = at(code, 0x700).raw(&[0xff, 0x0f]).raw(&base).raw(&[0; 4]);
+    // inc rbx; test bl, 63; jnz 1f; (print a dot); 1:
+    let dot = Code::new().print(".");
+    let code = at(code, HANDLER).raw(&[0x48, 0xff, 0xc3, 0xf6, 0xc3, 0x3f, 0x75, dot.0.len() as u8]).raw(&dot.0);
+    let code = code.raw(again).raw(&[0x48, 0xcf]);
+    let handler = Code::START + HANDLER as u64;
+    let gate = handler & 0xffff | 0x10 << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
+    let code = at(code, IDT + 0x40 * 16).raw(&gate.to_le_bytes()).raw(&[0; 8]);
+    Kernel::new(code)
+}
+
+/// Each interrupt of a chain comes of the one before: were one lost in a move, there would be no more.
+fn goes_on(kernel: &Kernel) {
+    let saved = |number: usize| kernel.dir.path().join(format!("saved-{}", number % 2)).display().to_string();
+    let turns = engines().into_iter().take(2).cycle();
+    let mut restore: Vec<String> = Vec::new();
+    for (number, engine) in turns.enumerate().take(8) {
+        let mut command = tightrope(&["run", "--engine", &engine, "--memory", "32M", "--kernel", &kernel.path]);
+        command.args(["--save-to", &saved(number)]).args(&restore);
+        let mut session = Session::start(command);
+        session.expect("...");
+        kill_process(Pid::from_raw(session.id()).expect("a process"), Signal::USR2).expect("kill");
+        let done = session.finish();
+        assert_eq!(done.code(), Some(0), "{}\n{}", done.out, done.err);
+        restore = vec!["--restore".into(), saved(number)];
+    }
+}
+
+/// One-shot timers of 300 µs of the local APIC.
+#[test]
+fn local_apic_timers_are_not_lost() {
+    let store = |register: u32, value: u32| {
+        // mov dword [rdi + register], value
+        [&[0xc7, 0x87], &register.to_le_bytes()[..], &value.to_le_bytes()].concat()
+    };
+    let again = [store(0x380, 300_000), store(0xb0, 0)].concat();
+    let start = Code::new().raw(&store(0x320, 0x40)).raw(&store(0x3e0, 0xb)).raw(&store(0x380, 300_000));
+    goes_on(&chain(start, &again));
+}
+
+/// Counts of 1 ms of the PIT, of which only the first is programmed with the mode.
+#[test]
+fn counts_of_the_pit_are_not_lost() {
+    let count = Code::new().out8(0x40, 0xa9).out8(0x40, 0x04);
+    let pic = [(0x20, 0x11), (0x21, 0x40), (0x21, 4), (0x21, 1), (0x21, 0xfe)];
+    let start = pic.into_iter().fold(Code::new(), |code, (port, value)| code.out8(port, value)).out8(0x43, 0x30);
+    goes_on(&chain(start.raw(&count.0), &Code::new().raw(&count.0).out8(0x20, 0x20).0));
 }
 
 #[test]

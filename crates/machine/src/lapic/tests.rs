@@ -381,6 +381,33 @@ fn state() {
     assert!(other.lapics.restore(&bad).is_err());
 }
 
+/// A timer that runs out between the last look at it and its saving interrupts in the machine that goes on, once.
+#[test]
+fn a_timer_that_ran_out_in_the_moment_of_saving() {
+    let rig = Rig::x2apic(1);
+    let cpu = rig.cpu(0);
+    for (msr, value) in [(0x832, 0x40), (0x83e, 0xb), (0x838, 1000)] {
+        cpu.write_msr(msr, value).unwrap();
+    }
+    // Nobody looks: the clock goes on, and no timer is run.
+    rig.clock.set(5000);
+    let state = cpu.save();
+    for (now, other) in [(5000, Rig::x2apic(1)), (1_000_000, Rig::x2apic(1))] {
+        let (clock, cpu) = (&other.clock, other.cpu(0));
+        clock.set(now);
+        cpu.restore(&state).unwrap();
+        assert!(pending(&cpu));
+        assert_eq!(cpu.acknowledge(), Some(0x40));
+        cpu.eoi();
+        let state = cpu.save();
+        advance(&other.queue, 1_000_000);
+        assert!(!pending(&cpu));
+        let last = Rig::x2apic(1);
+        last.cpu(0).restore(&state).unwrap();
+        assert!(!pending(&last.cpu(0)), "not once more");
+    }
+}
+
 #[test]
 fn interrupts_by_hypercall() {
     // In xAPIC mode too, where no MSR could send them.
