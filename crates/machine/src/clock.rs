@@ -21,9 +21,13 @@ pub fn host_tsc() -> u64 {
     unsafe { std::arch::x86_64::_rdtsc() }
 }
 
-/// Measures the host's TSC rate in kHz against the monotonic clock; takes about 20 ms. Good to about 10 ppm: timers by TSC
-/// deadline stay exact, because they look at the TSC itself when they fire.
+/// Measures the host's TSC rate in kHz against the monotonic clock; takes about 20 ms, and up to 300 ms where reading the clocks takes
+/// long itself, as on emulated machines. Good to about 10 ppm (100 there): timers by TSC deadline stay exact, because they look at the TSC
+/// itself when they fire.
 pub fn measure_tsc_khz() -> u64 {
+    /// What part of the time that passes between two readings they may take.
+    const PART: u64 = 10_000;
+    const LONGEST: Duration = Duration::from_millis(300);
     // The two clocks are read one after the other; of several readings the one with the least time between is used.
     let pair = || {
         (0..8)
@@ -34,13 +38,17 @@ pub fn measure_tsc_khz() -> u64 {
                 (after.wrapping_sub(before), before.wrapping_add(after.wrapping_sub(before) / 2), now)
             })
             .min_by_key(|(width, ..)| *width)
-            .map_or_else(|| (host_tsc(), Instant::now()), |(_, tsc, now)| (tsc, now))
+            .unwrap_or_else(|| (0, host_tsc(), Instant::now()))
     };
-    let (tsc0, now0) = pair();
-    std::thread::sleep(Duration::from_millis(20));
-    let (tsc1, now1) = pair();
-    let ns = now1.duration_since(now0).as_nanos().max(1);
-    (u128::from(tsc1.wrapping_sub(tsc0)) * 1_000_000 / ns).max(1) as u64
+    let (width0, tsc0, now0) = pair();
+    loop {
+        std::thread::sleep(Duration::from_millis(20));
+        let (width1, tsc1, now1) = pair();
+        let (ticks, time) = (tsc1.wrapping_sub(tsc0), now1.duration_since(now0));
+        if width0.saturating_add(width1) <= ticks / PART || time >= LONGEST {
+            return (u128::from(ticks) * 1_000_000 / time.as_nanos().max(1)).max(1) as u64;
+        }
+    }
 }
 
 enum Source {
