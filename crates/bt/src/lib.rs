@@ -136,9 +136,6 @@ impl BtEngine {
         if options.model.cpus > 1 {
             cache.count_pauses();
         }
-        if !options.lockstep {
-            cache.use_host_xsave();
-        }
         let shared = Shared::new(cache, ram.clone(), options.parking);
         ram.code_pages().set_listener(shared.clone());
         Ok(Self { shared, ram, options })
@@ -175,6 +172,10 @@ impl Engine for BtEngine {
 
     fn ram(&self) -> &GuestRam {
         &self.ram
+    }
+
+    fn model(&self) -> &CpuidModel {
+        &self.options.model
     }
 
     fn clock(&self) -> u64 {

@@ -5,7 +5,19 @@
 //! kernels calibrate clocks by (KVM clock leaves, TSC frequency, invariant TSC), and hides what costs an engine work: SMEP, SMAP,
 //! UMIP, PCID, INVPCID, protection keys, CET, LA57, AVX-512, AMX, MPX, performance counters, MONITOR, TSX, compacted XSAVE, RDPID.
 //!
+//! There is a second form of it, of an AMD part ([`amd`]), for guests whose code runs on such a CPU. Which one a guest sees is chosen when
+//! its VM is made, and is part of the VM's saved state.
+//!
 //! Sources: SDM volume 2, CPUID; the KVM leaves as documented with the Linux kernel (`Documentation/virt/kvm/x86/cpuid.rst`).
+
+pub mod amd;
+mod features;
+
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+pub use features::*;
 
 use crate::{CpuState, cr4};
 
@@ -32,219 +44,62 @@ pub const ARCH_CAPABILITIES: u64 = 1
     | 1 << 27
     | 1 << 62;
 
-/// Feature bits of leaf 1, ECX.
-#[allow(missing_docs)]
-pub mod leaf1_ecx {
-    pub const SSE3: u32 = 1 << 0;
-    pub const PCLMULQDQ: u32 = 1 << 1;
-    pub const SSSE3: u32 = 1 << 9;
-    pub const FMA: u32 = 1 << 12;
-    pub const CX16: u32 = 1 << 13;
-    pub const PCID: u32 = 1 << 17;
-    pub const SSE4_1: u32 = 1 << 19;
-    pub const SSE4_2: u32 = 1 << 20;
-    pub const X2APIC: u32 = 1 << 21;
-    pub const MOVBE: u32 = 1 << 22;
-    pub const POPCNT: u32 = 1 << 23;
-    pub const TSC_DEADLINE: u32 = 1 << 24;
-    pub const AES: u32 = 1 << 25;
-    pub const XSAVE: u32 = 1 << 26;
-    pub const OSXSAVE: u32 = 1 << 27;
-    pub const AVX: u32 = 1 << 28;
-    pub const F16C: u32 = 1 << 29;
-    pub const RDRAND: u32 = 1 << 30;
-    pub const HYPERVISOR: u32 = 1 << 31;
+/// Whose CPU a guest sees: what differs besides the name is in [`amd`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Vendor {
+    /// GenuineIntel.
+    #[default]
+    Intel,
+    /// AuthenticAMD.
+    Amd,
 }
 
-/// Feature bits of leaf 7, subleaf 0, EBX.
-#[allow(missing_docs)]
-pub mod leaf7_ebx {
-    pub const FSGSBASE: u32 = 1 << 0;
-    pub const TSC_ADJUST: u32 = 1 << 1;
-    pub const BMI1: u32 = 1 << 3;
-    pub const AVX2: u32 = 1 << 5;
-    pub const FDP_EXCPTN_ONLY: u32 = 1 << 6;
-    pub const SMEP: u32 = 1 << 7;
-    pub const BMI2: u32 = 1 << 8;
-    pub const ERMS: u32 = 1 << 9;
-    pub const ZERO_FCS_FDS: u32 = 1 << 13;
-    pub const RDSEED: u32 = 1 << 18;
-    pub const ADX: u32 = 1 << 19;
-    pub const SMAP: u32 = 1 << 20;
-    pub const CLFLUSHOPT: u32 = 1 << 23;
-    pub const CLWB: u32 = 1 << 24;
-    pub const SHA: u32 = 1 << 29;
-}
+impl Vendor {
+    /// The form that guests see under engine `kvm`: that of the CPU on which their code runs.
+    pub fn of_host() -> Self {
+        if &host_text() == b"AuthenticAMD" { Self::Amd } else { Self::Intel }
+    }
 
-/// Feature bits of leaf 7, subleaf 0, ECX.
-#[allow(missing_docs)]
-pub mod leaf7_ecx {
-    pub const UMIP: u32 = 1 << 2;
-    pub const GFNI: u32 = 1 << 8;
-    pub const VAES: u32 = 1 << 9;
-    pub const VPCLMULQDQ: u32 = 1 << 10;
-    pub const RDPID: u32 = 1 << 22;
-}
-
-/// Feature bits of leaf 7, subleaf 0, EDX.
-#[allow(missing_docs)]
-pub mod leaf7_edx {
-    pub const FSRM: u32 = 1 << 4;
-    pub const SPEC_CTRL: u32 = 1 << 26;
-    pub const ARCH_CAPABILITIES: u32 = 1 << 29;
-}
-
-/// Feature bits of leaf 0x8000_0001, ECX.
-#[allow(missing_docs)]
-pub mod extended_ecx {
-    pub const LAHF: u32 = 1 << 0;
-    pub const LZCNT: u32 = 1 << 5;
-    pub const PREFETCHW: u32 = 1 << 8;
-}
-
-/// Feature bits of leaf 0xd, subleaf 1, EAX.
-#[allow(missing_docs)]
-pub mod leaf_d_eax {
-    pub const XSAVEOPT: u32 = 1 << 0;
-    pub const XGETBV1: u32 = 1 << 2;
-}
-
-/// Feature bits of leaf 0x4000_0001, EAX (`Documentation/virt/kvm/x86/cpuid.rst`).
-#[allow(missing_docs)]
-pub mod kvm_eax {
-    pub const CLOCKSOURCE: u32 = 1 << 0;
-    pub const NOP_IO_DELAY: u32 = 1 << 1;
-    pub const CLOCKSOURCE2: u32 = 1 << 3;
-    pub const STEAL_TIME: u32 = 1 << 5;
-    pub const PV_EOI: u32 = 1 << 6;
-    pub const PV_UNHALT: u32 = 1 << 7;
-    pub const PV_TLB_FLUSH: u32 = 1 << 9;
-    pub const PV_SEND_IPI: u32 = 1 << 11;
-    pub const CLOCKSOURCE_STABLE: u32 = 1 << 24;
-}
-
-/// Feature words of a CPU.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Features {
-    /// Leaf 1, ECX, see [`leaf1_ecx`].
-    pub leaf1_ecx: u32,
-    /// Leaf 1, EDX.
-    pub leaf1_edx: u32,
-    /// Leaf 7.0, EBX, see [`leaf7_ebx`].
-    pub leaf7_ebx: u32,
-    /// Leaf 7.0, ECX, see [`leaf7_ecx`].
-    pub leaf7_ecx: u32,
-    /// Leaf 7.0, EDX.
-    pub leaf7_edx: u32,
-    /// Leaf 0x8000_0001, ECX, see [`extended_ecx`].
-    pub extended_ecx: u32,
-    /// Leaf 0x8000_0001, EDX.
-    pub extended_edx: u32,
-    /// Leaf 0xd.1, EAX, see [`leaf_d_eax`].
-    pub leaf_d_eax: u32,
-}
-
-impl Features {
-    /// All that a model may show, were the host to have it.
-    fn baseline() -> Self {
-        use extended_ecx as x;
-        use leaf1_ecx as a;
-        use leaf7_ebx as b;
-        use leaf7_ecx as c;
-        // FPU DE PSE TSC MSR PAE MCE CX8, APIC, SEP MTRR PGE MCA CMOV PAT PSE36, CLFSH, MMX FXSR SSE SSE2 SS.
-        let leaf1_edx = 0x1fd | 1 << 9 | 0x7f << 11 | 1 << 19 | 0x1f << 23;
-        Self {
-            leaf1_ecx: a::SSE3
-                | a::PCLMULQDQ
-                | a::SSSE3
-                | a::FMA
-                | a::CX16
-                | a::PCID
-                | a::SSE4_1
-                | a::SSE4_2
-                | a::X2APIC
-                | a::MOVBE
-                | a::POPCNT
-                | a::TSC_DEADLINE
-                | a::AES
-                | a::XSAVE
-                | a::AVX
-                | a::F16C
-                | a::RDRAND
-                | a::HYPERVISOR,
-            leaf1_edx,
-            leaf7_ebx: b::FSGSBASE
-                | b::TSC_ADJUST
-                | b::BMI1
-                | b::AVX2
-                | b::FDP_EXCPTN_ONLY
-                | b::BMI2
-                | b::ERMS
-                | b::ZERO_FCS_FDS
-                | b::RDSEED
-                | b::ADX
-                | b::CLFLUSHOPT
-                | b::CLWB
-                | b::SHA,
-            leaf7_ecx: c::GFNI | c::VAES | c::VPCLMULQDQ,
-            leaf7_edx: leaf7_edx::FSRM | leaf7_edx::SPEC_CTRL | leaf7_edx::ARCH_CAPABILITIES,
-            extended_ecx: x::LAHF | x::LZCNT | x::PREFETCHW,
-            // SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
-            extended_edx: 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29,
-            leaf_d_eax: leaf_d_eax::XSAVEOPT | leaf_d_eax::XGETBV1,
+    /// Can a guest that sees this vendor make hypercalls on this host under engine `kvm`? Intel's call is VMCALL, AMD's VMMCALL. On the
+    /// other's CPUs each is an invalid opcode, for which KVM writes the right one into the guest's code, and a kernel's code cannot be
+    /// written to: the guest would crash. So that a guest can go from one engine to another, none of them offers hypercalls there.
+    pub fn calls_work(self) -> bool {
+        match &host_text() {
+            b"AuthenticAMD" => self == Self::Amd,
+            b"HygonGenuine" => false,
+            _ => self == Self::Intel,
         }
     }
+}
 
-    /// The baseline cut to what this host executes. What an engine emulates itself stays in whatever the host has.
-    fn for_host() -> Self {
-        use leaf1_ecx as a;
-        use leaf7_ebx as b;
-        use leaf7_ecx as c;
-        let leaf = |leaf: u32, subleaf: u32| {
-            let r = host_cpuid(leaf, subleaf);
-            [r.eax, r.ebx, r.ecx, r.edx]
-        };
-        let [_, _, ecx1, _] = leaf(1, 0);
-        let [_, ebx7, ecx7, edx7] = leaf(7, 0);
-        let [_, _, ecxx, _] = leaf(0x8000_0001, 0);
-        let emulated1 = a::X2APIC | a::TSC_DEADLINE | a::HYPERVISOR;
-        let emulated7 = b::TSC_ADJUST | b::ZERO_FCS_FDS | b::ERMS;
-        let mut this = Self::baseline();
-        this.leaf1_ecx &= ecx1 | emulated1;
-        this.leaf7_ebx &= ebx7 | emulated7;
-        this.leaf7_ecx &= ecx7;
-        this.leaf7_edx &= edx7 | leaf7_edx::SPEC_CTRL | leaf7_edx::ARCH_CAPABILITIES;
-        this.extended_ecx &= ecxx | extended_ecx::LAHF;
-        // The host's own system must have enabled AVX state.
-        if !std::is_x86_feature_detected!("avx") {
-            this.leaf1_ecx &= !(a::AVX | a::FMA | a::F16C);
-            this.leaf7_ebx &= !b::AVX2;
-            this.leaf7_ecx &= !(c::VAES | c::VPCLMULQDQ);
+impl FromStr for Vendor {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "intel" => Ok(Self::Intel),
+            "amd" => Ok(Self::Amd),
+            _ => Err(format!("there are no CPUs of '{text}': choose intel or amd")),
         }
-        this
     }
 }
 
-/// Can a guest that sees an Intel CPU make hypercalls on this host under engine `kvm`? It uses VMCALL. On AMD CPUs that is an invalid opcode,
-/// for which KVM writes VMMCALL into the guest's code, and a kernel's code cannot be written to: the guest would crash. So that a guest can
-/// go from one engine to another, none of them offers hypercalls there.
-pub fn host_takes_vmcall() -> bool {
-    let vendor = std::arch::x86_64::__cpuid(0);
-    let text: Vec<u8> = [vendor.ebx, vendor.edx, vendor.ecx].into_iter().flat_map(u32::to_le_bytes).collect();
-    !matches!(&text[..], b"AuthenticAMD" | b"HygonGenuine")
-}
-
-fn host_cpuid(leaf: u32, subleaf: u32) -> std::arch::x86_64::CpuidResult {
-    let base = leaf & 0x8000_0000;
-    if std::arch::x86_64::__cpuid(base).eax < leaf {
-        return std::arch::x86_64::CpuidResult { eax: 0, ebx: 0, ecx: 0, edx: 0 };
+fn host_text() -> [u8; 12] {
+    let leaf = std::arch::x86_64::__cpuid(0);
+    let mut text = [0; 12];
+    for (to, from) in text.chunks_exact_mut(4).zip([leaf.ebx, leaf.edx, leaf.ecx]) {
+        to.copy_from_slice(&from.to_le_bytes());
     }
-    std::arch::x86_64::__cpuid_count(leaf, subleaf)
+    text
 }
 
 /// The CPUID model of one VM: the same for all its vCPUs but for the APIC id.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuidModel {
+    /// Whose CPU it is.
+    pub vendor: Vendor,
+    /// Family, model and stepping: EAX of leaf 1.
+    pub signature: u32,
     /// Number of vCPUs.
     pub cpus: u32,
     /// Frequency of the guest's time-stamp counter, in kHz.
@@ -254,24 +109,55 @@ pub struct CpuidModel {
     /// Offer KVM_FEATURE_PV_UNHALT: a guest whose spinlock is held elsewhere halts, and is woken by the hypercall KVM_HC_KICK_CPU. Worth
     /// its cost where vCPUs must share cores.
     pub pv_unhalt: bool,
-    /// Offer what goes by hypercalls, see [`host_takes_vmcall`].
+    /// Offer what goes by hypercalls, see [`Vendor::calls_work`].
     pub hypercalls: bool,
 }
 
+/// Family 6, model 143, stepping 8.
+const INTEL_SIGNATURE: u32 = 0x0008_06f8;
+
 impl CpuidModel {
-    /// The model for a VM with `cpus` vCPUs whose TSC runs at `tsc_khz`, on this host.
+    /// The model for a VM with `cpus` vCPUs whose TSC runs at `tsc_khz`, on this host, in Intel's form.
     pub fn new(cpus: u32, tsc_khz: u32) -> Self {
+        Self::of(Vendor::Intel, cpus, tsc_khz)
+    }
+
+    /// The same in the form of `vendor`.
+    pub fn of(vendor: Vendor, cpus: u32, tsc_khz: u32) -> Self {
         Self {
+            vendor,
+            signature: if vendor == Vendor::Amd { amd::SIGNATURE } else { INTEL_SIGNATURE },
             cpus: cpus.max(1),
             tsc_khz,
-            features: Features::for_host(),
+            features: Features::for_host(vendor),
             pv_unhalt: false,
-            hypercalls: host_takes_vmcall(),
+            hypercalls: vendor.calls_work(),
         }
+    }
+
+    /// Takes the host's family, model and stepping: where the guest's code runs on that very CPU, it decides by them what to guard against.
+    pub fn with_host_signature(mut self) -> Self {
+        self.signature = features::host_cpuid(1, 0).eax;
+        self
+    }
+
+    /// Makes a saved model one that can be shown on this host: with nothing that no model shows.
+    ///
+    /// # Errors
+    /// The names of what the guest may have found and this host does not execute.
+    pub fn check(&mut self) -> Result<(), Vec<&'static str>> {
+        self.features = self.features.and(&Features::all(self.vendor));
+        let beyond = self.features.beyond(&Features::for_host(self.vendor));
+        if beyond.is_empty() { Ok(()) } else { Err(beyond) }
     }
 
     /// What CPUID answers for `leaf` (EAX) and `subleaf` (ECX) on vCPU `index` in `state`: EAX, EBX, ECX, EDX.
     pub fn cpuid(&self, index: u32, state: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
+        if self.vendor == Vendor::Amd
+            && let Some(answer) = amd::leaf(self, leaf, subleaf)
+        {
+            return answer;
+        }
         let f = &self.features;
         let leaf = match leaf {
             0..=0x1f | 0x4000_0000..=0x4000_0010 | 0x8000_0000..=0x8000_0008 => leaf,
@@ -287,7 +173,7 @@ impl CpuidModel {
                 }
                 let logical = 1u32 << self.core_bits().min(7);
                 let htt = if self.cpus > 1 { 1 << 28 } else { 0 };
-                [0x0008_06f8, (index & 0xff) << 24 | logical << 16 | 8 << 8, ecx, f.leaf1_edx | htt]
+                [self.signature, (index & 0xff) << 24 | logical << 16 | 8 << 8, ecx, f.leaf1_edx | htt]
             }
             // Use leaf 4; 64-byte prefetch.
             2 => [0x00fe_ff01, 0x0000_00f0, 0, 0],
@@ -521,6 +407,21 @@ mod tests {
             assert_eq!(eax & (kvm_eax::PV_SEND_IPI | kvm_eax::PV_UNHALT), shown);
             assert_ne!(eax & kvm_eax::STEAL_TIME, 0);
         }
+    }
+
+    #[test]
+    fn what_another_host_lacks_is_named() {
+        let (mut m, _) = model(1);
+        assert_eq!(m.clone().check(), Ok(()));
+        let host = m.features;
+        assert_eq!(host.beyond(&host), Vec::<&str>::new());
+        let less = Features { leaf7_ebx: host.leaf7_ebx & !leaf7_ebx::BMI2, leaf1_edx: 0, ..host };
+        assert_eq!(host.beyond(&less), ["BMI2"]);
+        // What a damaged file may say.
+        m.features.leaf7_ebx |= leaf7_ebx::SMAP;
+        m.features.extended8_ebx = u32::MAX;
+        m.check().unwrap();
+        assert_eq!(m.features, host);
     }
 
     #[test]

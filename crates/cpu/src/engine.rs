@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use memory::GuestRam;
 
+use crate::cpuid::CpuidModel;
 use crate::{Chips, CpuState};
 
 /// Everything a vCPU reaches that is not RAM. Called from vCPU threads, several at once.
@@ -142,6 +143,8 @@ pub trait Engine: Send + Sync {
     fn create_vcpu(&self, setup: VcpuSetup) -> Result<Box<dyn Vcpu>, String>;
     /// The RAM this engine runs on.
     fn ram(&self) -> &GuestRam;
+    /// The CPUID model that guests see.
+    fn model(&self) -> &CpuidModel;
     /// The interrupt chips and timers that this engine has in itself, if it does: the machine then leaves its own unused, and vCPUs
     /// never ask [`VcpuSetup::lapic`].
     fn chips(&self) -> Option<Arc<dyn Chips>> {

@@ -55,6 +55,14 @@ pub const MTRR_FIXED: [u32; 11] = [0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x2
 pub const PAT: u32 = 0x277;
 /// IA32_MTRR_DEF_TYPE.
 pub const MTRR_DEFAULT: u32 = 0x2ff;
+/// SYSCFG, of AMD's CPUs (APM volume 2, appendix A).
+pub const SYSCFG: u32 = 0xc001_0010;
+/// HWCR, of AMD's CPUs.
+pub const HWCR: u32 = 0xc001_0015;
+/// NB_CFG, of AMD's CPUs.
+pub const NB_CFG: u32 = 0xc001_001f;
+/// DE_CFG, of AMD's CPUs.
+pub const DE_CFG: u32 = 0xc001_1029;
 /// IA32_TSC_DEADLINE.
 pub const TSC_DEADLINE: u32 = 0x6e0;
 /// The first register of a local APIC in x2APIC mode.

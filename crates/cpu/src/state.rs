@@ -93,6 +93,7 @@ pub mod efer {
     pub const LME: u64 = 1 << 8;
     pub const LMA: u64 = 1 << 10;
     pub const NXE: u64 = 1 << 11;
+    pub const AIBRSE: u64 = 1 << 21;
 }
 
 /// A segment register with its hidden part (SDM volume 3, 3.4.3).

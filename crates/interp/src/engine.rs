@@ -24,7 +24,12 @@ pub struct InterpEngine {
 impl InterpEngine {
     /// The engine for a VM with `cpus` vCPUs.
     pub fn new(ram: GuestRam, cpus: u32) -> Self {
-        Self { ram, model: Arc::new(CpuidModel::new(cpus, tsc::khz())) }
+        Self::with_model(ram, CpuidModel::new(cpus, tsc::khz()))
+    }
+
+    /// The same with a CPUID model of the caller's.
+    pub fn with_model(ram: GuestRam, model: CpuidModel) -> Self {
+        Self { ram, model: Arc::new(model) }
     }
 }
 
@@ -45,6 +50,10 @@ impl Engine for InterpEngine {
 
     fn ram(&self) -> &GuestRam {
         &self.ram
+    }
+
+    fn model(&self) -> &CpuidModel {
+        &self.model
     }
 
     fn clock(&self) -> u64 {

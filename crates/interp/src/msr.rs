@@ -5,7 +5,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use cpu::cpuid::{ARCH_CAPABILITIES, CpuidModel};
+use cpu::cpuid::{ARCH_CAPABILITIES, CpuidModel, Vendor, amd};
 use cpu::msr as n;
 use cpu::paging::{PHYSICAL_BITS, is_canonical};
 use cpu::{CpuState, LocalApic, MsrError, SegmentIndex, cr0, efer};
@@ -69,7 +69,7 @@ pub fn read(env: &MsrEnv<'_>, state: &CpuState, msr: u32) -> Result<u64, MsrErro
         n::SPEC_CTRL => state.spec_ctrl,
         n::MICROCODE_REVISION => 1 << 32,
         n::MTRR_CAP => MTRR_CAP_VALUE,
-        n::ARCH_CAPABILITIES => ARCH_CAPABILITIES,
+        n::ARCH_CAPABILITIES if env.model.vendor == Vendor::Intel => ARCH_CAPABILITIES,
         n::SYSENTER_CS..=n::SYSENTER_EIP => {
             state.sysenter.get((msr - n::SYSENTER_CS) as usize).copied().ok_or(MsrError)?
         }
@@ -90,6 +90,7 @@ pub fn read(env: &MsrEnv<'_>, state: &CpuState, msr: u32) -> Result<u64, MsrErro
         n::GS_BASE => base(SegmentIndex::Gs),
         n::KERNEL_GS_BASE => state.kernel_gs_base,
         n::TSC_AUX => state.tsc_aux,
+        _ if env.model.vendor == Vendor::Amd => return amd::read_msr(msr).ok_or(MsrError),
         _ => return Err(MsrError),
     })
 }
@@ -135,7 +136,8 @@ pub fn write(env: &MsrEnv<'_>, state: &mut CpuState, msr: u32, value: u64) -> Re
             check(value & !0x407 == 0)?;
             state.spec_ctrl = value;
         }
-        n::PRED_CMD => check(value & !1 == 0)?,
+        // IBPB, and AMD's SBPB.
+        n::PRED_CMD => check(value & !(1 | if env.model.vendor == Vendor::Amd { 1 << 7 } else { 0 }) == 0)?,
         n::MICROCODE_UPDATE | n::MICROCODE_REVISION | n::PERF_STATUS => {}
         n::DEBUGCTL => check(value & !3 == 0)?,
         n::SYSENTER_CS..=n::SYSENTER_EIP => {
@@ -166,11 +168,12 @@ pub fn write(env: &MsrEnv<'_>, state: &mut CpuState, msr: u32, value: u64) -> Re
             state.set_kvm_pv_eoi(value);
         }
         n::EFER => {
-            const WRITABLE: u64 = efer::SCE | efer::LME | efer::NXE;
-            check(value & !(WRITABLE | efer::LMA) == 0)?;
-            let changed = (value ^ state.efer) & WRITABLE;
+            let auto_ibrs = env.model.features.extended21_eax & amd::leaf21_eax::AUTO_IBRS != 0;
+            let writable = efer::SCE | efer::LME | efer::NXE | if auto_ibrs { efer::AIBRSE } else { 0 };
+            check(value & !(writable | efer::LMA) == 0)?;
+            let changed = (value ^ state.efer) & writable;
             check(changed & efer::LME == 0 || state.cr0 & cr0::PG == 0)?;
-            state.efer = (state.efer & !WRITABLE) | (value & WRITABLE);
+            state.efer = (state.efer & !writable) | (value & writable);
             return Ok(changed & efer::NXE != 0);
         }
         n::STAR => state.star = value,
@@ -196,6 +199,7 @@ pub fn write(env: &MsrEnv<'_>, state: &mut CpuState, msr: u32, value: u64) -> Re
             check(value >> 32 == 0)?;
             state.tsc_aux = value;
         }
+        _ if env.model.vendor == Vendor::Amd => check(amd::write_msr(msr, value))?,
         _ => return Err(MsrError),
     }
     Ok(false)

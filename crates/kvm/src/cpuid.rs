@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use cpu::CpuState;
-use cpu::cpuid::{CpuidModel, leaf1_ecx, leaf7_edx};
+use cpu::cpuid::{CpuidModel, amd, leaf1_ecx, leaf7_edx};
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
@@ -55,6 +55,10 @@ impl GuestCpuid {
         f.extended_ecx &= ecxx;
         f.extended_edx &= edxx;
         f.leaf_d_eax &= has(0xd, 1)[0];
+        f.extended8_ebx &= has(0x8000_0008, 0)[1];
+        let [eax21, _, ecx21, _] = has(0x8000_0021, 0);
+        f.extended21_eax &= eax21;
+        f.extended21_ecx &= ecx21;
         let host_bits = has(0x8000_0008, 0)[0] & 0xff;
         let physical_bits = if host_bits == 0 { 36 } else { host_bits.min(cpu::paging::PHYSICAL_BITS) };
         Self { model, supported, physical_bits }
@@ -72,7 +76,9 @@ impl GuestCpuid {
 
     /// Does IA32_SPEC_CTRL exist?
     pub fn has_spec_ctrl(&self) -> bool {
-        self.model.features.leaf7_edx & leaf7_edx::SPEC_CTRL != 0
+        use amd::leaf8_ebx::{IBRS, SSBD, STIBP};
+        let f = &self.model.features;
+        f.leaf7_edx & leaf7_edx::SPEC_CTRL != 0 || f.extended8_ebx & (IBRS | STIBP | SSBD) != 0
     }
 
     /// Does IA32_ARCH_CAPABILITIES exist?
@@ -89,9 +95,11 @@ impl GuestCpuid {
     pub fn entries(&self, index: u32) -> Result<CpuId, String> {
         let mut entries = Vec::new();
         let state = CpuState::default();
-        let basic = 0..=0x1f_u32;
+        let [highest, ..] = self.model.cpuid(0, &state, 0, 0);
+        let basic = 0..=highest;
         let kvm = [0x4000_0000, 0x4000_0001, 0x4000_0010];
-        let extended = 0x8000_0000..=0x8000_0008_u32;
+        let [highest, ..] = self.model.cpuid(0, &state, 0x8000_0000, 0);
+        let extended = 0x8000_0000..=highest;
         for leaf in basic.chain(kvm).chain(extended) {
             let count = subleaves(leaf);
             for subleaf in 0..count {
@@ -121,6 +129,7 @@ impl GuestCpuid {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cpu::cpuid::Vendor;
 
     fn guest(supported: &[(u32, u32, [u32; 4])]) -> GuestCpuid {
         let leaves = supported.iter().map(|&(leaf, subleaf, words)| ((leaf, subleaf), words)).collect();
@@ -151,6 +160,20 @@ mod tests {
         assert_eq!(find(&entries, 0x4000_0001, 0).eax, 8 | 1 << 24);
         assert_eq!(find(&entries, 0x8000_0008, 0).eax & 0xff, 40, "no more address bits than the host's");
         assert_eq!(find(&entries, 0xb, 1).flags, KVM_CPUID_FLAG_SIGNIFCANT_INDEX);
+    }
+
+    /// Of what AMD's CPUs are vulnerable to nothing is told but what KVM tells.
+    #[test]
+    fn in_the_form_of_amd() {
+        let all = u32::MAX;
+        let leaves = [(1, [all; 4]), (0x8000_0001, [all; 4]), (0x8000_0008, [40, amd::leaf8_ebx::IBPB, 0, 0])];
+        let leaves = leaves.into_iter().map(|(leaf, words)| ((leaf, 0), words)).collect();
+        let guest = GuestCpuid::cut(&CpuidModel::of(Vendor::Amd, 2, 2_000_000), leaves, true);
+        let entries = guest.entries(0).unwrap();
+        assert_eq!(find(&entries, 0x8000_0008, 0).ebx, amd::leaf8_ebx::IBPB);
+        assert_eq!(find(&entries, 0x8000_0021, 0).eax, 0, "not even that it is immune");
+        assert!(entries.as_slice().iter().all(|e| e.function != 0x1f), "no leaf beyond the highest");
+        assert!(!guest.has_spec_ctrl() && !guest.has_arch_capabilities());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cpu::cpuid::{ARCH_CAPABILITIES, CpuidModel, kvm_eax};
+use cpu::cpuid::{ARCH_CAPABILITIES, CpuidModel, Vendor, kvm_eax};
 use cpu::{Chips, Engine, Vcpu, VcpuSetup};
 use kvm_bindings as b;
 use kvm_ioctls::VmFd;
@@ -107,6 +107,7 @@ impl KvmEngine {
             pv_eoi: cpuid.paravirtual() & kvm_eax::PV_EOI != 0,
             tsc_offset: capabilities.tsc_offset,
             physical_mask: (1 << cpuid.physical_bits()) - 1,
+            amd: cpuid.model().vendor == Vendor::Amd,
         };
         let vm = Arc::new(vm);
         let chips = KernelChips::create(vm.clone(), features, capabilities.eventfds)?;
@@ -205,6 +206,10 @@ impl Engine for KvmEngine {
             dirty: self.dirty.clone(),
         };
         Ok(Box::new(KvmVcpu::new(parts)))
+    }
+
+    fn model(&self) -> &CpuidModel {
+        self.cpuid.model()
     }
 
     fn ram(&self) -> &GuestRam {

@@ -3,6 +3,7 @@
 //! KVM answers the allowed ones itself. Accesses to any other come to us: a few have an answer here, the same as under the other
 //! engines; the rest are `#GP(0)`.
 
+use cpu::cpuid;
 use cpu::msr as n;
 use kvm_bindings::{KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap};
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
@@ -71,24 +72,26 @@ pub fn filter(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     vm.set_msr_filter(MsrFilterDefaultAction::DENY, &ranges)
 }
 
-/// RDMSR of a register that KVM does not answer; `None` is `#GP(0)`.
-pub fn read(msr: u32) -> Option<u64> {
+/// RDMSR of a register that KVM does not answer, on an AMD CPU or on Intel's; `None` is `#GP(0)`.
+pub fn read(msr: u32, amd: bool) -> Option<u64> {
     match msr {
         n::PLATFORM_ID | n::MICROCODE_UPDATE | n::PLATFORM_INFO | n::PERF_STATUS | n::DEBUGCTL => Some(0),
         // Locked, nothing enabled.
         n::FEATURE_CONTROL => Some(1),
         // No banks: KVM's own default are 32, of which the filter would let none be reached.
         n::MCG_CAP | n::MCG_STATUS => Some(0),
+        _ if amd => cpuid::amd::read_msr(msr),
         _ => None,
     }
 }
 
 /// WRMSR of such a register; `false` is `#GP(0)`.
-pub fn write(msr: u32, value: u64) -> bool {
+pub fn write(msr: u32, value: u64, amd: bool) -> bool {
     match msr {
         n::MICROCODE_UPDATE | n::MICROCODE_REVISION | n::PERF_STATUS => true,
         n::DEBUGCTL => value & !3 == 0,
         n::MCG_STATUS => value == 0,
+        _ if amd => cpuid::amd::write_msr(msr, value),
         _ => false,
     }
 }
@@ -110,9 +113,13 @@ mod tests {
 
     #[test]
     fn answers() {
-        assert_eq!(read(n::FEATURE_CONTROL), Some(1));
-        assert_eq!(read(0x1234), None);
-        assert!(write(n::MICROCODE_UPDATE, 5));
-        assert!(!write(n::DEBUGCTL, 4) && !write(0x1234, 0));
+        for amd in [false, true] {
+            assert_eq!(read(n::FEATURE_CONTROL, amd), Some(1));
+            assert_eq!(read(0x1234, amd), None);
+            assert!(write(n::MICROCODE_UPDATE, 5, amd));
+            assert!(!write(n::DEBUGCTL, 4, amd) && !write(0x1234, 0, amd));
+            assert_eq!(read(n::HWCR, amd).is_some(), amd);
+            assert_eq!(write(n::HWCR, 0, amd), amd);
+        }
     }
 }

@@ -28,6 +28,8 @@ pub struct Features {
     pub tsc_offset: bool,
     /// The bits that addresses of MTRRs may have.
     pub physical_mask: u64,
+    /// The guest sees an AMD CPU.
+    pub amd: bool,
 }
 
 type Result<T> = std::result::Result<T, String>;
@@ -412,6 +414,7 @@ mod tests {
             pv_eoi: true,
             tsc_offset: true,
             physical_mask: u64::MAX,
+            amd: false,
         };
         let mut state = CpuState::default();
         let mut numbers: Vec<u32> = msrs(&mut state, &features).into_iter().map(|(number, _)| number).collect();

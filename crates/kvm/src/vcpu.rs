@@ -181,14 +181,14 @@ impl KvmVcpu {
                 self.counters.msr += 1;
                 // SAFETY: as above.
                 let access = unsafe { &mut union.msr };
-                let answer = msr::read(access.index);
+                let answer = msr::read(access.index, self.features.amd);
                 (access.data, access.error) = (answer.unwrap_or_default(), answer.is_none().into());
             }
             b::KVM_EXIT_X86_WRMSR => {
                 self.counters.msr += 1;
                 // SAFETY: as above.
                 let access = unsafe { &mut union.msr };
-                access.error = (!msr::write(access.index, access.data)).into();
+                access.error = (!msr::write(access.index, access.data, self.features.amd)).into();
             }
             b::KVM_EXIT_DEBUG => {
                 self.counters.debug += 1;

@@ -7,6 +7,7 @@ use crate::complete;
 use clap::{Args, Parser, Subcommand, ValueHint};
 use vmm::{
     DiskConfig, EngineChoice, GdbAddress, NetConfig, PortForward, SerialMode, ShareConfig, StatsFormat, TraceConfig,
+    Vendor,
 };
 
 const EXAMPLES: &str = "\
@@ -273,6 +274,10 @@ pub struct RunArgs {
     /// What executes the guest: auto, bt (binary translation), kvm (hardware) or interp (precise, slow) [default: auto]
     #[arg(long, value_name = "ENGINE", env = "TIGHTROPE_ENGINE", add = complete::engines())]
     pub engine: Option<EngineChoice>,
+
+    /// Whose CPU the guest sees: intel or amd [default: that of this CPU's vendor with engine kvm, else intel]
+    #[arg(long, value_name = "VENDOR")]
+    pub cpu_vendor: Option<Vendor>,
 
     /// Where the console goes: stdio, none, pty, file:PATH or unix:PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio")]

@@ -33,6 +33,7 @@ pub fn configure(args: &RunArgs, settings: &Settings) -> Result<VmConfig> {
     config.memory = args.memory.or(settings.memory).unwrap_or(vmm::DEFAULT_MEMORY);
     config.cpus = args.cpus;
     config.engine = args.engine.or(settings.engine).unwrap_or_default();
+    config.cpu_vendor = args.cpu_vendor;
     config.serial = args.serial.clone();
     config.virtio_console = args.virtio_console.clone();
     config.stats = args.stats;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{PROMPT, Session, run};
+use common::{COMPLAINTS, PROMPT, Session, run};
 use image::{Flavour, cpio};
 /// Set where this program is to be a guest's.
 const INSIDE: &str = "TIGHTROPE_INSIDE";
@@ -129,12 +129,12 @@ fn translations_are_forgotten_everywhere() {
         session.send(
             b"dmesg | grep -c -E 'KVM setup pv remote TLB flush|setup PV IPIs|eoi.. replaced with kvm'; echo offered\n",
         );
-        // On AMD hosts there are no hypercalls.
-        let vendor = std::arch::x86_64::__cpuid(0).ebx.to_le_bytes();
-        session.expect(if vendor == *b"Auth" { "2\r\noffered" } else { "3\r\noffered" });
+        // Under `bt` the guest sees an Intel CPU, whose hypercalls engine `kvm` cannot take on AMD hosts: so there are none.
+        let amd = std::arch::x86_64::__cpuid(0).ebx.to_le_bytes() == *b"Auth";
+        session.expect(if amd && common::engine() != "kvm" { "2\r\noffered" } else { "3\r\noffered" });
         session.send(format!("{}; echo do''ne\n", inside("inside_remapping")).as_bytes());
         session.expect("done");
-        session.send(b"dmesg | grep -E 'BUG|WARNING|lockup|stall' | grep -v -c fpu/xstate; poweroff\n");
+        session.send(format!("{COMPLAINTS}; poweroff\n").as_bytes());
         session.expect("0\r\n");
         let done = session.finish();
         assert_eq!(done.code(), Some(0), "{}", done.err);

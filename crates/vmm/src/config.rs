@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
+pub use cpu::cpuid::Vendor;
 pub use disk::DiskConfig;
 
 use crate::instance::Instance;
@@ -56,6 +57,8 @@ pub struct VmConfig {
     pub cpus: u32,
     /// Which engine runs the guest.
     pub engine: EngineChoice,
+    /// Whose CPU the guest sees; `None`: under engine `kvm` that of the host's vendor, else Intel's. A saved VM's stays.
+    pub cpu_vendor: Option<Vendor>,
     /// Where the serial console goes.
     pub serial: SerialMode,
     /// Where a virtio console, the guest's `hvc0`, goes; `None` for no such device.
@@ -100,6 +103,7 @@ impl VmConfig {
             memory: DEFAULT_MEMORY,
             cpus: 1,
             engine: EngineChoice::Auto,
+            cpu_vendor: None,
             serial: SerialMode::Stdio,
             virtio_console: None,
             stats: None,

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::sync::{Arc, Mutex};
 
 use cpu::Engine;
-use cpu::cpuid::CpuidModel;
+use cpu::cpuid::{CpuidModel, Vendor};
 use memory::GuestRam;
 
 use crate::config::{EngineChoice, MAX_CPUS, SerialMode, VmConfig};
@@ -44,6 +44,9 @@ fn no_kvm(why: &kvm::Unusable) -> Error {
 fn needs_bt(config: &VmConfig) -> Option<&'static str> {
     if config.lockstep {
         return Some("--lockstep");
+    }
+    if config.cpu_vendor == Some(Vendor::Amd) && Vendor::of_host() != Vendor::Amd {
+        return Some("--cpu-vendor amd on another CPU");
     }
     let trace = config.trace.as_ref()?;
     (trace.interrupts || trace.blocks || trace.tlb).then_some("--trace int, blocks and tlb")
@@ -125,51 +128,107 @@ pub(crate) fn choose(
     tsc_khz: u64,
     kvm: KvmState,
     trace: Option<TraceSink>,
+    saved: Option<CpuidModel>,
 ) -> Result<(Box<dyn Engine>, String), Error> {
+    let saved = saved.map(executable).transpose()?;
+    let make_kvm = |ram: GuestRam, host: &kvm::Host| {
+        self::kvm(config, ram, tsc_khz, host, saved.as_ref()).inspect_err(|error| {
+            if matches!(error, Error::Engine(_)) {
+                kvm::probe::forget();
+            }
+        })
+    };
     let why_bt = match (config.engine, kvm) {
         (EngineChoice::Interp, _) => {
-            let engine = interp::InterpEngine::new(ram, config.cpus);
+            let model = model(config, interp::tsc::khz().into(), saved.as_ref(), Vendor::Intel);
+            let engine = interp::InterpEngine::with_model(ram, model);
             return Ok((Box::new(engine), "engine interp: asked for; precise, but slow".to_string()));
         }
         (EngineChoice::Kvm, KvmState::NotAsked) => return Err(Error::Engine("engine kvm was not opened".into())),
         (EngineChoice::Kvm, KvmState::Not(why)) => return Err(no_kvm(&why)),
         (EngineChoice::Kvm, KvmState::Works(host)) => {
-            let engine = self::kvm(config, ram, tsc_khz, &host).map_err(|why| {
-                kvm::probe::forget();
-                Error::Engine(format!("engine kvm cannot be used: {why}; or choose --engine bt"))
+            let engine = make_kvm(ram, &host).map_err(|error| match error {
+                Error::Engine(why) => Error::Engine(format!("engine kvm cannot be used: {why}; or choose --engine bt")),
+                other => other,
             })?;
             return Ok((engine, "engine kvm: asked for".to_string()));
         }
-        (EngineChoice::Auto, KvmState::Works(host)) => match self::kvm(config, ram.clone(), tsc_khz, &host) {
+        (EngineChoice::Auto, KvmState::Works(host)) => match make_kvm(ram.clone(), &host) {
             Ok(engine) => return Ok((engine, "engine kvm: this host runs 64-bit guests by hardware".to_string())),
             // It worked a moment ago.
-            Err(error) => {
-                kvm::probe::forget();
-                error.to_string()
-            }
+            Err(error) => error.to_string(),
         },
         (EngineChoice::Auto, KvmState::Not(why)) => why.to_string(),
         (EngineChoice::Auto, KvmState::NotAsked) => needs_bt(config).unwrap_or("asked for").to_string(),
         (EngineChoice::Bt, _) => "asked for".to_string(),
     };
-    Ok((bt(config, ram, tsc_khz, trace)?, format!("engine bt: {why_bt}")))
+    let model = model(config, tsc_khz, saved.as_ref(), Vendor::Intel);
+    Ok((bt(config, ram, model, trace)?, format!("engine bt: {why_bt}")))
 }
 
-fn model(config: &VmConfig, tsc_khz: u64) -> CpuidModel {
-    let mut model = CpuidModel::new(config.cpus, u32::try_from(tsc_khz).unwrap_or(u32::MAX));
+/// A saved VM's CPU, if this host's can execute what the guest may have found.
+fn executable(mut saved: CpuidModel) -> Result<CpuidModel, Error> {
+    match saved.check() {
+        Ok(()) => Ok(saved),
+        Err(names) => {
+            let names = names.join(", ");
+            Err(Error::Input(format!("the saved VM does not fit: its guest may use {names}, which this CPU has not")))
+        }
+    }
+}
+
+/// Can engine `kvm` run a guest that has found this CPU?
+fn fits_kvm(saved: &CpuidModel) -> Result<(), Error> {
+    let [own, call] = match saved.vendor {
+        Vendor::Intel => ["an Intel CPU", "VMCALL"],
+        Vendor::Amd => ["an AMD CPU", "VMMCALL"],
+    };
+    let foreign = saved.vendor == Vendor::Amd && Vendor::of_host() != Vendor::Amd;
+    if foreign || saved.hypercalls && !saved.vendor.calls_work() {
+        return Err(Error::Input(format!(
+            "the saved VM does not fit: its guest sees {own} and calls its host by {call}, which engine kvm cannot take on this CPU; --engine bt can"
+        )));
+    }
+    Ok(())
+}
+
+/// What the guest sees: what it saw when it was saved, or a CPU of the vendor that is asked for, `usual` if none is.
+fn model(config: &VmConfig, tsc_khz: u64, saved: Option<&CpuidModel>, usual: Vendor) -> CpuidModel {
+    let tsc_khz = u32::try_from(tsc_khz).unwrap_or(u32::MAX);
+    if let Some(saved) = saved {
+        return CpuidModel { cpus: config.cpus, tsc_khz, ..saved.clone() };
+    }
+    let mut model = CpuidModel::of(config.cpu_vendor.unwrap_or(usual), config.cpus, tsc_khz);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     model.pv_unhalt = config.cpus as usize > cores;
     model
 }
 
-fn kvm(config: &VmConfig, ram: GuestRam, tsc_khz: u64, host: &kvm::Host) -> Result<Box<dyn Engine>, Error> {
-    let mut options = kvm::Options::new(model(config, tsc_khz));
+fn kvm(
+    config: &VmConfig,
+    ram: GuestRam,
+    tsc_khz: u64,
+    host: &kvm::Host,
+    saved: Option<&CpuidModel>,
+) -> Result<Box<dyn Engine>, Error> {
+    saved.map_or(Ok(()), fits_kvm)?;
+    let mut model = model(config, tsc_khz, saved, Vendor::of_host());
+    if saved.is_none() && model.vendor == Vendor::Amd {
+        model = model.with_host_signature();
+    }
+    let mut options = kvm::Options::new(model);
     options.parking = Some(kvm::Parking { code: machine::layout::PARKING_CODE, mailbox: machine::layout::MAILBOX });
-    Ok(Box::new(kvm::KvmEngine::new(host, ram, options).map_err(Error::Engine)?))
+    let engine = kvm::KvmEngine::new(host, ram, options).map_err(Error::Engine)?;
+    let beyond = saved.map(|saved| saved.features.beyond(&engine.model().features)).unwrap_or_default().join(", ");
+    if !beyond.is_empty() {
+        let text = "which this host's KVM does not give; --engine bt may";
+        return Err(Error::Input(format!("the saved VM does not fit: its guest may use {beyond}, {text}")));
+    }
+    Ok(Box::new(engine))
 }
 
-fn bt(config: &VmConfig, ram: GuestRam, tsc_khz: u64, trace: Option<TraceSink>) -> Result<Box<dyn Engine>, Error> {
-    let mut options = bt::Options::new(Arc::new(model(config, tsc_khz)));
+fn bt(config: &VmConfig, ram: GuestRam, model: CpuidModel, trace: Option<TraceSink>) -> Result<Box<dyn Engine>, Error> {
+    let mut options = bt::Options::new(Arc::new(model));
     options.parking = (config.cpus > 1)
         .then_some(bt::Parking { code: machine::layout::PARKING_CODE, mailbox: machine::layout::MAILBOX });
     options.lockstep = config.lockstep;

@@ -43,7 +43,7 @@ mod vm;
 
 pub use config::{
     DEFAULT_MEMORY, DiskConfig, EngineChoice, GdbAddress, MAX_CPUS, SandboxMode, SerialMode, StatsFormat, TraceConfig,
-    VmConfig, parse_memory,
+    Vendor, VmConfig, parse_memory,
 };
 pub use error::Error;
 pub use instance::Instance;

@@ -11,9 +11,10 @@
 //! Time stands still meanwhile: the guest's TSC, kvmclock and the machine's clock go on from where they were, on the new host's TSC.
 
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Read, Write};
+use std::io::{BufReader, BufWriter, Read, Seek, Write};
 
 use cpu::CpuState;
+use cpu::cpuid::CpuidModel;
 use machine::PcState;
 use memory::GuestRam;
 use serde::{Deserialize, Serialize};
@@ -21,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::Error;
 
 const MAGIC: [u8; 8] = *b"TIGHTROP";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// No machine's body is longer.
 const MAX_BODY: u32 = 64 << 20;
 /// RAM is written in pieces of this size where there is something in them.
@@ -40,8 +41,8 @@ pub(crate) struct Saved {
     pub host_tsc: u64,
     /// kvmclock's system time in nanoseconds.
     pub clock: u64,
-    /// The guest was started where hypercalls are offered, so it may make them.
-    pub hypercalls: bool,
+    /// The CPU that the guest has found.
+    pub model: CpuidModel,
     /// The vCPUs.
     pub cpus: Vec<CpuState>,
     /// The devices.
@@ -61,15 +62,6 @@ impl Saved {
             }
         }
         self.host_tsc = now;
-    }
-
-    /// Can this engine take the guest's hypercalls? `works`: it can under engine `kvm` on this host.
-    pub fn check_hypercalls(&self, engine: &str, works: bool) -> Result<(), Error> {
-        if self.hypercalls && engine == "kvm" && !works {
-            let text = "the saved VM does not fit: its guest calls its host by VMCALL, which engine kvm cannot take on this AMD CPU; --engine bt can";
-            return Err(Error::Input(text.into()));
-        }
-        Ok(())
     }
 
     /// Does it fit a VM with so much RAM and so many vCPUs on a host with this TSC?
@@ -122,6 +114,14 @@ pub(crate) fn write(file: &File, saved: &Saved, ram: &GuestRam) -> Result<(), Er
     put(&[0; 16])?;
     out.flush().map_err(cannot("written"))?;
     file.sync_all().map_err(cannot("written"))
+}
+
+/// The CPU of a saved VM, for which an engine is to be made. The file can be read from its start again.
+pub(crate) fn model(mut file: &File) -> Result<CpuidModel, Error> {
+    file.rewind().map_err(cannot("read"))?;
+    let model = Reader::open(file)?.1.model;
+    file.rewind().map_err(cannot("read"))?;
+    Ok(model)
 }
 
 fn crc(bytes: &[u8]) -> u32 {
@@ -193,7 +193,7 @@ impl<'a> Reader<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{Seek, SeekFrom};
+    use std::io::SeekFrom;
 
     fn saved() -> Saved {
         let pc = machine::Pc::new(machine::PcConfig {
@@ -209,7 +209,8 @@ mod tests {
         let mut machine = pc.save().unwrap();
         machine.lapics[0].tsc_deadline = 500;
         let cpus = vec![CpuState { tsc_offset: 10, ..CpuState::default() }];
-        Saved { ram: 32 << 20, tsc_khz: 2_000_000, host_tsc: 1000, clock: 7, hypercalls: true, cpus, machine }
+        let model = CpuidModel::new(1, 2_000_000);
+        Saved { ram: 32 << 20, tsc_khz: 2_000_000, host_tsc: 1000, clock: 7, model, cpus, machine }
     }
 
     fn file(saved: &Saved, ram: &GuestRam) -> File {
@@ -227,7 +228,9 @@ mod tests {
         let file = file(&saved, &ram);
         assert!(file.metadata().unwrap().len() < 200 << 10, "zeros are not written");
         let (reader, back) = Reader::open(&file).unwrap();
-        assert_eq!((back.cpus, back.machine), (saved.cpus, saved.machine));
+        assert_eq!((back.cpus, back.machine, &back.model), (saved.cpus, saved.machine, &saved.model));
+        assert_eq!(model(&file).unwrap(), saved.model);
+        assert_eq!(model(&file).unwrap(), saved.model, "it can be read again");
         let other = GuestRam::new(32 << 20).unwrap();
         reader.ram(&other).unwrap();
         let mut bytes = [0; 6];
@@ -252,8 +255,6 @@ mod tests {
         {
             assert!(saved.check(ram, cpus, khz).unwrap_err().to_string().contains(part));
         }
-        assert!(saved.check_hypercalls("kvm", false).unwrap_err().to_string().contains("--engine bt"));
-        assert!(saved.check_hypercalls("kvm", true).is_ok() && saved.check_hypercalls("bt", false).is_ok());
     }
 
     #[test]

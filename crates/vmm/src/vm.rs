@@ -52,8 +52,6 @@ pub struct Vm {
     started: Instant,
     /// When the guest's first instruction ran, from the start of the process.
     ready: Option<Duration>,
-    /// The guest may make hypercalls: they were offered where it was started.
-    hypercalls: bool,
     resets: u64,
     debugger: Option<Debugger>,
     /// vCPUs that have halted for good. (The others may still run.)
@@ -151,6 +149,7 @@ impl Vm {
         let create = std::fs::OpenOptions::new().write(true).create(true).truncate(true).clone();
         let save_to = open(&config.save_to, "file for the saved VM", &create)?;
         let restore = open(&config.restore, "saved VM", std::fs::OpenOptions::new().read(true))?;
+        let model = restore.as_ref().map(state::model).transpose()?;
         let kvm = engine::open_kvm(config)?;
         let needs = Needs {
             kvm: matches!(kvm, engine::KvmState::Works(_)),
@@ -165,7 +164,7 @@ impl Vm {
         let ram = GuestRam::new(config.memory).map_err(|error| Error::Host(error.to_string()))?;
         let tsc_khz = tsc.join().unwrap_or_else(|_| machine::clock::measure_tsc_khz());
         sandbox::before_threads(config.sandbox)?;
-        let (engine, engine_line) = engine::choose(config, ram.clone(), tsc_khz, kvm, trace.clone())?;
+        let (engine, engine_line) = engine::choose(config, ram.clone(), tsc_khz, kvm, trace.clone(), model)?;
         if !config.quiet {
             terminal::message(&format!("tightrope: {engine_line}"));
         }
@@ -243,7 +242,6 @@ impl Vm {
             stats: config.stats,
             started,
             ready: None,
-            hypercalls: cpu::cpuid::host_takes_vmcall(),
             resets: 0,
             debugger: None,
             stuck: Vec::new(),
@@ -370,7 +368,7 @@ impl Vm {
             tsc_khz: self.tsc_khz,
             host_tsc: machine::clock::host_tsc(),
             clock: self.engine.clock(),
-            hypercalls: self.hypercalls,
+            model: self.engine.model().clone(),
             cpus: states.collect::<Result<_, _>>()?,
             machine,
         })
@@ -381,8 +379,6 @@ impl Vm {
         let (reader, mut saved) = state::Reader::open(file)?;
         let ram = self.engine.ram();
         saved.check(ram.size(), self.cpus.threads.len(), self.tsc_khz)?;
-        saved.check_hypercalls(self.engine.name(), cpu::cpuid::host_takes_vmcall())?;
-        self.hypercalls = saved.hypercalls;
         self.board.pause_devices();
         ram.clear().map_err(|error| Error::Host(format!("the guest's memory cannot be cleared: {error}")))?;
         reader.ram(ram)?;

@@ -3,7 +3,6 @@
 //!
 //! [`guest::Guest`] is the machine around them; start there.
 
-mod across;
 mod contexts;
 mod debug;
 mod guest;
@@ -14,7 +13,6 @@ mod modified;
 mod movable;
 mod sensitive;
 mod smp;
-mod system;
 mod tiers;
 mod trace;
 mod traps;

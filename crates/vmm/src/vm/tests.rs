@@ -14,7 +14,7 @@ const PORT_POWER: u16 = 0x604;
 const PORT_RESET: u16 = 0xcf9;
 const PORT_PANIC: u16 = 0x666;
 
-struct ToyEngine(GuestRam);
+struct ToyEngine(GuestRam, cpu::cpuid::CpuidModel);
 
 #[derive(Default)]
 struct Bell {
@@ -61,6 +61,9 @@ impl Engine for ToyEngine {
     }
     fn ram(&self) -> &GuestRam {
         &self.0
+    }
+    fn model(&self) -> &cpu::cpuid::CpuidModel {
+        &self.1
     }
     fn clock(&self) -> u64 {
         0
@@ -281,7 +284,13 @@ impl Toy {
             listener: config.gdb.as_ref().map(|address| Listener::open(address).unwrap().0),
             maker: Box::new(ToyMaker(programs.iter().cloned().collect(), None)),
         };
-        let vm = Vm::assemble(&config, Box::new(ToyEngine(ram)), parts, Instant::now()).unwrap();
+        let vm = Vm::assemble(
+            &config,
+            Box::new(ToyEngine(ram, cpu::cpuid::CpuidModel::new(1, 1_000_000))),
+            parts,
+            Instant::now(),
+        )
+        .unwrap();
         Self { vm, dir }
     }
 
