@@ -43,11 +43,22 @@ fn qemu_is_there() -> bool {
     false
 }
 
+/// Cargo without what it told this test of its package: build scripts of dependencies would take that for a change.
+fn cargo() -> Command {
+    let mut cargo = Command::new(env!("CARGO"));
+    for (name, _) in std::env::vars_os() {
+        if ["CARGO_PKG_", "CARGO_MANIFEST_"].iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
+            cargo.env_remove(name);
+        }
+    }
+    cargo
+}
+
 /// Test programs of this package by name, built as they are in this very test run.
 fn test_programs(names: &[&str]) -> BTreeMap<String, PathBuf> {
     let own = std::env::current_exe().expect("a path");
     let target = own.ancestors().nth(3).expect("target directory");
-    let mut cargo = Command::new(env!("CARGO"));
+    let mut cargo = cargo();
     // Of the whole workspace, so that dependencies have the features that they have already.
     cargo.args(["test", "--workspace", "--no-run", "--message-format=json", "--target-dir"]).arg(target);
     for name in names {
@@ -149,8 +160,11 @@ fn packages(image: &image::GuestImage, options: &image::Options) -> [PathBuf; 2]
     found.try_into().expect("two packages")
 }
 
-/// Boots the outer guest, which runs the shell script `script`; returns all it printed.
-fn outer_guest(script: &str, programs: &[&Path], limit: Duration) -> String {
+/// Where test programs look for the command.
+const COMMAND: &str = env!("CARGO_BIN_EXE_tightrope");
+
+/// Boots the outer guest, which runs the shell script `script`; returns all it printed. In it `command` is at the place of [`COMMAND`].
+fn outer_guest(script: &str, command: &Path, programs: &[&Path], limit: Duration) -> String {
     let options = image::Options { progress: image::Progress::Quiet, ..image::Options::default() };
     let image =
         image::default_image(image::DEFAULT_SUITE, Flavour::Cloud, &options).unwrap_or_else(|error| panic!("{error}"));
@@ -162,7 +176,9 @@ fn outer_guest(script: &str, programs: &[&Path], limit: Duration) -> String {
     let mut overlay = Overlay::default();
     overlay.put("/init", 0o755, INIT.into());
     overlay.put("/run-tests", 0o644, script.into());
-    overlay.program(Path::new(env!("CARGO_BIN_EXE_tightrope")));
+    overlay.program(command);
+    let (_, program) = overlay.files.remove(command).expect("the command");
+    overlay.put(COMMAND, 0o755, program);
     for program in programs {
         overlay.program(program);
     }
@@ -220,14 +236,17 @@ fn outer_guest(script: &str, programs: &[&Path], limit: Duration) -> String {
 
 /// Runs test programs with filters, `(name, arguments)`, in the outer guest; all must pass.
 fn pass(runs: &[(&str, &str)], limit: Duration) {
-    if !qemu_is_there() {
-        return;
+    if qemu_is_there() {
+        pass_with(Path::new(COMMAND), "", runs, limit);
     }
+}
+
+/// The same with a command built otherwise, after the shell commands `before`.
+fn pass_with(command: &Path, before: &str, runs: &[(&str, &str)], limit: Duration) {
     let names: BTreeSet<&str> = runs.iter().map(|(name, _)| *name).collect();
     let programs = test_programs(&names.into_iter().collect::<Vec<_>>());
     let mut script = format!(
-        "export XDG_CACHE_HOME=/var/cache\n{0} doctor --json >/tmp/doctor; echo \"{MARK} doctor exit=$?\"; cat /tmp/doctor\n",
-        env!("CARGO_BIN_EXE_tightrope")
+        "{before}export XDG_CACHE_HOME=/var/cache\n{COMMAND} doctor --json >/tmp/doctor; echo \"{MARK} doctor exit=$?\"; cat /tmp/doctor\n"
     );
     for (name, arguments) in runs {
         let program = programs[*name].display();
@@ -240,7 +259,7 @@ fn pass(runs: &[(&str, &str)], limit: Duration) {
         }
     }
     let paths: Vec<&Path> = programs.values().map(PathBuf::as_path).collect();
-    let seen = outer_guest(&script, &paths, limit);
+    let seen = outer_guest(&script, command, &paths, limit);
     let exits: Vec<&str> = seen.lines().filter(|line| line.starts_with(MARK) && line.contains("exit=")).collect();
     assert_eq!(exits.len(), runs.len() + 1, "{exits:?}");
     assert!(exits.iter().all(|line| line.ends_with("exit=0")), "{exits:?}");
@@ -285,6 +304,21 @@ fn all_whole_machine_tests() {
         ("debian", debian),
     ];
     pass(&runs, Duration::from_secs(3600));
+}
+
+/// What the monitor needs for itself, as users have it: built for release.
+#[test]
+#[ignore = "builds the command for release, which takes minutes"]
+fn release_footprint() {
+    if !qemu_is_there() {
+        return;
+    }
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("target directory");
+    let mut cargo = cargo();
+    cargo.args(["build", "--release", "--package", "tightrope", "--target-dir"]).arg(target);
+    assert!(cargo.stdin(Stdio::null()).status().expect("cargo").success(), "the command cannot be built");
+    let command = target.join("release/tightrope");
+    pass_with(&command, "export TIGHTROPE_TEST_RELEASE=1\n", &[("footprint", "")], LIMIT);
 }
 
 /// What `TIGHTROPE_NESTED` names, for whoever works on the engine: `engine steps; debian boots` are two programs with arguments.

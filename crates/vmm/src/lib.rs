@@ -31,6 +31,7 @@ mod inputs;
 mod instance;
 mod net;
 mod pc;
+mod resident;
 mod sandbox;
 mod serial;
 mod share;

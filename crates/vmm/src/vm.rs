@@ -287,6 +287,7 @@ impl Vm {
     /// [`EXIT_CRASH`] when it crashed, 128 + n after signal n.
     pub fn run(mut self) -> i32 {
         let _terminal = terminal::Guard;
+        crate::resident::forget_startup();
         if self.debugger.is_none() {
             self.run_all();
         }
