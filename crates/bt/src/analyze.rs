@@ -87,6 +87,14 @@ pub enum Class {
     Iret,
     /// A segment selector to a general register.
     MovFromSegment,
+    /// CR0, CR2, CR3 or CR4 to a general register.
+    MovFromControl,
+    /// RDFSBASE, RDGSBASE, WRFSBASE, WRGSBASE.
+    SegmentBase,
+    /// XSAVE, XSAVEOPT or XRSTOR.
+    ExtendedState {
+        restore: bool,
+    },
     Popf,
     /// PAUSE where several vCPUs may share a core.
     Pause,
@@ -107,10 +115,6 @@ impl Class {
             self,
             Self::Jmp | Self::JmpIndirect | Self::Ret | Self::Step | Self::Syscall | Self::Sysret | Self::Iret
         )
-    }
-
-    fn is_control_flow(self) -> bool {
-        self.ends_block() || matches!(self, Self::Jcc | Self::CountJump | Self::Call | Self::CallIndirect | Self::Sti)
     }
 }
 
@@ -163,6 +167,8 @@ pub struct Analyzer {
     pub breakpoints: Vec<u64>,
     /// Count PAUSEs: there are several vCPUs.
     pub count_pauses: bool,
+    /// XSAVE and XRSTOR by the host's CPU, which knows better than the interpreter which components are in use.
+    pub host_xsave: bool,
     /// Room for the instructions of the next block.
     pub spare: Vec<Insn>,
     /// 64-byte pieces of the page that the last block's flags depend on besides its own bytes, as a bit mask.
@@ -228,6 +234,7 @@ impl Analyzer {
             precise_flags,
             breakpoints: Vec::new(),
             count_pauses: false,
+            host_xsave: false,
             spare: Vec::new(),
             ahead: 0,
         }
@@ -255,22 +262,7 @@ impl Analyzer {
             if ins.is_invalid() && position + 15 > page.len() {
                 break; // crosses into the next page
             }
-            let mut insn = self.classify(ins, position as u16, mode);
-            if let Some(last) = insns.last_mut()
-                && last.class == Class::Sti
-                && insn.class.is_control_flow()
-            {
-                // The shadow of STI reaches into a jump: let the interpreter do both.
-                last.class = Class::Step;
-                last.reads = ALL_FLAGS;
-                last.kills = 0;
-                break;
-            }
-            if insn.class == Class::Sti && position + ins.len() + 15 > page.len() {
-                insn.class = Class::Step;
-                insn.reads = ALL_FLAGS;
-                insn.kills = 0;
-            }
+            let insn = self.classify(ins, position as u16, mode);
             let class = insn.class;
             insns.push(insn);
             if class.ends_block() {
@@ -282,11 +274,6 @@ impl Analyzer {
                     break;
                 }
             }
-        }
-        if let Some(last) = insns.last_mut()
-            && last.class == Class::Sti
-        {
-            last.class = Class::Step;
         }
         self.ahead = 0;
         self.liveness(&mut insns, page, page_address);
@@ -372,7 +359,7 @@ impl Analyzer {
             Class::Call | Class::CallIndirect => (ALL_FLAGS, ALL_FLAGS),
             Class::Jcc | Class::CountJump => (ALL_FLAGS, 0),
             Class::Popf | Class::Pause => (ALL_FLAGS, 0),
-            Class::MovFromSegment => (0, 0),
+            Class::MovFromSegment | Class::MovFromControl | Class::SegmentBase | Class::ExtendedState { .. } => (0, 0),
             Class::Jmp | Class::Skip => (0, 0),
             _ => (arithmetic_reads(&ins), certain_kills(&ins)),
         };
@@ -433,8 +420,34 @@ impl Analyzer {
             Code::Syscall if mode.user => return Class::Syscall,
             Code::Sysretq if !mode.user => return Class::Sysret,
             Code::Iretq if !mode.user => return Class::Iret,
-            Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg if ins.op0_kind() == OpKind::Register => {
+            Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg
+                if ins.op0_kind() == OpKind::Register =>
+            {
                 return Class::MovFromSegment;
+            }
+            Code::Mov_r64_cr
+                if !mode.user
+                    && matches!(ins.op1_register(), Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4) =>
+            {
+                return Class::MovFromControl;
+            }
+            Code::Rdfsbase_r32
+            | Code::Rdfsbase_r64
+            | Code::Rdgsbase_r32
+            | Code::Rdgsbase_r64
+            | Code::Wrfsbase_r32
+            | Code::Wrfsbase_r64
+            | Code::Wrgsbase_r32
+            | Code::Wrgsbase_r64 => return Class::SegmentBase,
+            Code::Xsave_mem
+            | Code::Xsave64_mem
+            | Code::Xsaveopt_mem
+            | Code::Xsaveopt64_mem
+            | Code::Xrstor_mem
+            | Code::Xrstor64_mem => {
+                let restore = matches!(ins.mnemonic(), M::Xrstor | M::Xrstor64);
+                let native = self.host_xsave && !mode.no_fpu && !mode.no_avx;
+                return if native { Class::ExtendedState { restore } } else { Class::Step };
             }
             Code::Popfq if !mode.user && !mode.df => return Class::Popf,
             // Of two bytes in memory AMD's CPUs read four.

@@ -59,6 +59,13 @@ pub const OWN_SITES: usize = 7168;
 /// Wrong predictions in a second after which a site predicts no more.
 pub const WRONG_PREDICTIONS: i32 = 400_000;
 
+/// Longest read across two pages that is done without the monitor, in bytes.
+pub const BOUNCE: usize = 32;
+
+/// Two times [`BOUNCE`] bytes; the middle is aligned as a page's start is, for what instructions ask.
+#[repr(C, align(64))]
+pub struct Bounce(pub [u8; 2 * BOUNCE]);
+
 /// Why translated code came back to the dispatcher.
 pub mod reason {
     /// An unlinked direct jump; argument: link.
@@ -135,6 +142,15 @@ pub struct VcpuBlock {
     pub fast_segments: [cpu::Segment; 4],
     /// Host registers lent to an instruction.
     pub borrowed: [u64; 4],
+    /// While a repeated string instruction runs over several pages: where to go on when it is done, and when the interpreter is to go on with
+    /// it; numbers of its accesses: read, write; elements.
+    pub string_ways: [u64; 2],
+    pub string_accesses: [u32; 2],
+    pub string_count: u64,
+    /// What an access across two pages reads: the end of the first page and the start of the second one.
+    pub bounce: Bounce,
+    /// Host address of the second half of `bounce`.
+    pub bounce_middle: u64,
     /// The runtime of this vCPU, for the slow path.
     pub runtime: u64,
     /// Is an upper half of YMM0 to YMM15 in use across the slow path? A byte.
@@ -200,11 +216,22 @@ pub mod off {
     /// Offset of the selector in a segment.
     pub const SELECTOR: i32 = offset_of!(cpu::Segment, selector) as i32;
     pub const NMI_BLOCKED: i32 = offset_of!(VcpuBlock, state.nmi_blocked) as i32;
+    pub const CR0: i32 = offset_of!(VcpuBlock, state.cr0) as i32;
+    pub const CR2: i32 = offset_of!(VcpuBlock, state.cr2) as i32;
+    pub const CR3: i32 = offset_of!(VcpuBlock, state.cr3) as i32;
+    pub const CR4: i32 = offset_of!(VcpuBlock, state.cr4) as i32;
     pub const LSTAR: i32 = offset_of!(VcpuBlock, state.lstar) as i32;
     pub const ENTRY: i32 = offset_of!(VcpuBlock, entry) as i32;
     pub const fn borrowed(index: usize) -> i32 {
         (offset_of!(VcpuBlock, borrowed) + 8 * index) as i32
     }
+    pub const STRING_DONE: i32 = offset_of!(VcpuBlock, string_ways) as i32;
+    pub const STRING_STEP: i32 = STRING_DONE + 8;
+    pub const STRING_READ: i32 = offset_of!(VcpuBlock, string_accesses) as i32;
+    pub const STRING_WRITE: i32 = STRING_READ + 4;
+    pub const STRING_COUNT: i32 = offset_of!(VcpuBlock, string_count) as i32;
+    pub const BOUNCE: i32 = offset_of!(VcpuBlock, bounce) as i32;
+    pub const BOUNCE_MIDDLE: i32 = offset_of!(VcpuBlock, bounce_middle) as i32;
     pub const RUNTIME: i32 = offset_of!(VcpuBlock, runtime) as i32;
     pub const UPPERS: i32 = offset_of!(VcpuBlock, uppers) as i32;
     pub const fn ymm(index: usize) -> i32 {

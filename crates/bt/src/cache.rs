@@ -391,6 +391,11 @@ impl Cache {
         self.analyzer.count_pauses = true;
     }
 
+    /// From now on XSAVE and XRSTOR run on the host's CPU.
+    pub fn use_host_xsave(&mut self) {
+        self.analyzer.host_xsave = true;
+    }
+
     /// Host address of a position.
     pub fn address(&self, position: usize) -> u64 {
         self.memory.address(position)

@@ -7,6 +7,7 @@ mod access;
 mod control;
 mod copy;
 mod output;
+mod system;
 
 use iced_x86::{Code, Encoder, Instruction, OpKind, Register};
 use interp::GPR64;
@@ -153,7 +154,7 @@ impl<'a> Emitter<'a> {
             emitter.entry(&insns[0]);
         }
         let mut open = true;
-        for (i, insn) in insns.iter().enumerate() {
+        for insn in insns {
             emitter.meta(insn, [0xff; 3]);
             let mark = emitter.mark();
             if emitter.instruction(insn).is_err() {
@@ -161,9 +162,6 @@ impl<'a> Emitter<'a> {
                 emitter.step(insn);
                 open = false;
                 break;
-            }
-            if i > 0 && insns[i - 1].class == Class::Sti {
-                emitter.poll_after_shadow(insn);
             }
             open = !insn.class.ends_block();
         }
@@ -346,18 +344,6 @@ impl<'a> Emitter<'a> {
         self.fix(Part::Hot, at, Target::Own(Part::Cold, start));
     }
 
-    fn poll_after_shadow(&mut self, insn: &Insn) {
-        self.flags_to_block(insn.live_after);
-        self.hot.cmp32_mem_imm8(Mem::gs(off::IRQ_WAITING), 0);
-        let at = self.hot.jcc(cc::NE);
-        self.fix(Part::Hot, at, Target::Own(Part::Cold, self.cold.len()));
-        if self.flags == Flags::Block {
-            self.cold.restore_flags(off::FLAGS, R10);
-        }
-        let exit = self.exit_number(insn.end() as u16, true);
-        self.cold_exit(exit, reason::POLL);
-    }
-
     // ---- instructions ----
 
     fn instruction(&mut self, insn: &Insn) -> Done {
@@ -449,7 +435,7 @@ impl<'a> Emitter<'a> {
                 self.hot.ret();
             }
             Class::Cli => self.hot.store32_imm(Mem::gs(off::IF_FLAG), 0),
-            Class::Sti => self.hot.store32_imm(Mem::gs(off::IF_FLAG), 0x200),
+            Class::Sti => self.sti(insn),
             Class::Swapgs => {
                 self.hot.load(R10, Mem::gs(off::segment_base(5)));
                 self.hot.load(R11, Mem::gs(off::KERNEL_GS_BASE));
@@ -478,24 +464,10 @@ impl<'a> Emitter<'a> {
                 self.transition_exit(insn);
                 self.jump_fixed(self.context.stubs.iret);
             }
-            Class::MovFromSegment => {
-                let segment = match ins.op1_register() {
-                    Register::ES => 0,
-                    Register::CS => 1,
-                    Register::SS => 2,
-                    Register::DS => 3,
-                    Register::FS => 4,
-                    _ => 5,
-                };
-                let selector = Mem::gs(off::segment_base(segment) + off::SELECTOR);
-                let to = number(ins.op0_register());
-                if spilled(to) {
-                    self.hot.rm(false, &[0x0f, 0xb7], R11, selector); // movzx
-                    self.hot.store(Mem::gs(off::gpr(to as usize)), R11);
-                } else {
-                    self.hot.rm(false, &[0x0f, 0xb7], host(to), selector);
-                }
-            }
+            Class::MovFromSegment => self.mov_from_segment(ins),
+            Class::MovFromControl => self.mov_from_control(ins),
+            Class::SegmentBase => self.segment_base(insn),
+            Class::ExtendedState { restore } => return self.extended_state(insn, restore),
             Class::Popf => return self.popf(insn),
             Class::Pause => self.pause(insn),
             Class::String { movs, rep, size } => self.string(insn, movs, rep, size),

@@ -136,6 +136,9 @@ impl BtEngine {
         if options.model.cpus > 1 {
             cache.count_pauses();
         }
+        if !options.lockstep {
+            cache.use_host_xsave();
+        }
         let shared = Shared::new(cache, ram.clone(), options.parking);
         ram.code_pages().set_listener(shared.clone());
         Ok(Self { shared, ram, options })

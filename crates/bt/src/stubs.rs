@@ -8,8 +8,10 @@
 //! At direct jumps the arithmetic flags are in the host's RFLAGS. At calls, returns and indirect jumps they are in the
 //! block (`flags`), and the target loads them if it reads them.
 
+mod strings;
+
 use crate::asm::{Asm, Mem, R8, R9, R10, R11, R12, R13, R14, R15, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, cc};
-use crate::block::{IBTC_ENTRIES, MAX_SITES, off, reason};
+use crate::block::{BOUNCE, IBTC_ENTRIES, MAX_SITES, off, reason};
 
 /// `(host register, guest register)` of all guest registers that live in host registers.
 pub const MAPPED: [(u8, usize); 13] = [
@@ -77,6 +79,8 @@ pub struct Stubs {
     pub sysret: usize,
     /// IRETQ: R11 = host address of the frame, `scratch` = exit number; flags in the block.
     pub iret: usize,
+    /// A repeated MOVS or STOS over several pages, see [`strings`]: by privilege, MOVS, and the size's logarithm.
+    pub strings: [[[usize; 4]; 2]; 2],
     /// What lies at the bottom of the guest-call stack.
     pub underflow: usize,
     /// Where the signal handler sends a fault.
@@ -264,6 +268,7 @@ pub fn assemble(slow_access: u64) -> (Vec<u8>, Stubs) {
     link(&mut asm, at, exit_after_registers);
     transitions(&mut asm, &mut stubs);
     checks(&mut asm, &mut stubs);
+    strings::assemble(&mut asm, &mut stubs);
     stubs.end = asm.len();
     (asm.bytes, stubs)
 }
@@ -395,10 +400,70 @@ fn failed(asm: &mut Asm, stubs: &mut Stubs) -> usize {
     asm.u8(0xf9); // stc
     asm.ret();
     asm.patch32(single);
+    for at in across(asm) {
+        asm.patch32(at);
+    }
+    asm.raw(&[0x48, 0x8b, 0x04, 0x24]); // mov rax, [rsp]
+    asm.load32(R10, Mem::base(RAX, 3));
     asm.patch32(inside);
     asm.load(RAX, Mem::gs(off::lent(0)));
     asm.load(RCX, Mem::gs(off::lent(1)));
     asm.jmp()
+}
+
+/// Reads across two pages that the software TLB has: both ends are copied side by side, and the instruction reads the copy. RCX holds
+/// [`Failed`]. Returns jumps for all other cases; R11 is the address then, R10 is lost.
+fn across(asm: &mut Asm) -> Vec<usize> {
+    let mut others = Vec::new();
+    asm.rr(false, &[0xf7], 0, RCX); // test: a table of writes?
+    asm.i32(MAX_SITES as i32);
+    others.push(asm.jcc(cc::NE));
+    asm.mov32(RAX, RCX);
+    asm.shr32(RAX, Failed::SIZE);
+    asm.and32_imm(RAX, 0x1fff);
+    asm.cmp_imm(RAX, BOUNCE as i32);
+    others.push(asm.jcc(cc::A));
+    asm.mov32(R10, R11);
+    asm.and32_imm(R10, 0xfff);
+    asm.lea(R10, Mem::sum(R10, RAX, 0));
+    asm.cmp_imm(R10, 4096);
+    others.push(asm.jcc(cc::BE));
+    asm.shr32(RCX, MAX_SITES.trailing_zeros() as u8);
+    asm.and32_imm(RCX, 3);
+    asm.load(RCX, Mem { base: None, index: Some((RCX, 8)), disp: off::table(0), gs: true, addr32: false });
+    asm.store(Mem::gs(off::EXIT_TARGET), R11);
+    let half = |asm: &mut Asm, from: i32, to: i32| {
+        let entry = |field| Mem { base: Some(RCX), index: Some((RAX, 1)), disp: field, gs: false, addr32: false };
+        asm.raw(&[0xc4, 0xc3, 0x7b, 0xf0, 0xc3, 8]); // rorx eax, r11d, 8
+        asm.and32_imm(RAX, 0xfff0);
+        asm.mov(R10, R11);
+        asm.xor_mem(R10, entry(0));
+        let missing = asm.jcc(cc::NE);
+        asm.load(R10, entry(8));
+        asm.lea(R10, Mem::sum(R10, R11, 0));
+        for at in (0..BOUNCE as i32).step_by(8) {
+            asm.load(RAX, Mem::base(R10, from + at));
+            asm.store(Mem::gs(off::BOUNCE + to + at), RAX);
+        }
+        missing
+    };
+    asm.rr(true, &[0x81], 4, R11); // and r11, imm32: to the page's start
+    asm.i32(!0xfff);
+    let first = half(asm, 4096 - BOUNCE as i32, 0);
+    asm.lea(R11, Mem::base(R11, 4096));
+    let second = half(asm, 0, BOUNCE as i32);
+    asm.load(R10, Mem::gs(off::BOUNCE_MIDDLE));
+    asm.rr(true, &[0x29], R11, R10); // sub r10, r11
+    asm.load(R11, Mem::gs(off::EXIT_TARGET));
+    asm.load(RAX, Mem::gs(off::lent(0)));
+    asm.load(RCX, Mem::gs(off::lent(1)));
+    asm.u8(0xf8); // clc
+    asm.ret();
+    asm.patch32(first);
+    asm.patch32(second);
+    asm.load(R11, Mem::gs(off::EXIT_TARGET));
+    others.push(asm.jmp());
+    others
 }
 
 /// Loads YMM0 to YMM15. Upper halves that are all zero are left in the state after VZEROUPPER: otherwise every SSE instruction of the
@@ -425,6 +490,7 @@ fn load_vectors(asm: &mut Asm) {
 
 /// Flags that the fast transitions take: the arithmetic ones, IF and the fixed one.
 pub const PLAIN_FLAGS: i32 = 0xad7;
+const RF: i32 = 0x1_0000;
 const CS: usize = 1;
 const SS: usize = 2;
 
@@ -501,10 +567,10 @@ fn transitions(asm: &mut Asm, stubs: &mut Stubs) {
     asm.store(Mem::gs(off::gpr(1)), RCX);
     asm.cmp32_mem_imm8(Mem::gs(off::FAST_SYSCALL), 0);
     jcc_to(asm, cc::E, slow);
-    // RFLAGS and RIP of the frame must be plain.
+    // RFLAGS and RIP of the frame must be plain. Faults leave RF in the frame, which says nothing without breakpoints.
     asm.load(RAX, Mem::base(R11, 16));
     asm.rr(true, &[0xf7], 0, RAX);
-    asm.i32(!PLAIN_FLAGS);
+    asm.i32(!(PLAIN_FLAGS | RF));
     jcc_to(asm, cc::NE, slow);
     asm.load(RCX, Mem::base(R11, 0));
     asm.sar(RCX, 47);

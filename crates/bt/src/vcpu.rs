@@ -10,13 +10,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cpu::paging::{self, Access as PageAccess, Kind, PagingContext};
-use cpu::{CpuState, Exit, InterruptStatus, Kick, Segment, Vcpu, VcpuSetup, cr4, efer, rflags};
+use cpu::{CpuState, Exit, InterruptStatus, Kick, PageFault, Segment, Vcpu, VcpuSetup, cr4, efer, rflags};
 use interp::{Hooks, Interp, Outcome, TlbFlush};
 use memory::GuestRam;
 
 use crate::Parking;
 use crate::analyze::Mode;
-use crate::block::{VcpuBlock, WRONG_PREDICTIONS, reason};
+use crate::block::{BOUNCE, VcpuBlock, WRONG_PREDICTIONS, reason};
 use crate::cache::{BlockId, Cache, Hit, Place, STEP_ONLY, Sites};
 use crate::emit::LinkKind;
 use crate::kick::KickHandle;
@@ -155,7 +155,10 @@ pub struct BtVcpu {
     page: Box<[u8; 4096 + 15]>,
     /// The guest-physical page that `page` holds, and the epoch of the copy.
     page_copied: Option<(u64, u64)>,
-    sites_forgiven: Instant,
+    /// TSC at which wrong predictions were forgiven.
+    sites_forgiven: u64,
+    /// The page fault that the slow path of the access met.
+    page_fault: Option<PageFault>,
     /// Check sites that shall stop predicting: number, position in the cache.
     unpredictable: Vec<(u16, u32)>,
     sampler: Box<Sampler>,
@@ -233,7 +236,8 @@ impl BtVcpu {
             tamper: None,
             page: Box::new([0; 4096 + 15]),
             page_copied: None,
-            sites_forgiven: Instant::now(),
+            sites_forgiven: interp::tsc::read(),
+            page_fault: None,
             unpredictable: Vec::new(),
             sampler: Box::new(Sampler::new()),
             code_start,
@@ -245,6 +249,7 @@ impl BtVcpu {
         block.runtime = pointer as u64;
         block.host_mxcsr = 0x1f80;
         block.pauses = PAUSES;
+        block.bounce_middle = block.bounce.0[BOUNCE..].as_ptr() as u64;
         for (table, sites) in block.sites.iter_mut().enumerate() {
             block.tables[table] = block.tlb[table].as_ptr() as u64;
             for site in sites {
@@ -318,6 +323,8 @@ impl BtVcpu {
         if self.step_histogram.is_some() {
             self.count_step();
         }
+        // Something may wait for the end of this instruction that nobody will kick for any more.
+        let held_off = block.state.interrupt_shadow || block.state.nmi_blocked;
         let before = (block.state.star, block.state.sfmask, block.state.efer);
         let mut outcome = self.interp.step(&mut block.state, &mut flushes);
         if outcome == Outcome::NotAlone {
@@ -351,9 +358,26 @@ impl BtVcpu {
             self.shared.world.unhalt(apic_id);
         }
         match outcome {
+            Outcome::Done if !held_off && self.is_quiet() => Next::Run,
             Outcome::Done | Outcome::Halted | Outcome::NotAlone => Next::Events,
             Outcome::TripleFault => Next::Leave(Exit::TripleFault),
             Outcome::Unsupported(what) => Next::Leave(Exit::Internal(what)),
+        }
+    }
+
+    /// Is there nothing to look for before the next instruction?
+    fn is_quiet(&self) -> bool {
+        let block = self.block();
+        self.handle.memory.kick_word().load(Ordering::SeqCst) == 0
+            && !(block.irq_waiting != 0 && block.state.rflags & rflags::IF != 0)
+    }
+
+    /// Delivers the page fault of an instruction that has done nothing yet.
+    fn deliver_page_fault(&mut self, fault: PageFault) -> Next {
+        match self.interp.deliver_exception(&mut self.block().state, fault.into()) {
+            Ok(()) if self.is_quiet() => Next::Run,
+            Ok(()) => Next::Events,
+            Err(_) => Next::Leave(Exit::TripleFault),
         }
     }
 
@@ -586,7 +610,10 @@ impl BtVcpu {
                     let Some(site) = self.shared.sites.accesses.get(argument) else { return corrupt("access") };
                     self.leave(site.access.flags_saved);
                     block.state.rip = self.address(site.place);
-                    return self.interpret(site.access.fpu);
+                    return match self.page_fault.take() {
+                        Some(fault) => self.deliver_page_fault(fault),
+                        None => self.interpret(site.access.fpu),
+                    };
                 }
                 reason::FAULT => {
                     let pc = block.fault_pc;
@@ -658,6 +685,7 @@ impl BtVcpu {
     /// The slow path of a memory check. Returns the delta, or tells to leave.
     fn slow_access(&mut self, address: u64, descriptor: u32) -> Option<u64> {
         self.counters.tlb_misses += 1;
+        self.page_fault = None;
         let site = self.shared.sites.accesses.get(descriptor)?;
         let (access, user) = (site.access, site.user);
         if let Some((number, position)) = access.site {
@@ -668,19 +696,48 @@ impl BtVcpu {
                 self.handle.memory.kick_word().store(1, Ordering::SeqCst);
             }
         }
-        if (address & 0xfff) + u64::from(access.size) > 4096 || !paging::is_canonical(address) {
+        if !paging::is_canonical(address) {
             return None;
+        }
+        if (address & 0xfff) + u64::from(access.size) > 4096 {
+            let short = usize::from(access.size) <= BOUNCE && !access.write;
+            return if short { self.read_across(address, user) } else { None };
         }
         let block = self.block();
         let kind = if access.write { Kind::Write } else { Kind::Read };
         let context = PagingContext::new(&block.state);
-        let mapping = paging::walk(&self.shared.ram, &context, address, PageAccess::new(kind, user)).ok()?;
+        let mapping = match paging::walk(&self.shared.ram, &context, address, PageAccess::new(kind, user)) {
+            Ok(mapping) => mapping,
+            Err(fault) => {
+                // Instructions of x87 to AVX may have faults of their own that come first.
+                let address = address.wrapping_add(u64::from(access.ahead));
+                self.page_fault = (!access.fpu && self.lockstep.is_none()).then_some(PageFault { address, ..fault });
+                return None;
+            }
+        };
         let host = self.shared.ram.host_page(mapping.gpa)? as u64;
         if access.write && self.shared.ram.code_pages().test(mapping.gpa >> 12) {
             return None;
         }
         self.trace_fill(if access.write { "write" } else { "read" }, user, address & !0xfff, &mapping);
         Some(self.tlbs.fill(block, user, access.write, address, host, mapping.global, mapping.page_size))
+    }
+
+    /// A read of at most [`BOUNCE`] bytes across two pages: the instruction reads a copy. `None`: the interpreter must do it.
+    fn read_across(&mut self, address: u64, user: bool) -> Option<u64> {
+        let block = self.block();
+        let second = (address & !0xfff).wrapping_add(4096);
+        let context = PagingContext::new(&block.state);
+        for (from, to) in [(second.wrapping_sub(BOUNCE as u64), 0), (second, BOUNCE)] {
+            if !paging::is_canonical(from) {
+                return None;
+            }
+            let mapping = paging::walk(&self.shared.ram, &context, from, PageAccess::new(Kind::Read, user)).ok()?;
+            if !self.shared.ram.read(mapping.gpa, block.bounce.0.get_mut(to..to + BOUNCE)?) {
+                return None;
+            }
+        }
+        Some(block.bounce_middle.wrapping_sub(second))
     }
 
     /// The access whose check stub was called from this position.

@@ -11,7 +11,7 @@ use super::{Access, Emitter, Flags, LinkKind, Number, Part, Target, Unsupported}
 use super::{host, number, spilled};
 use crate::analyze::Insn;
 use crate::asm::{Asm, Mem, R9, R10, R11, RCX, RDI, RSI, RSP, Reg, cc};
-use crate::block::{MAX_GROUPS, MAX_SITES, OWN_SITES, off, reason, tlb_index};
+use crate::block::{MAX_GROUPS, MAX_SITES, OWN_SITES, off, tlb_index};
 use crate::stubs::{Check, Failed};
 
 /// An address computed by [`Emitter::address`].
@@ -247,6 +247,7 @@ impl Emitter<'_> {
             write,
             flags_saved: self.flags == Flags::Block,
             fpu: crate::analyze::uses_fpu(&insn.ins),
+            ahead: 0,
             site: None,
         }
     }
@@ -383,12 +384,16 @@ impl Emitter<'_> {
         }
         let first = disp.wrapping_add(group.start);
         let range = move |asm: &mut Asm| address_of(asm, base, first);
+        let ahead = group.start.unsigned_abs() as u16;
         let stubs = self.context.stubs;
         if self.context.compact && stubs.check_group(self.table(write), group.span, false).is_some() {
             range(&mut self.hot);
             let save = self.flags_by_stub(insn.live_before);
             if let Some(stub) = stubs.check_group(self.table(write), group.span, save) {
                 self.call_check(insn, stub, group.span, write);
+            }
+            if let Some(access) = self.out.accesses.last_mut() {
+                access.ahead = ahead;
             }
             let crosses = self.hot.jcc(cc::B);
             self.fix(Part::Hot, crosses, Target::Own(Part::Cold, self.cold.len()));
@@ -399,7 +404,8 @@ impl Emitter<'_> {
         }
         self.flags_to_block(insn.live_before);
         self.note_flags(insn);
-        let miss = self.probe(insn, group.span, write, &range);
+        let mut miss = self.probe(insn, group.span, write, &range);
+        miss.access.ahead = ahead;
         self.hot.load(R10, self.tlb_entry(&miss, 8));
         let back = self.hot.len();
         self.hot.store(delta(group.slot), R10);
@@ -456,28 +462,27 @@ impl Emitter<'_> {
         self.check(insn, Address::Simple(R9, disp), 8, write, &|_| {})
     }
 
-    /// MOVS and STOS whose operands lie within a page each run natively; what crosses a page goes to the interpreter.
+    /// MOVS and STOS whose operands lie within a page each run right here; a stub does longer runs page by page; single elements across pages go
+    /// to the interpreter.
     pub(super) fn string(&mut self, insn: &Insn, movs: bool, rep: bool, size: u8) {
         self.flags_to_block(insn.live_before);
-        let step = self.cold.len();
-        if self.flags == Flags::Block {
-            self.cold.restore_flags(off::FLAGS, R10);
-        }
-        let exit = self.exit_number(insn.offset, false);
-        self.cold_exit(exit, reason::STEP);
+        let step = self.cold_step(insn);
+        // Jumps to where the operands are not in a page each.
+        let mut beyond = Vec::new();
         let mut done = None;
         if rep {
             self.hot.rr(true, &[0x85], RCX, RCX); // test
             done = Some(self.hot.jcc(cc::E));
             self.hot.cmp_imm(RCX, 4096 / i32::from(size));
-            let at = self.hot.jcc(cc::A);
-            self.fix(Part::Hot, at, Target::Own(Part::Cold, step));
+            beyond.push(self.hot.jcc(cc::A));
         }
+        let read = self.out.accesses.len();
         if movs {
-            self.string_operand(insn, RSI, false, rep, size, step);
+            beyond.push(self.string_operand(insn, RSI, false, rep, size));
             self.hot.store(Mem::gs(off::SCRATCH), R10);
         }
-        self.string_operand(insn, RDI, true, rep, size, step);
+        let write = self.out.accesses.len();
+        beyond.push(self.string_operand(insn, RDI, true, rep, size));
         if movs {
             self.hot.add_mem(RSI, Mem::gs(off::SCRATCH));
         }
@@ -493,10 +498,31 @@ impl Emitter<'_> {
         if let Some(at) = done {
             self.hot.patch32(at);
         }
+        let mut elsewhere = step;
+        if rep {
+            elsewhere = Target::Own(Part::Cold, self.cold.len());
+            for (way, target) in [(off::STRING_DONE, Target::Own(Part::Hot, self.hot.len())), (off::STRING_STEP, step)]
+            {
+                self.cold.raw(&[0x4c, 0x8d, 0x15, 0, 0, 0, 0]); // lea r10, [rip + disp32]
+                self.fix(Part::Cold, self.cold.len() - 4, target);
+                self.cold.store(Mem::gs(way), R10);
+            }
+            for (place, access) in [(off::STRING_READ, read), (off::STRING_WRITE, write)] {
+                self.cold.store32_imm(Mem::gs(place), 0);
+                self.out.numbers.push((self.cold.len() - 4, Number::Access(access)));
+            }
+            let stubs = &self.context.stubs.strings[usize::from(self.context.mode.user)][usize::from(movs)];
+            let stub = stubs[size.trailing_zeros() as usize & 3];
+            let at = self.cold.jmp();
+            self.fix(Part::Cold, at, Target::Fixed(stub));
+        }
+        for at in beyond {
+            self.fix(Part::Hot, at, elsewhere);
+        }
     }
 
-    /// Checks the operand at `pointer`; R10 holds its delta afterwards.
-    fn string_operand(&mut self, insn: &Insn, pointer: Reg, write: bool, rep: bool, size: u8, step: usize) {
+    /// Checks the operand at `pointer`; R10 holds its delta afterwards. Returns the jump to be taken where it goes beyond its page.
+    fn string_operand(&mut self, insn: &Insn, pointer: Reg, write: bool, rep: bool, size: u8) -> usize {
         let table = off::tlb(self.context.mode.user, write);
         self.hot.mov(R11, pointer);
         self.hot.raw(&[0xc4, 0x43, 0x7b, 0xf0, 0xd3, 8]); // rorx r10d, r11d, 8
@@ -514,23 +540,13 @@ impl Emitter<'_> {
         } else {
             self.hot.cmp_imm(R11, 4096 - i32::from(size));
         }
-        let at = self.hot.jcc(cc::A);
-        self.fix(Part::Hot, at, Target::Own(Part::Cold, step));
+        let beyond = self.hot.jcc(cc::A);
         self.cold.mov(R11, pointer);
-        self.cold_number(Number::Access(self.out.accesses.len()));
-        self.out.accesses.push(Access {
-            offset: insn.offset,
-            size: 1,
-            write,
-            flags_saved: self.flags == Flags::Block,
-            fpu: false,
-            site: None,
-        });
-        let at = self.cold.call();
-        self.fix(Part::Cold, at, Target::Fixed(self.context.stubs.slow_access));
+        let access = self.access(insn, 1, write);
+        self.ask(access);
         self.cold.and32_imm(R11, 0xfff);
-        let at = self.cold.jmp();
-        self.fix(Part::Cold, at, Target::Own(Part::Hot, back));
+        self.back(back);
+        beyond
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::BtVcpu;
 use crate::block::WRONG_PREDICTIONS;
@@ -165,8 +165,8 @@ impl BtVcpu {
 
     /// Once a second, wrong predictions are counted anew.
     pub(super) fn forgive_sites(&mut self) {
-        let now = Instant::now();
-        if now.duration_since(self.sites_forgiven) >= Duration::from_secs(1) {
+        let now = interp::tsc::read();
+        if now.wrapping_sub(self.sites_forgiven) >= u64::from(interp::tsc::khz()) * 1000 {
             self.sites_forgiven = now;
             for site in self.block().sites.as_flattened_mut() {
                 site.wrong = -WRONG_PREDICTIONS;

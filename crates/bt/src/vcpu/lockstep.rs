@@ -366,10 +366,15 @@ impl BtVcpu {
         } else if let Class::String { movs, rep, size } = class {
             let count = if rep { state.gpr[RCX] } else { 1 };
             if count > 4096 {
-                return Err(Stop::Both);
+                return Err(Stop::Open);
             }
             // DF is clear, and there is no segment base.
             let bytes = count * u64::from(size);
+            let across = |pointer: usize| (state.gpr[pointer] & 0xfff) + bytes > 4096;
+            if rep && (across(RDI) || movs && across(RSI)) {
+                // It may come back with some pages done.
+                return Err(Stop::Open);
+            }
             let mut operands = vec![(state.gpr[RDI], bytes, true)];
             if movs {
                 operands.push((state.gpr[RSI], bytes, false));

@@ -3,6 +3,7 @@
 //!
 //! [`guest::Guest`] is the machine around them; start there.
 
+mod across;
 mod contexts;
 mod debug;
 mod guest;
@@ -13,6 +14,7 @@ mod modified;
 mod movable;
 mod sensitive;
 mod smp;
+mod system;
 mod tiers;
 mod trace;
 mod traps;
