@@ -5,6 +5,8 @@
 //! blocks are keyed by guest-virtual address, too. A block lies in one guest page. Jumps inside the page are linked directly: they stay right as long
 //! as the page itself is where it was. Jumps to other pages go through per-vCPU slots, which a TLB flush resets.
 
+mod known;
+
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::hash::{BuildHasherDefault, Hash, Hasher};
@@ -13,6 +15,7 @@ use std::sync::atomic::Ordering;
 
 use iced_x86::Encoder;
 
+use self::known::KnownSlots;
 use crate::analyze::{Analyzer, Insn, Mode};
 use crate::emit::{Access, Context, Emitter, LinkKind, Meta, Number, Output, Part, Target, searching};
 use crate::kick::KickHandle;
@@ -135,6 +138,8 @@ pub struct Block {
     /// Slots that may lead here.
     slots: Vec<u32>,
     alive: bool,
+    /// There is a newer translation; only returns still come here.
+    superseded: bool,
     /// Could be made faster by translating it again: it was translated to be short, or predicts in vain.
     improvable: bool,
     /// Samples in [`Self::window`].
@@ -300,6 +305,7 @@ pub struct Cache {
     /// All vCPUs: each has an array of slots of its own.
     vcpus: Vec<Arc<KickHandle>>,
     slot_map: FastMap<(Place, u8, u8), u32>,
+    known: KnownSlots,
     /// Numbers of pages with movable code, by guest-physical address.
     bases: FastMap<u64, u32>,
     hot: usize,
@@ -364,6 +370,7 @@ impl Cache {
             }),
             vcpus: Vec::new(),
             slot_map: FastMap::default(),
+            known: KnownSlots::default(),
             bases: FastMap::default(),
             hot: 0,
             cold: 0,
@@ -498,11 +505,28 @@ impl Cache {
 
     /// Notes that a vCPU's slot leads to `block`.
     pub fn note_slot(&mut self, block: BlockId, slot: u32) {
+        if self.known.last(slot) == Some(block) {
+            return;
+        }
+        self.known.note(slot, block);
         if let Some(block) = self.blocks.get_mut(block as usize)
             && !block.slots.contains(&slot)
         {
             block.slots.push(slot);
         }
+    }
+
+    /// The block that the slot led to last, if its target now lies in the guest-physical page `page`.
+    pub fn known(&self, slot: u32, page: u64, mode: Mode) -> Option<BlockId> {
+        let id = self.known.last(slot)?;
+        let block = self.block(id)?;
+        (block.alive && !block.superseded && block.key.page == page && block.key.mode == mode && block.key.tail == 0)
+            .then_some(id)
+    }
+
+    /// Slots whose targets lie in the same page whenever that of `slot` does, itself among them.
+    pub fn family(&self, slot: u32) -> &[u32] {
+        self.known.family(slot)
     }
 
     /// Makes link `number` jump straight to `block`, if both are alive and the link is of that target. A block that depends on a second
@@ -597,8 +621,7 @@ impl Cache {
     pub fn promote(&mut self, old: BlockId, page: &[u8], forgotten: &mut Forgotten) -> Result<(), Full> {
         let Some(block) = self.block(old).filter(|b| b.alive && b.improvable) else { return Ok(()) };
         let key = block.key;
-        if self.find(&key) != Some(old) {
-            // Only returns still come here.
+        if block.superseded {
             self.blocks[old as usize].improvable = false;
             return Ok(());
         }
@@ -621,6 +644,7 @@ impl Cache {
         }
         let block = &mut self.blocks[old as usize];
         block.improvable = false;
+        block.superseded = true;
         forgotten.targets.push((Place { address: key.address, base: block.base }, key.mode.user));
         forgotten.slots.append(&mut block.slots);
         for link in std::mem::take(&mut block.incoming) {
@@ -814,6 +838,7 @@ impl Cache {
             incoming: Vec::new(),
             slots: Vec::new(),
             alive: true,
+            superseded: false,
             improvable: translated.compact,
             samples: 0,
             window: 0,
@@ -837,6 +862,7 @@ impl Cache {
         let thunk = self.memory.address(thunk);
         self.sites.slots.push(Slot { target, kind, thunk });
         self.slot_map.insert(map_key, number);
+        self.known.add(target, mode.bits());
         for vcpu in &self.vcpus {
             vcpu.memory.slot(number).store(thunk, Ordering::Release);
         }
@@ -959,7 +985,7 @@ impl Cache {
             trace.line(format_args!("block drop gpa {gpa:#x} {}", block.key.mode));
         }
         self.counters.invalidated += 1;
-        if self.map.get(&block.key) == Some(&id) {
+        if !block.superseded {
             self.map.remove(&block.key);
         }
         let user = block.key.mode.user;
@@ -1002,6 +1028,7 @@ impl Cache {
         self.sites.calls.clear();
         self.sites.slots.clear();
         self.slot_map.clear();
+        self.known.clear();
         self.bases.clear();
         self.searching.clear();
         self.reset();

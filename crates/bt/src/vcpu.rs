@@ -17,7 +17,7 @@ use memory::GuestRam;
 use crate::Parking;
 use crate::analyze::Mode;
 use crate::block::{BOUNCE, VcpuBlock, WRONG_PREDICTIONS, reason};
-use crate::cache::{BlockId, Cache, Hit, Place, STEP_ONLY, Sites};
+use crate::cache::{BlockId, Cache, Hit, Place, STEP_ONLY, Sites, Slot};
 use crate::emit::LinkKind;
 use crate::kick::KickHandle;
 use crate::sampler::Sampler;
@@ -170,6 +170,9 @@ pub struct BtVcpu {
 
 /// Entries of [`BtVcpu::callers`].
 const CALLERS: usize = 1024;
+
+/// So many slots are resolved together at most.
+const MAX_FAMILY: usize = 128;
 
 /// PAUSEs until a spinning vCPU lets others have its core: some microseconds.
 const PAUSES: u32 = 128;
@@ -569,13 +572,11 @@ impl BtVcpu {
                     self.leave(kind == LinkKind::Call);
                     block.state.rip = target;
                     let generation = self.generation;
-                    let Some((next, global)) = self.find(target) else { return self.without_block(target) };
+                    let Some((next, global)) = self.find_slot(argument, target) else {
+                        return self.without_block(target);
+                    };
                     if generation == self.generation && next != STEP_ONLY {
-                        let mut cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
-                        if let Some(host) = cache.entry(next, kind) {
-                            cache.note_slot(next, argument);
-                            self.tlbs.fill_slot(block, argument, slot.target.base, host, target, global);
-                        }
+                        self.resolve(argument, slot, next, global);
                     }
                     id = next;
                 }
@@ -633,6 +634,25 @@ impl BtVcpu {
                     return self.interpret(true);
                 }
                 _ => return corrupt("reason"),
+            }
+        }
+    }
+
+    /// Lets a slot lead to `found`, and those that are known to lead to the same page to where they led before.
+    fn resolve(&mut self, number: u32, slot: Slot, found: BlockId, global: bool) {
+        let block = self.block();
+        let mut cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(host) = cache.entry(found, slot.kind) else { return };
+        cache.note_slot(found, number);
+        self.tlbs.fill_slot(block, number, slot.target.base, host, self.address(slot.target), global);
+        let Some(key) = cache.block(found).map(|block| block.key).filter(|key| key.tail == 0) else { return };
+        for &other in cache.family(number).iter().take(MAX_FAMILY) {
+            if let Some(slot) = self.shared.sites.slots.get(other)
+                && block.slots[other as usize].load(Ordering::Relaxed) == slot.thunk
+                && let Some(host) = cache.known(other, key.page, key.mode).and_then(|id| cache.entry(id, slot.kind))
+            {
+                let target = slot.target.address.wrapping_add(block.bases[slot.target.base as usize]);
+                self.tlbs.fill_slot(block, other, slot.target.base, host, target, global);
             }
         }
     }

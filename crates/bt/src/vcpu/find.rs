@@ -93,6 +93,27 @@ impl BtVcpu {
         self.find_mode(address, self.mode)
     }
 
+    /// The same for the target of a slot, which mostly is where it was in the program before.
+    pub(super) fn find_slot(&mut self, slot: u32, target: u64) -> Option<(BlockId, bool)> {
+        self.drop_written();
+        let page = target & !0xfff;
+        if self.breakpoints.is_empty()
+            && let Some((gpa, global)) = self.fetch_page(page)
+        {
+            let known = {
+                let cache = self.shared.cache();
+                cache.known(slot, gpa, self.mode).map(|id| (id, cache.base_of(id)))
+            };
+            if let Some((id, base)) = known {
+                if base != 0 {
+                    self.place(base, page, global);
+                }
+                return Some((id, global));
+            }
+        }
+        self.find(target)
+    }
+
     pub(super) fn find_mode(&mut self, address: u64, mode: Mode) -> Option<(BlockId, bool)> {
         // Memory that a device has written, and that the guest knows of: none of its old code may be entered any more.
         self.drop_written();
