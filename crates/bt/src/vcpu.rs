@@ -729,9 +729,9 @@ impl BtVcpu {
         let mapping = match paging::walk(&self.shared.ram, &context, address, PageAccess::new(kind, user)) {
             Ok(mapping) => mapping,
             Err(fault) => {
-                // Instructions of x87 to AVX may have faults of their own that come first.
                 let address = address.wrapping_add(u64::from(access.ahead));
-                self.page_fault = (!access.fpu && self.lockstep.is_none()).then_some(PageFault { address, ..fault });
+                self.page_fault =
+                    (!access.own_faults && self.lockstep.is_none()).then_some(PageFault { address, ..fault });
                 return None;
             }
         };

@@ -246,6 +246,7 @@ impl Emitter<'_> {
             size,
             write,
             flags_saved: self.flags == Flags::Block,
+            own_faults: crate::analyze::uses_fpu(&insn.ins) || insn.ins.mnemonic() == iced_x86::Mnemonic::Cmpxchg16b,
             fpu: crate::analyze::uses_fpu(&insn.ins),
             ahead: 0,
             site: None,

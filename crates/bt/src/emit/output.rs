@@ -82,6 +82,8 @@ pub struct Access {
     pub flags_saved: bool,
     /// The instruction uses x87 or SSE state.
     pub fpu: bool,
+    /// It may raise exceptions of its own before a page fault: x87 to AVX, and CMPXCHG16B, whose operand must be aligned.
+    pub own_faults: bool,
     /// How far before the instruction's own address the checked range begins.
     pub ahead: u16,
     /// Number of the check site, and where its load of the prediction is: hot offset, once placed the position in the cache.

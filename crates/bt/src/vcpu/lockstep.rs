@@ -253,8 +253,11 @@ impl BtVcpu {
     /// Has a device written code since `epoch`? It tells after it has written.
     #[cold]
     fn code_changed(&self, epoch: u64) -> bool {
-        std::thread::sleep(Duration::from_millis(10));
-        self.shared.epoch.load(Ordering::Acquire) != epoch
+        // Its thread may have lost its core between the two.
+        (0..20).any(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            self.shared.epoch.load(Ordering::Acquire) != epoch
+        })
     }
 
     /// Runs the interpreter ahead and takes back what it wrote. The vCPU's state stays as it is.

@@ -442,6 +442,9 @@ fn general_protection_and_stack() {
         case("misaligned movaps", vector::GP, |a, _| a.movaps(xmm1, xmmword_ptr(rbx + 8))),
         case("misaligned store", vector::GP, |a, _| a.vmovdqa(ymmword_ptr(rbx + 16), ymm1)),
         case("misaligned cmpxchg16b", vector::GP, |a, _| a.cmpxchg16b(xmmword_ptr(rbx + 8))),
+        case("misaligned cmpxchg16b of memory that must not be written", vector::GP, |a, _| {
+            a.cmpxchg16b(xmmword_ptr(rbx + READ_ONLY + 8))
+        }),
         case("data segment beyond the table", vector::GP, |a, _| a.mov(ds, r15d))
             .setup(|s, _| s.gpr[15] = 0xff8)
             .code(0xff8),
