@@ -28,7 +28,8 @@ struct Request {
 
 const NAMES: [&str; 8] = ["a", "b", "dir", "link", "..", "../secret", "", "dir/../.."];
 
-fuzz_target!(|requests: Vec<Request>| {
+fuzz_target!(|input: (bool, Vec<Request>)| {
+    let (exclusive, requests) = input;
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("root");
     fs::create_dir_all(root.join("dir")).unwrap();
@@ -36,6 +37,7 @@ fuzz_target!(|requests: Vec<Request>| {
     fs::write(root.join("a"), b"text").unwrap();
     symlink("../secret", root.join("link")).unwrap();
     let system = FileSystem::new(fs::File::open(&root).unwrap().into(), Access::ReadWrite, 64).unwrap();
+    let system = if exclusive { system.exclusive() } else { system };
     let ask = |opcode: u32, node: u64, body: &[u8], room: usize| {
         let mut bytes = (40 + body.len() as u32).to_le_bytes().to_vec();
         bytes.extend(opcode.to_le_bytes());

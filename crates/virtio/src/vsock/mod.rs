@@ -15,6 +15,8 @@ mod connection;
 mod muxer;
 mod packet;
 mod stream;
+#[cfg(feature = "test-utils")]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 mod worker;

@@ -88,7 +88,7 @@ impl Muxer {
         !self.control.is_empty() || !self.list.is_empty()
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "test-utils"))]
     pub(super) fn len(&self) -> usize {
         self.connections.len()
     }
