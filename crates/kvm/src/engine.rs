@@ -187,7 +187,10 @@ impl Engine for KvmEngine {
         }
         fd.set_cpuid2(&self.cpuid.entries(setup.index)?).map_err(refused("the CPUID model"))?;
         if self.cpuid.has_arch_capabilities() {
-            registers::set_msr(&fd, cpu::msr::ARCH_CAPABILITIES, self.arch_capabilities)?;
+            // Some KVMs refuse what they told of the host themselves; that it is immune against nothing is always right to say. Without
+            // either it is KVM's own word.
+            let set = |value| registers::set_msr(&fd, cpu::msr::ARCH_CAPABILITIES, value);
+            let _ = set(self.arch_capabilities).or_else(|_| set(0));
         }
         if let Some(dirty) = &self.dirty {
             dirty.add(&fd).map_err(|error| format!("KVM gives no ring of written pages: {error}"))?;

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use cpu::cpuid::CpuidModel;
+use cpu::cpuid::{CpuidModel, Vendor};
 use cpu::{Bus, Engine, Exit, Nothing, VcpuSetup};
 use memory::GuestRam;
 
@@ -118,8 +118,8 @@ impl Bus for Port {
 fn try_guest(host: &Host, limit: Duration) -> Result<(), Failure> {
     let ram = GuestRam::new(memory::layout::MIN_RAM).map_err(|error| Failure::Refused(error.to_string()))?;
     // The frequency does not matter to this guest.
-    let engine =
-        KvmEngine::new(host, ram.clone(), Options::new(CpuidModel::new(1, 1_000_000))).map_err(Failure::Refused)?;
+    let model = CpuidModel::of(Vendor::of_host(), 1, 1_000_000);
+    let engine = KvmEngine::new(host, ram.clone(), Options::new(model)).map_err(Failure::Refused)?;
     let port = Arc::new(Port { result: AtomicU32::new(0), done: std::sync::OnceLock::new() });
     let setup = VcpuSetup { index: 0, lapic: Arc::new(Nothing), bus: port.clone() };
     let mut vcpu = engine.create_vcpu(setup).map_err(Failure::Refused)?;
