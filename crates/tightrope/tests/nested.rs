@@ -289,7 +289,7 @@ fn several_vcpus() {
 #[ignore = "takes many minutes"]
 fn all_whole_machine_tests() {
     let debian = "--skip generic --skip cloud";
-    // Images are made without an engine; a hundred megabytes are too much for an emulated machine's network.
+    // Images are made without an engine.
     let errors = "--skip cache --skip first_run";
     let runs = [
         ("engine", ""),
@@ -299,7 +299,7 @@ fn all_whole_machine_tests() {
         ("footprint", ""),
         ("paravirtual", ""),
         ("moves", ""),
-        ("network", "--skip the_guest_reaches_out"),
+        ("network", ""),
         ("errors", errors),
         ("debian", debian),
     ];
