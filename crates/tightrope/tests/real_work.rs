@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Session, engine, tightrope};
+use common::{Code, Kernel, Session, engine, tightrope};
 
 /// Who has not answered by then does not: a busy machine takes minutes to install a large package.
 const PATIENCE: Duration = Duration::from_secs(1800);
@@ -159,6 +159,31 @@ fn commands_in_a_whole_system() {
         let done = tightrope(&["rm", &keep]).output().unwrap();
         assert!(done.status.success(), "{done:?}");
     }
+}
+
+/// Limits where systemd has the control groups, of version 2: a VM in a guest, as root and as a user in a session of its own.
+#[test]
+#[ignore = "long, needs a mirror"]
+fn limits_under_systemd() {
+    let kernel = Kernel::new(Code::new().print("up").spin());
+    fs::set_permissions(kernel.dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let program = Path::new(env!("CARGO_BIN_EXE_tightrope")).parent().unwrap().display().to_string();
+    let shares = [format!("{program}:/t:ro:exclusive"), format!("{}:/k:ro", kernel.dir.path().display())];
+    let mut guest = Guest::boot("debian:13", &["--memory=2G", "--share", &shares[0], "--share", &shares[1]]);
+    let run = "/t/tightrope run --detach --name x --net=none --kernel /k/kernel --memory=64M --cpu-limit=50% --cpu-share=20 --memory-limit=512M";
+    let check = "g=/sys/fs/cgroup$(sed -n 's/^0:://p' /proc/$p/cgroup) && test \"$(cat $g/cpu.max)\" = '50000 100000' && \
+         test $(cat $g/cpu.weight) = 20 && test $(cat $g/memory.max) = 536870912 && /t/tightrope stop -f x && sleep 1 && test ! -e $g";
+    let pid = "p=$(/t/tightrope ps --json | grep -o '\"pid\":[0-9]*' | cut -d: -f2)";
+    guest.run("test -e /sys/fs/cgroup/cgroup.controllers");
+    guest.run(&format!("{run} && {pid} && {check}"));
+    guest.install("libpam-systemd dbus-user-session");
+    guest.run("useradd -m ann && loginctl enable-linger ann && sleep 3 && ls /run/user/$(id -u ann)/systemd/private");
+    let as_user = format!("{run} && {pid} && {check}");
+    fs::write(kernel.dir.path().join("as-user"), as_user).unwrap();
+    guest.run("chmod 755 /root && su ann -c 'XDG_RUNTIME_DIR=/run/user/$(id -u) sh /k/as-user'");
+    // Without a session there is none to ask.
+    guest.run("su ann -c 'mkdir -m 700 /tmp/r; XDG_RUNTIME_DIR=/tmp/r /t/tightrope run --net=none --kernel /k/kernel --cpu-limit=50%' 2>&1 | grep 'as root or in a systemd session'");
+    guest.power_off();
 }
 
 #[test]
