@@ -44,6 +44,16 @@ fn wrote_bit(host_page: u64) -> (usize, u64) {
     (number / 64, 1 << (number % 64))
 }
 
+/// A slot that has been resolved.
+#[derive(Clone, Copy)]
+struct Resolved {
+    slot: u32,
+    /// Where it leads.
+    host: u64,
+    /// Where it leads unresolved.
+    thunk: u64,
+}
+
 /// Bookkeeping of what the vCPU block's tables hold, so that flushes touch only what was filled.
 pub struct Tlbs {
     fetch: Vec<Option<Fetch>>,
@@ -51,8 +61,8 @@ pub struct Tlbs {
     local_tlb: Vec<u32>,
     /// A bit for each entry of the software TLBs that was filled from a global page.
     global_tlb: Box<[u64; 4 * TLB_ENTRIES / 64]>,
-    /// Slots resolved, by whether their target's page is global; where they lead.
-    local_slots: Vec<(u32, u64)>,
+    /// Slots resolved, by whether their target's page is global.
+    local_slots: Vec<Resolved>,
     global_slots: Vec<u32>,
     /// Indirect targets filled from non-global pages: user * IBTC_ENTRIES + index, target.
     local_ibtc: Vec<(u32, u64)>,
@@ -123,8 +133,10 @@ impl Tlbs {
     /// Forgets all jump targets: slots, indirect targets, fetch translations.
     pub fn flush_jumps(&mut self, block: &mut VcpuBlock, thunk: impl Fn(u32) -> u64) {
         self.spaces.forget_jumps();
-        let local = self.local_slots.drain(..).map(|(slot, _)| slot);
-        for slot in local.chain(self.global_slots.drain(..)) {
+        for Resolved { slot, thunk, .. } in self.local_slots.drain(..) {
+            block.slots[slot as usize].store(thunk, Ordering::Relaxed);
+        }
+        for slot in self.global_slots.drain(..) {
             block.slots[slot as usize].store(thunk(slot), Ordering::Relaxed);
         }
         for table in &mut block.ibtc {
@@ -152,8 +164,8 @@ impl Tlbs {
             let (table, index) = (number as usize / TLB_ENTRIES, number as usize % TLB_ENTRIES);
             block.tlb[table][index].tag = never(index);
         }
-        for (slot, _) in self.local_slots.drain(..) {
-            block.slots[slot as usize].store(thunk(slot), Ordering::Relaxed);
+        for Resolved { slot, thunk, .. } in self.local_slots.drain(..) {
+            block.slots[slot as usize].store(thunk, Ordering::Relaxed);
         }
         self.epoch += 1;
         self.placed_here.clear();
@@ -185,7 +197,7 @@ impl Tlbs {
             self.flush_local(block, thunk);
             return false;
         }
-        let space = self.put_away(block, from, thunk);
+        let space = self.put_away(block, from);
         self.spaces.keep(space);
         match known {
             Some(space) => {
@@ -338,9 +350,17 @@ impl Tlbs {
         base == 0 || self.placed.get(base as usize).is_some_and(|&at| at == self.epoch || at == GLOBALLY)
     }
 
-    /// Resolves a slot.
+    /// Resolves a slot, whose number and unresolved address are `(slot, thunk)`.
     /// `base`: of the jump. If that page may be moved meanwhile, the slot stays unresolved.
-    pub fn fill_slot(&mut self, block: &mut VcpuBlock, slot: u32, base: u32, host: u64, target: u64, global: bool) {
+    pub fn fill_slot(
+        &mut self,
+        block: &mut VcpuBlock,
+        (slot, thunk): (u32, u64),
+        base: u32,
+        host: u64,
+        target: u64,
+        global: bool,
+    ) {
         if !self.is_placed(base) {
             return;
         }
@@ -349,7 +369,7 @@ impl Tlbs {
         if global && (base == 0 || self.placed[base as usize] == GLOBALLY) {
             self.global_slots.push(slot)
         } else {
-            self.local_slots.push((slot, host))
+            self.local_slots.push(Resolved { slot, host, thunk })
         }
     }
 

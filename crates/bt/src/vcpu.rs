@@ -589,7 +589,7 @@ impl BtVcpu {
                     block.state.rip = target;
                     let Some((next, global)) = self.find(target) else { return self.without_block(target) };
                     if next != STEP_ONLY {
-                        let cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
+                        let cache = self.shared.cache();
                         if let Some(host) = cache.entry(next, LinkKind::Call) {
                             self.tlbs.fill_indirect(block, target, self.mode.user, host, global);
                         }
@@ -644,7 +644,7 @@ impl BtVcpu {
         let mut cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(host) = cache.entry(found, slot.kind) else { return };
         cache.note_slot(found, number);
-        self.tlbs.fill_slot(block, number, slot.target.base, host, self.address(slot.target), global);
+        self.tlbs.fill_slot(block, (number, slot.thunk), slot.target.base, host, self.address(slot.target), global);
         let Some(key) = cache.block(found).map(|block| block.key).filter(|key| key.tail == 0) else { return };
         for &other in cache.family(number).iter().take(MAX_FAMILY) {
             if let Some(slot) = self.shared.sites.slots.get(other)
@@ -652,7 +652,7 @@ impl BtVcpu {
                 && let Some(host) = cache.known(other, key.page, key.mode).and_then(|id| cache.entry(id, slot.kind))
             {
                 let target = slot.target.address.wrapping_add(block.bases[slot.target.base as usize]);
-                self.tlbs.fill_slot(block, other, slot.target.base, host, target, global);
+                self.tlbs.fill_slot(block, (other, slot.thunk), slot.target.base, host, target, global);
             }
         }
     }

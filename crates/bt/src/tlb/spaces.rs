@@ -5,7 +5,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::{GLOBALLY, Tlbs, never, never_target};
+use super::{GLOBALLY, Resolved, Tlbs, never, never_target};
 use crate::block::{IBTC_ENTRIES, IbtcEntry, TLB_ENTRIES, TlbEntry, VcpuBlock};
 
 /// How many spaces are kept. Linux uses six.
@@ -14,21 +14,30 @@ const SPACES: usize = 8;
 const KEPT: usize = 4096;
 
 /// One address space that is not the current one.
+#[derive(Default)]
 pub(super) struct Space {
     pcid: u16,
     /// Index over all software TLBs, and the entry.
     tlb: Vec<(u32, TlbEntry)>,
-    /// Slots resolved, and where they lead.
-    slots: Vec<(u32, u64)>,
+    slots: Vec<Resolved>,
     /// Index over both caches of indirect targets, and the entry.
     ibtc: Vec<(u32, IbtcEntry)>,
     /// Numbers of the pages of movable code, and where they are.
     placed: Vec<(u32, u64)>,
 }
 
-/// The address spaces, the one used last at the end.
+impl Space {
+    fn clear(&mut self) {
+        self.tlb.clear();
+        self.slots.clear();
+        self.ibtc.clear();
+        self.placed.clear();
+    }
+}
+
+/// The address spaces, the one used last at the end, and one that is empty, for its memory.
 #[derive(Default)]
-pub(super) struct Spaces(Vec<Space>);
+pub(super) struct Spaces(Vec<Space>, Space);
 
 impl Spaces {
     pub fn clear(&mut self) {
@@ -60,16 +69,23 @@ impl Spaces {
 
     pub fn keep(&mut self, space: Space) {
         if self.0.len() == SPACES {
-            self.0.remove(0);
+            let oldest = self.0.remove(0);
+            self.reuse(oldest);
         }
         self.0.push(space);
+    }
+
+    /// Empties a space that is no longer needed and keeps its memory for the next one.
+    fn reuse(&mut self, mut space: Space) {
+        space.clear();
+        self.1 = space;
     }
 }
 
 impl Tlbs {
     /// Empties the tables of what is not global, and returns it.
-    pub(super) fn put_away(&mut self, block: &mut VcpuBlock, pcid: u16, thunk: impl Fn(u32) -> u64) -> Space {
-        let mut space = Space { pcid, tlb: Vec::new(), slots: Vec::new(), ibtc: Vec::new(), placed: Vec::new() };
+    pub(super) fn put_away(&mut self, block: &mut VcpuBlock, pcid: u16) -> Space {
+        let mut space = Space { pcid, ..std::mem::take(&mut self.spaces.1) };
         let journal = std::mem::take(&mut self.local_tlb);
         let older = journal.len().saturating_sub(KEPT);
         let tlb = block.tlb.as_flattened_mut();
@@ -86,13 +102,13 @@ impl Tlbs {
         }
         self.local_tlb = journal;
         self.local_tlb.clear();
-        for (slot, host) in self.local_slots.drain(..) {
-            let place = &block.slots[slot as usize];
+        for resolved in self.local_slots.drain(..) {
+            let place = &block.slots[resolved.slot as usize];
             // It may have been forgotten meanwhile.
-            if place.load(Ordering::Relaxed) == host {
-                space.slots.push((slot, host));
+            if place.load(Ordering::Relaxed) == resolved.host {
+                space.slots.push(resolved);
+                place.store(resolved.thunk, Ordering::Relaxed);
             }
-            place.store(thunk(slot), Ordering::Relaxed);
         }
         let ibtc = block.ibtc.as_flattened_mut();
         for (number, target) in self.local_ibtc.drain(..) {
@@ -113,28 +129,33 @@ impl Tlbs {
 
     /// Puts back what [`Self::put_away`] returned.
     pub(super) fn bring_back(&mut self, block: &mut VcpuBlock, space: Space) {
-        for (number, entry) in space.tlb {
+        for &(number, entry) in &space.tlb {
             self.enter(block, number as usize, entry, false);
         }
+        self.bring_back_jumps(block, &space);
+        self.spaces.reuse(space);
+    }
+
+    fn bring_back_jumps(&mut self, block: &mut VcpuBlock, space: &Space) {
         // Pages that are global somewhere else may be in the way.
         let free =
             |&(base, page): &(u32, u64)| self.placed[base as usize] != GLOBALLY || block.bases[base as usize] == page;
         if !space.placed.iter().all(free) {
             return;
         }
-        for (base, page) in space.placed {
+        for &(base, page) in &space.placed {
             if self.placed[base as usize] != GLOBALLY {
                 block.bases[base as usize] = page;
                 self.placed[base as usize] = self.epoch;
                 self.placed_here.push(base);
             }
         }
-        for &(slot, host) in &space.slots {
-            block.slots[slot as usize].store(host, Ordering::Relaxed);
+        for resolved in &space.slots {
+            block.slots[resolved.slot as usize].store(resolved.host, Ordering::Relaxed);
         }
-        self.local_slots.extend(space.slots);
+        self.local_slots.extend_from_slice(&space.slots);
         let ibtc = block.ibtc.as_flattened_mut();
-        for (number, entry) in space.ibtc {
+        for &(number, entry) in &space.ibtc {
             ibtc[number as usize] = entry;
             self.local_ibtc.push((number, entry.target));
         }
