@@ -543,7 +543,8 @@ impl Emitter<'_> {
         }
         let beyond = self.hot.jcc(cc::A);
         self.cold.mov(R11, pointer);
-        let access = self.access(insn, 1, write);
+        // Where the first element does not fit into the page, the interpreter judges what comes first.
+        let access = self.access(insn, u16::from(size), write);
         self.ask(access);
         self.cold.and32_imm(R11, 0xfff);
         self.back(back);

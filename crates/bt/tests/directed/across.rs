@@ -110,6 +110,25 @@ fn strings_into_a_hole() {
     });
 }
 
+/// An element that ends outside the canonical addresses: that counts before the page fault.
+#[test]
+fn strings_at_the_end_of_the_addresses() {
+    each(|kind| {
+        for (name, build, movs, size) in STRINGS {
+            let mut guest = Guest::new(kind);
+            let at = guest.code(CODE, |a| {
+                a.mov(rdi, if movs { DATA } else { 0x7fff_ffff_ffff })?;
+                a.mov(rsi, 0x7fff_ffff_ffff_u64)?;
+                a.mov(ecx, 3)
+            });
+            guest.code(at, build);
+            let trap = guest.trap();
+            let expected = if size == 1 { vector::PF } else { vector::GP };
+            assert_eq!((trap.vector, trap.rip, trap.state.gpr[1]), (expected, at, 3), "{name} {kind:?}");
+        }
+    });
+}
+
 /// Devices and code among the pages.
 #[test]
 fn strings_over_what_is_no_plain_memory() {
