@@ -423,7 +423,11 @@ impl<'a> Emitter<'a> {
                 lookup_indirect(&mut self.hot, self.context.mode.user);
                 self.name_instruction(insn);
                 let at = self.hot.jmp();
-                self.fix(Part::Hot, at, Target::Fixed(self.context.stubs.indirect_miss));
+                self.fix(
+                    Part::Hot,
+                    at,
+                    Target::Fixed(self.context.stubs.indirect_miss[usize::from(self.context.mode.user)]),
+                );
             }
             Class::Ret => {
                 self.flags_before_check(insn);

@@ -71,8 +71,8 @@ pub struct Stubs {
     group_checks: [[[usize; 2]; SPANS]; 4],
     /// Indirect jump to R11, flags in the block: kernel, user. R10D = number of an exit at the jump, needed if R11 is not canonical.
     pub indirect: [usize; 2],
-    /// An indirect jump to R11 that missed the target cache.
-    pub indirect_miss: usize,
+    /// An indirect jump to R11 that missed the target cache's first place: kernel, user. R10D and flags as for [`Self::indirect`].
+    pub indirect_miss: [usize; 2],
     /// SYSCALL: R10 = next RIP, `scratch` = exit number; flags in the host.
     pub syscall: usize,
     /// SYSRETQ: `scratch` = exit number; flags in the block.
@@ -122,10 +122,19 @@ pub struct Check {
 
 /// Inline look-up of the indirect target in R11; falls through on a miss. Clobbers R10 and flags.
 pub fn lookup_indirect(asm: &mut Asm, user: bool) {
+    lookup_indirect_at(asm, user, false);
+}
+
+/// The same in the first place, or in its neighbour.
+fn lookup_indirect_at(asm: &mut Asm, user: bool, neighbour: bool) {
     asm.mov32(R10, R11);
     asm.shr32(R10, 12);
     asm.xor32(R10, R11);
     asm.and32_imm(R10, IBTC_ENTRIES as i32 - 1);
+    if neighbour {
+        asm.rr(false, &[0x83], 6, R10); // xor r10d, 1
+        asm.u8(1);
+    }
     asm.shl32(R10, 4);
     asm.cmp_mem(R11, Mem::gs_base(R10, off::ibtc(user)));
     let miss = asm.len() + 2;
@@ -188,17 +197,19 @@ pub fn assemble(slow_access: u64) -> (Vec<u8>, Stubs) {
     stubs.fault = stubs.exits[reason::FAULT as usize];
 
     // Indirect jumps.
-    stubs.indirect_miss = asm.len();
-    asm.store(Mem::gs(off::EXIT_TARGET), R11);
-    let at = asm.jmp();
-    link(&mut asm, at, stubs.exits[reason::INDIRECT as usize]);
     for user in [false, true] {
         stubs.indirect[usize::from(user)] = asm.len();
         asm.store32(Mem::gs(off::EXIT_ARG), R10);
         lookup_indirect(&mut asm, user);
         asm.load32(R10, Mem::gs(off::EXIT_ARG));
+        // The neighbour has what the first place had to give up.
+        stubs.indirect_miss[usize::from(user)] = asm.len();
+        asm.store32(Mem::gs(off::EXIT_ARG), R10);
+        lookup_indirect_at(&mut asm, user, true);
+        asm.load32(R10, Mem::gs(off::EXIT_ARG));
+        asm.store(Mem::gs(off::EXIT_TARGET), R11);
         let at = asm.jmp();
-        link(&mut asm, at, stubs.indirect_miss);
+        link(&mut asm, at, stubs.exits[reason::INDIRECT as usize]);
     }
 
     // The bottom of the guest-call stack: RET has taken the entry, put it back and look the target up.

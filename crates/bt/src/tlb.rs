@@ -7,16 +7,21 @@ use std::sync::atomic::Ordering;
 use crate::cache::FastSet;
 
 use self::spaces::Spaces;
-use crate::block::{IBTC_ENTRIES, TLB_ENTRIES, TlbEntry, VcpuBlock, ibtc_index, tlb_index};
+use crate::block::{IBTC_ENTRIES, IbtcEntry, TLB_ENTRIES, TlbEntry, VcpuBlock, ibtc_index, tlb_index};
 
 /// A tag that no address compares equal to in entry `index`.
 const fn never(index: usize) -> u64 {
     (1 << 63) | (((index as u64 + 1) & (TLB_ENTRIES as u64 - 1)) << 12)
 }
 
-/// An indirect target that is never looked up in entry `index`.
+/// An indirect target that is never looked up in entry `index`, nor in its neighbour's place.
 const fn never_target(index: usize) -> u64 {
-    (1 << 63) | ((index as u64 + 1) & (IBTC_ENTRIES as u64 - 1))
+    (1 << 63) | ((index as u64 + 2) & (IBTC_ENTRIES as u64 - 1))
+}
+
+/// The entry that takes what another one had to give up.
+const fn neighbour(index: usize) -> usize {
+    index ^ 1
 }
 
 /// One cached fetch translation.
@@ -377,12 +382,20 @@ impl Tlbs {
     pub fn fill_indirect(&mut self, block: &mut VcpuBlock, target: u64, user: bool, host: u64, global: bool) {
         self.note_jump(target);
         let index = ibtc_index(target);
-        let entry = &mut block.ibtc[usize::from(user)][index];
-        entry.target = target;
-        entry.host = host;
-        if !global {
+        let table = &mut block.ibtc[usize::from(user)];
+        let old = table[index];
+        table[index] = IbtcEntry { target, host };
+        let moves = old.target != target && cpu::paging::is_canonical(old.target);
+        if moves {
+            table[neighbour(index)] = old;
+        }
+        let first = usize::from(user) * IBTC_ENTRIES;
+        for (index, target) in [(!global).then_some((index, target)), moves.then_some((neighbour(index), old.target))]
+            .into_iter()
+            .flatten()
+        {
             if self.local_ibtc.len() < 2 * IBTC_ENTRIES {
-                self.local_ibtc.push(((usize::from(user) * IBTC_ENTRIES + index) as u32, target));
+                self.local_ibtc.push(((first + index) as u32, target));
             } else {
                 self.local_overflow = true;
             }
@@ -400,9 +413,11 @@ impl Tlbs {
     /// Forgets an indirect target.
     pub fn forget_indirect(&mut self, block: &mut VcpuBlock, target: u64, user: bool) {
         let index = ibtc_index(target);
-        let entry = &mut block.ibtc[usize::from(user)][index];
-        if entry.target == target {
-            entry.target = never_target(index);
+        for index in [index, neighbour(index)] {
+            let entry = &mut block.ibtc[usize::from(user)][index];
+            if entry.target == target {
+                entry.target = never_target(index);
+            }
         }
     }
 }

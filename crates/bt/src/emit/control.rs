@@ -171,7 +171,7 @@ impl Emitter<'_> {
         self.fix(Part::Hot, at, Target::Own(Part::Cold, self.cold.len()));
         lookup_indirect(&mut self.cold, self.context.mode.user);
         let at = self.cold.jmp();
-        self.fix(Part::Cold, at, Target::Fixed(self.context.stubs.indirect_miss));
+        self.fix(Part::Cold, at, Target::Fixed(self.context.stubs.indirect_miss[usize::from(self.context.mode.user)]));
         self.landing_pad(insn, address);
         Ok(())
     }
