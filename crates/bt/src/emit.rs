@@ -648,6 +648,8 @@ impl<'a> Emitter<'a> {
         if (base.is_gpr() && (spilled(number(base)) || !base.is_gpr64()))
             || matches!(ins.memory_segment(), Register::FS | Register::GS)
             || base == Register::EIP
+            // Without a base, the size of the displacement is that of the address: 32 bits wrap.
+            || (base == Register::None && ins.memory_displ_size() != 8)
             || (base == Register::RIP && self.context.mode.user)
         {
             return Err(Unsupported);

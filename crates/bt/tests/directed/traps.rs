@@ -840,3 +840,22 @@ fn triple_fault() {
         assert_eq!(guest.run(), Exit::TripleFault);
     });
 }
+
+/// A bit test whose address has 32 bits and no base register: the bit's distance wraps with it.
+#[test]
+fn far_bits_of_32_bit_addresses() {
+    each(|kind| {
+        let mut guest = Guest::new(kind);
+        let at = DATA + 0x100;
+        guest.code(CODE, |a| {
+            a.mov(r9, 0xff_ffff_ffff_u64)?;
+            a.db(&[0x67, 0x4c, 0x0f, 0xb3, 0x0c, 0x25])?; // btr [address], r9
+            a.db(&(at as u32).to_le_bytes())?;
+            a.setc(al)?;
+            a.out(STOP, al)
+        });
+        guest.put(at - 8, &[u64::MAX, u64::MAX]);
+        assert_eq!(guest.stop().gpr[0] as u8, 1, "{kind:?}");
+        assert_eq!((guest.word(at - 8), guest.word(at)), (u64::MAX >> 1, u64::MAX), "{kind:?}");
+    });
+}
