@@ -24,6 +24,7 @@ const MODULES: &[&str] = &[
     "virtio_blk",
     "virtio_console",
     "virtio_rng",
+    "virtio_balloon",
     "virtio_net",
     "vmw_vsock_virtio_transport",
     "virtiofs",
@@ -447,7 +448,7 @@ mod tests {
                 ("./boot/vmlinuz-6.1.0-9-x", b"kernel"),
                 (
                     &format!("{m}modules.builtin"),
-                    b"kernel/fs/ext4/ext4.ko\nk/virtio_pci.ko\nk/virtio_console.ko\nk/virtio-rng.ko\nk/virtio_net.ko\n\
+                    b"kernel/fs/ext4/ext4.ko\nk/virtio_pci.ko\nk/virtio_console.ko\nk/virtio-rng.ko\nk/virtio_balloon.ko\nk/virtio_net.ko\n\
                       k/vmw_vsock_virtio_transport.ko\nk/virtiofs.ko\n",
                 ),
                 (&format!("{m}kernel/drivers/block/virtio_blk.ko.xz"), &xz(&blk)),

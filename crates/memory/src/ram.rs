@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
+use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
@@ -155,6 +156,28 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Gives the memory of all whole pages within guest-physical `gpa..gpa + len` back to the host; they read as zeros until somebody
+    /// writes them, and translations of code on them are dropped. Returns the bytes given back: 0 where a byte is not RAM.
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub fn discard(&self, gpa: u64, len: u64) -> std::io::Result<u64> {
+        let whole = || {
+            let start = gpa.checked_next_multiple_of(crate::PAGE_SIZE)?;
+            let end = gpa.checked_add(len)? & !(crate::PAGE_SIZE - 1);
+            end.checked_sub(start).filter(|len| *len > 0).map(|len| (start, len))
+        };
+        let Some((start, len)) = whole() else { return Ok(0) };
+        let Ok(slice) = self.memory.get_slice(GuestAddress(start), len as usize) else { return Ok(0) };
+        // SAFETY: the range is whole pages (regions start at pages and are some) of an anonymous private mapping of ours, which read as
+        // zeros after this; nobody holds references into it (all access is by volatile or atomic operations).
+        if unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), len as usize, libc::MADV_DONTNEED) } != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        slice.bitmap().mark_dirty(0, len as usize);
+        Ok(len)
+    }
+
     /// Copies guest-physical bytes out; `false` (and `data` in no defined state) where a byte is not RAM.
     #[must_use]
     pub fn read(&self, gpa: u64, data: &mut [u8]) -> bool {
@@ -194,5 +217,33 @@ mod tests {
         ram.clear().unwrap();
         assert!(ram.read(0x1ffe, &mut data));
         assert_eq!(data, [0; 4]);
+    }
+
+    #[test]
+    fn discard_gives_back_whole_pages_only() {
+        struct Seen(std::sync::Mutex<Vec<(u64, u64)>>);
+        impl crate::CodeWriteListener for Seen {
+            fn code_written(&self, gpa: u64, len: u64) {
+                self.0.lock().unwrap().push((gpa, len));
+            }
+        }
+        let ram = GuestRam::new(64 << 20).unwrap();
+        let seen = Arc::new(Seen(std::sync::Mutex::default()));
+        ram.code_pages().set_listener(seen.clone());
+        ram.code_pages().set(4);
+        assert!(ram.write(0x1000, &[7; 0x6000]));
+        seen.0.lock().unwrap().clear();
+        assert_eq!(ram.discard(0x1001, 0x3fff).unwrap(), 0x3000);
+        assert_eq!(*seen.0.lock().unwrap(), [(0x2000, 0x3000)], "translations are dropped");
+        let mut data = vec![0; 0x6000];
+        assert!(ram.read(0x1000, &mut data));
+        let zeros: Vec<usize> = data.iter().enumerate().filter(|(_, byte)| **byte == 0).map(|(at, _)| at).collect();
+        assert_eq!(zeros, (0x1000..0x4000).collect::<Vec<_>>());
+        for (gpa, len) in
+            [(0x1001, 0xfff), (0, 0), (64 << 20, 4096), ((64 << 20) - 4096, 8192), (u64::MAX, 4096), (u64::MAX, 1)]
+        {
+            assert_eq!(ram.discard(gpa, len).unwrap(), 0, "{gpa:#x} {len:#x}");
+        }
+        assert_eq!(ram.discard(0, 64 << 20).unwrap(), 64 << 20);
     }
 }

@@ -86,6 +86,11 @@ impl WriteTracker {
     pub fn new(base: u64, pages: Arc<CodePages>) -> Self {
         Self { base, pages: Some(pages) }
     }
+
+    /// Guest-physical address of the first byte that it tracks.
+    pub fn start(&self) -> u64 {
+        self.base
+    }
 }
 
 impl Default for WriteTracker {

@@ -83,6 +83,10 @@ pub enum Command {
         #[arg(value_name = "VM", add = complete::running())]
         vm: String,
     },
+    /// Show how much memory a running guest has and uses, or take some of it away and give it back
+    ///
+    /// What a guest has free goes back to the host by itself, if the guest has a driver for the balloon (Linux: virtio_balloon).
+    Balloon(crate::balloon::BalloonArgs),
     /// Say what this host can do for virtual machines, and what to change
     ///
     /// Exit code 0 when virtual machines run here, 1 when they do not.

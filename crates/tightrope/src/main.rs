@@ -1,9 +1,10 @@
 //! The command `tightrope`. Thin: it turns what the user asks for into a [`vmm::VmConfig`] and runs it.
 //!
-//! * [`cli`]: the command line. * [`complete`]: what shells complete. * [`disks`]: making disks. * [`doctor`]: what this host can do. * [`instance`], [`vms`]: VMs that run. * [`settings`]: the configuration file. * [`guest`]: which kernel and what command line.
+//! * [`cli`]: the command line. * [`complete`]: what shells complete. * [`disks`]: making disks. * [`balloon`]: memory of guests. * [`doctor`]: what this host can do. * [`instance`], [`vms`]: VMs that run. * [`settings`]: the configuration file. * [`guest`]: which kernel and what command line.
 
 #![forbid(unsafe_code)]
 
+mod balloon;
 mod cli;
 mod complete;
 mod disks;
@@ -98,6 +99,7 @@ fn execute(cli: Cli, started: Instant) -> Result<i32> {
         Command::Exec(args) => vms::exec_in(&args),
         Command::Cp(args) => vms::cp(&args),
         Command::Logs { vm, follow } => vms::logs(&vm, follow),
+        Command::Balloon(args) => balloon::run(&args),
         Command::Attach { vm } => vms::attach(&vm),
         Command::VmKeeper => {
             registry::keeper::run()?;

@@ -138,6 +138,11 @@ impl<'m> Buffers<'m> {
             .collect()
     }
 
+    /// Guest-physical address and length in bytes of each piece.
+    pub fn places(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.pieces.iter().map(|piece| (piece.bitmap().start(), piece.len() as u64))
+    }
+
     /// Tells the code tracker that the first `count` bytes were written through [`Self::slices`].
     pub fn written(&self, count: u32) {
         // The data must be visible before the tracker's bits are read: an engine sets its bit first and then reads the code.

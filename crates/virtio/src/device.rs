@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::balloon::BalloonState;
 use crate::block::BlockState;
 use crate::console::ConsoleState;
 use crate::entropy::EntropyState;
@@ -39,7 +40,7 @@ pub trait Interrupt: Send + Sync {
 
 /// A virtio device without its transport. The transport serialises all calls.
 pub trait VirtioDevice: Send {
-    /// The device type (virtio 1.3, chapter 5): 1 network, 2 block, 3 console, 4 entropy, 19 socket.
+    /// The device type (virtio 1.3, chapter 5): 1 network, 2 block, 3 console, 4 entropy, 5 balloon, 19 socket.
     fn device_type(&self) -> u16;
     /// The device's own feature bits; bits of transport and ring are the transport's.
     fn features(&self) -> u64;
@@ -88,6 +89,8 @@ pub enum DeviceState {
     Fs(FsState),
     /// Sockets to the host.
     Vsock(VsockState),
+    /// A balloon.
+    Balloon(BalloonState),
 }
 
 /// Copies the part of `config` that starts at `offset` to `data`; zeroes where there is none.

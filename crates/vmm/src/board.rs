@@ -6,6 +6,7 @@ use std::sync::Arc;
 use cpu::{Bus, Chips, CpuState, Kick, LocalApic};
 use machine::PcState;
 use memory::GuestRam;
+use virtio::BalloonHandle;
 
 use crate::console::{Input, Output};
 use crate::error::Error;
@@ -35,6 +36,10 @@ pub(crate) trait Board: Send {
     fn console(&self) -> Arc<dyn Input>;
     /// Presses the power button: a guest that listens shuts down.
     fn press_power_button(&self) {}
+    /// How to take memory from the guest, where that is possible.
+    fn balloon(&self) -> Option<BalloonHandle> {
+        None
+    }
     /// Counters as `(kind, value)`.
     fn counters(&self) -> Vec<(String, u64)>;
 }

@@ -8,6 +8,8 @@
 //! | `agent` | when the agent is there; an error where none is to come |
 //! | `power-button` | the machine's power button was pressed |
 //! | `quit` | the VM is being ended at once |
+//! | `balloon` | how the balloon stands: words `name=value` ([`balloon_words`]); the guest is asked for new statistics besides |
+//! | `balloon BYTES` | as `balloon`, after the guest was told to do without so much of its memory |
 //! | `attach` | from here on the bytes of the console in both directions |
 //!
 //! One thread serves all clients, which are this user's own (or root's); their number and what they send is bounded.
@@ -20,6 +22,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use virtio::BalloonHandle;
+use virtio::balloon::BalloonStatus;
 
 use crate::agent::Agent;
 use crate::console::Input;
@@ -90,6 +94,7 @@ pub(crate) struct Server {
     /// Is the console to be had here (and not on a terminal or in a file of the user's)?
     pub console: bool,
     pub input: Arc<InputSlot>,
+    pub balloon: Option<BalloonHandle>,
     pub events: Events,
 }
 
@@ -237,9 +242,38 @@ impl Server {
             "quit" => send(client, Event::Quit(0)),
             "attach" if self.console => client.answer("ok", Phase::Attached),
             "attach" => client.answer("error its console is where it was started", Phase::Answered),
-            _ => client.answer("error there is no such order", Phase::Answered),
+            _ => match line.split_once(' ').unwrap_or((line, "")) {
+                ("balloon", bytes) => client.answer(&self.balloon(bytes), Phase::Answered),
+                _ => client.answer("error there is no such order", Phase::Answered),
+            },
         }
     }
+
+    fn balloon(&self, bytes: &str) -> String {
+        let Some(balloon) = &self.balloon else { return "error it has no balloon".into() };
+        match bytes.parse() {
+            Ok(bytes) => balloon.set_target(bytes),
+            Err(_) if bytes.is_empty() => {}
+            Err(_) => return "error that is no size in bytes".into(),
+        }
+        let answer = format!("ok {}", balloon_words(&balloon.status()));
+        balloon.ask();
+        answer
+    }
+}
+
+/// How a balloon stands, in words: `driver` (0 or 1), `memory`, `target`, `actual`, `inflated`, `reported` (bytes), `heard` (how often the
+/// guest has given statistics) and these, as `guest-NAME`.
+fn balloon_words(status: &BalloonStatus) -> String {
+    let BalloonStatus { driver, memory, target, actual, inflated, reported, heard, stats } = status;
+    let driver = u8::from(*driver);
+    let mut text = format!(
+        "driver={driver} memory={memory} target={target} actual={actual} inflated={inflated} reported={reported} heard={heard}"
+    );
+    for (name, value) in stats.iter().flat_map(|stats| stats.named()) {
+        text.push_str(&format!(" guest-{name}={value}"));
+    }
+    text
 }
 
 struct Ready {

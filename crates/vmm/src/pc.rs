@@ -13,7 +13,7 @@ use machine::power::PowerEvent;
 use machine::serial::Serial;
 use machine::{Pc, PcConfig, PcState};
 use memory::GuestRam;
-use virtio::{Block, Console, ConsoleHandle, Disk, Entropy, Fs, Net, Reporter, VirtioDevice, VirtioPci, Vsock};
+use virtio::{Balloon, BalloonHandle, Block, Console, ConsoleHandle, Disk, Entropy, Fs, Net, Reporter, VirtioDevice, VirtioPci, Vsock};
 
 use crate::agent::Agent;
 use crate::board::{Board, BoardMaker};
@@ -63,6 +63,7 @@ pub(crate) fn maker(config: &VmConfig, files: Files, tsc_khz: u64, exits: Option
         pc: None,
         input: None,
         virtio: Vec::new(),
+        balloon: None,
     })
 }
 
@@ -92,6 +93,7 @@ struct PcMaker {
     pc: Option<Arc<Pc>>,
     input: Option<Arc<SerialInput>>,
     virtio: Vec<Arc<VirtioPci>>,
+    balloon: Option<BalloonHandle>,
 }
 
 fn engine_error(error: impl std::fmt::Display) -> Error {
@@ -166,6 +168,10 @@ impl PcMaker {
                 .map_err(|error| Error::Host(format!("the host gives no thread for vsock: {error}")))?;
             devices.push(("vsock".into(), Box::new(vsock)));
         }
+        let (balloon, handle) = Balloon::new(ram.clone())
+            .map_err(|error| Error::Host(format!("the host gives no thread for the balloon: {error}")))?;
+        devices.push(("balloon".into(), Box::new(balloon)));
+        self.balloon = Some(handle);
         for (name, device) in devices {
             let device = VirtioPci::new(&name, device, ram.shared(), Some(reporter.clone())).map_err(engine_error)?;
             if let Some(chips) = chips {
@@ -259,13 +265,15 @@ impl BoardMaker for PcMaker {
         };
         pc.prepare_boot().map_err(|error| Error::Input(error.to_string()))?;
         let loaded = boot::load(ram, &source).map_err(|error| Error::Input(error.to_string()))?;
-        Ok(Box::new(PcBoard { pc, virtio: self.virtio.clone(), input, entry: loaded.entry }))
+        let (virtio, balloon) = (self.virtio.clone(), self.balloon.clone());
+        Ok(Box::new(PcBoard { pc, virtio, balloon, input, entry: loaded.entry }))
     }
 }
 
 struct PcBoard {
     pc: Arc<Pc>,
     virtio: Vec<Arc<VirtioPci>>,
+    balloon: Option<BalloonHandle>,
     input: Arc<SerialInput>,
     entry: u64,
 }
@@ -317,12 +325,20 @@ impl Board for PcBoard {
         self.pc.press_power_button();
     }
 
+    fn balloon(&self) -> Option<BalloonHandle> {
+        self.balloon.clone()
+    }
+
     fn counters(&self) -> Vec<(String, u64)> {
         let both =
             |(name, reads, writes)| [(format!("exits.{name}.reads"), reads), (format!("exits.{name}.writes"), writes)];
         let mut all: Vec<_> =
             self.pc.bus().counters().into_iter().flat_map(both).filter(|(_, count)| *count > 0).collect();
         all.push(("time.devices-us".into(), self.pc.bus().time().as_micros() as u64));
+        if let Some(balloon) = self.balloon.as_ref().map(BalloonHandle::status) {
+            all.push(("memory.inflated-kib".into(), balloon.inflated >> 10));
+            all.push(("memory.reported-free-kib".into(), balloon.reported >> 10));
+        }
         all
     }
 }

@@ -191,6 +191,7 @@ impl Vm {
                 agent_expected: instance.agent,
                 console: null.is_some(),
                 input: vm.console.clone(),
+                balloon: vm.board.balloon(),
                 events: vm.events.clone(),
             };
             server.start().map_err(|error| Error::Host(format!("the host gives no thread: {error}")))?;
