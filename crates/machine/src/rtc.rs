@@ -1,5 +1,5 @@
 //! The MC146818 real-time clock with its CMOS memory, ports 0x70 and 0x71, IRQ 8. It shows the host's UTC, plus what the guest set
-//! it off by.
+//! it off by: also after the host's clock was set, the host slept or the VM was saved. An alarm that was passed meanwhile goes off then.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, Weak};
@@ -41,16 +41,20 @@ pub struct RtcState {
     memory: Vec<u8>,
     /// Seconds the guest's time is ahead of UTC.
     offset: i64,
-    /// Clock time up to which the flags in register C are right.
+    /// Clock time up to which the periodic flag in register C is right.
     seen: u64,
+    /// The second, as the guest counts, up to which the other flags are.
+    seen_second: i64,
 }
 
 struct Inner {
     state: RtcState,
     irq: IrqLine,
-    /// UTC in ns when the machine's clock was 0.
-    epoch: u64,
+    utc: Utc,
 }
+
+/// The host's UTC in ns since 1970, when the machine's clock says what is given.
+type Utc = Box<dyn Fn(u64) -> u64 + Send + Sync>;
 
 /// The chip.
 pub struct Rtc {
@@ -195,7 +199,7 @@ impl RtcState {
 
 impl Inner {
     fn utc_ns(&self, now: u64) -> u64 {
-        self.epoch.saturating_add(now)
+        (self.utc)(now)
     }
 
     fn seconds(&self, now: u64) -> i64 {
@@ -213,7 +217,9 @@ impl Inner {
         if self.state.period().is_some_and(|period| now / period > seen / period) {
             flags |= B_PERIODIC;
         }
-        let (before, after) = (self.seconds(seen), self.seconds(now));
+        let after = self.seconds(now);
+        // Set back, it goes on from there.
+        let before = std::mem::replace(&mut self.state.seen_second, after);
         if !self.stopped() && after > before {
             flags |= B_UPDATE;
             let first = (before + 1).max(after.saturating_sub(86_400));
@@ -302,13 +308,15 @@ impl Inner {
 
     fn set_from_registers(&mut self, now: u64) {
         self.state.offset = self.state.load_time().saturating_sub((self.utc_ns(now) / NS) as i64);
+        // Seconds that were left out by setting it have not come.
+        self.state.seen_second = self.seconds(now);
     }
 }
 
 fn power_on() -> RtcState {
     let mut memory = vec![0; 128];
     (memory[A], memory[B], memory[D]) = (0x26, B_24H, 0x80);
-    RtcState { index: 0, memory, offset: 0, seen: 0 }
+    RtcState { index: 0, memory, offset: 0, seen: 0, seen_second: 0 }
 }
 
 fn host_utc() -> u64 {
@@ -318,15 +326,14 @@ fn host_utc() -> u64 {
 impl Rtc {
     /// Shows the host's UTC.
     pub fn new(queue: &Arc<TimerQueue>, irq: IrqLine) -> Arc<Self> {
-        Self::with_utc(queue, irq, host_utc())
+        Self::with_utc(queue, irq, Box::new(|_| host_utc()))
     }
 
-    fn with_utc(queue: &Arc<TimerQueue>, irq: IrqLine, utc: u64) -> Arc<Self> {
+    fn with_utc(queue: &Arc<TimerQueue>, irq: IrqLine, utc: Utc) -> Arc<Self> {
         let now = queue.clock().now();
-        let state = RtcState { seen: now, ..power_on() };
-        let epoch = utc.saturating_sub(now);
+        let state = RtcState { seen: now, seen_second: (utc(now) / NS) as i64, ..power_on() };
         Arc::new_cyclic(|this: &Weak<Self>| Self {
-            inner: Mutex::new(Inner { state, irq, epoch }),
+            inner: Mutex::new(Inner { state, irq, utc }),
             timer: queue.timer(this.clone()),
         })
     }
@@ -355,17 +362,17 @@ impl Rtc {
         self.access(|inner, _| inner.state.clone())
     }
 
-    /// Takes over a state, after the clock was set to the saved machine's time. The time shown is the host's of now.
+    /// Takes over a state, after the clock was set to the saved machine's time. The time shown is the host's of now; an alarm of the time
+    /// between goes off.
     ///
     /// # Errors
     /// The memory has not its 128 bytes.
     pub fn restore(&self, state: &RtcState) -> Result<(), StateError> {
-        if state.memory.len() != 128 || state.index > 127 || state.offset.unsigned_abs() > 1 << 40 {
+        if state.memory.len() != 128 || state.index > 127 || [state.offset, state.seen_second].iter().any(|seconds| seconds.unsigned_abs() > 1 << 41) {
             return Err(StateError::new("RTC", format!("{} bytes", state.memory.len())));
         }
         let mut inner = lock(&self.inner);
         let now = self.timer.clock().now();
-        inner.epoch = host_utc().saturating_sub(now);
         inner.state = state.clone();
         inner.state.seen = now;
         inner.catch_up(now);
@@ -404,12 +411,23 @@ mod tests {
     use super::*;
     use crate::clock::testing::{advance, manual};
     use crate::irq::testing::Recorder;
+    use std::sync::atomic::{AtomicI64, Ordering};
 
     struct Rig(Arc<Rtc>, Arc<TimerQueue>);
     impl Rig {
         fn new(utc: u64) -> Self {
+            Self::with_step(utc).0
+        }
+        /// Also what the host's clock is set ahead by when this is stored.
+        fn with_step(utc: u64) -> (Self, Arc<AtomicI64>) {
             let (_, queue) = manual();
-            Self(Rtc::with_utc(&queue, IrqLine::new(Arc::new(Recorder::default()), 8), utc), queue)
+            let step = Arc::new(AtomicI64::new(0));
+            let host = step.clone();
+            let utc = move |now: u64| (utc + now).wrapping_add_signed(host.load(Ordering::SeqCst));
+            (Self(Rtc::with_utc(&queue, IrqLine::new(Arc::new(Recorder::default()), 8), Box::new(utc)), queue), step)
+        }
+        fn clock_of_day(&self) -> [u8; 3] {
+            [4, 2, 0].map(|index| self.read(index))
         }
         fn read(&self, index: u8) -> u8 {
             let mut data = [0];
@@ -509,15 +527,68 @@ mod tests {
         assert!(!rig.irq());
     }
 
+    /// Alarm at 00:10:00.
+    fn arm(rig: &Rig) {
+        for (index, value) in [(1, 0), (3, 0x10), (5, 0)] {
+            rig.write(index, value);
+        }
+        rig.read(C as u8);
+        rig.write(B as u8, B_24H | B_ALARM);
+    }
+
+    #[test]
+    fn follows_the_hosts_clock() {
+        let (rig, step) = Rig::with_step(100 * NS);
+        assert_eq!(rig.clock_of_day(), [0, 0x01, 0x40]);
+        // The host's clock is set, or the host slept: seen at once, and an alarm of that time goes off within a second.
+        arm(&rig);
+        step.store(3600 * NS as i64, Ordering::SeqCst);
+        assert!(!rig.irq());
+        advance(&rig.1, NS);
+        assert!(rig.irq());
+        assert_eq!(rig.read(C as u8) & 0xa0, 0xa0);
+        assert_eq!(rig.clock_of_day(), [0x01, 0x01, 0x41]);
+        // Set back, the alarm comes again at its time.
+        step.store(0, Ordering::SeqCst);
+        advance(&rig.1, NS);
+        assert!(!rig.irq());
+        assert_eq!(rig.clock_of_day(), [0, 0x01, 0x42]);
+        advance(&rig.1, (600 - 103) * NS);
+        assert!(!rig.irq());
+        advance(&rig.1, NS);
+        assert!(rig.irq());
+        // What the guest set it to stays as far from the host's time as it was.
+        rig.read(C as u8);
+        rig.write(4, 0x05);
+        assert!(!rig.irq(), "leaving seconds out is no alarm");
+        step.store(-60 * NS as i64, Ordering::SeqCst);
+        assert_eq!(rig.clock_of_day(), [0x05, 0x09, 0x00]);
+    }
+
+    #[test]
+    fn an_alarm_passed_while_saved_goes_off() {
+        let rig = Rig::new(100 * NS);
+        arm(&rig);
+        let state = rig.0.save();
+        let (early, late) = (Rig::new(599 * NS), Rig::new(5000 * NS));
+        for (rig, goes_off) in [(&early, false), (&late, true)] {
+            rig.0.restore(&state).unwrap();
+            assert_eq!(rig.irq(), goes_off);
+        }
+        advance(&early.1, NS);
+        assert!(early.irq());
+    }
+
     #[test]
     fn state() {
         let rig = Rig::new(100 * NS);
         rig.write(0x50, 9);
         let state = rig.0.save();
-        let other = Rig::new(100 * NS);
+        let other = Rig::new(1_795_187_045 * NS);
         other.0.restore(&state).unwrap();
         assert_eq!(other.read(0x50), 9);
-        assert_ne!(other.read(0x32), 0x19, "the host's time of now");
+        assert_eq!(other.read(9), 0x26, "the host's time of now");
+        assert!(other.0.restore(&RtcState { seen_second: i64::MIN, ..state.clone() }).is_err());
         assert!(other.0.restore(&RtcState { memory: vec![0; 5], ..state }).is_err());
     }
 }

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_protocol::{Decoder, FromGuest, FromHost, PORT};
 use virtio::vsock::Dial;
@@ -15,6 +15,10 @@ use crate::instance::Instance;
 
 /// The time is told at least so often.
 const CLOCK: Duration = Duration::from_secs(60);
+/// How often it is looked whether the host's clock was set, or the host slept; then the time is told at once.
+const LOOK: Duration = Duration::from_secs(5);
+/// A step of the host's clock that is one.
+const STEP: Duration = Duration::from_millis(100);
 /// Bytes that one connection of the agent may send: it has next to nothing to say.
 const LIMIT: usize = 4096;
 /// Such connections at once: one, and those whose end has not been seen yet.
@@ -81,13 +85,17 @@ fn serve(mut stream: UnixStream, agent: &Agent, events: &Events) {
     let _ = stream.set_nonblocking(true);
     let mut decoder = Decoder::default();
     let (mut greeted, mut taken) = (false, 0);
+    let mut told = Told::now();
     'talk: loop {
         let mut fds = [rustix::event::PollFd::new(&stream, rustix::event::PollFlags::IN)];
-        let timeout = rustix::event::Timespec { tv_sec: CLOCK.as_secs() as i64, tv_nsec: 0 };
+        let timeout = rustix::event::Timespec { tv_sec: LOOK.as_secs() as i64, tv_nsec: 0 };
         match rustix::event::poll(&mut fds, Some(&timeout)) {
             Ok(0) => {
-                // An agent that does not read has no need of the time.
-                let _ = stream.write(&clock());
+                if told.is_stale(Instant::now(), SystemTime::now()) {
+                    told = Told::now();
+                    // An agent that does not read has no need of the time.
+                    let _ = stream.write(&clock());
+                }
                 continue;
             }
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -122,9 +130,44 @@ fn serve(mut stream: UnixStream, agent: &Agent, events: &Events) {
     }
 }
 
+/// When the time was told last, by both of the host's clocks.
+struct Told(Instant, SystemTime);
+
+impl Told {
+    fn now() -> Self {
+        Self(Instant::now(), SystemTime::now())
+    }
+
+    /// Is it long ago, or has the host's clock not gone along with time since?
+    fn is_stale(&self, now: Instant, utc: SystemTime) -> bool {
+        let passed = now.saturating_duration_since(self.0);
+        let should_be = self.1 + passed;
+        let off = utc.duration_since(should_be).or_else(|_| should_be.duration_since(utc)).unwrap_or_default();
+        passed >= CLOCK || off > STEP
+    }
+}
+
 fn clock() -> Vec<u8> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut bytes = Vec::new();
     FromHost::Clock(now.as_secs(), now.subsec_nanos()).put(&mut bytes);
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_is_told_when_the_hosts_clock_was_set() {
+        let told = Told::now();
+        let after = |passed: u64, utc: i64| {
+            let now = told.0 + Duration::from_millis(passed);
+            let step = Duration::from_millis(utc.unsigned_abs());
+            told.is_stale(now, if utc < 0 { told.1 - step } else { told.1 + step })
+        };
+        assert!(!after(5000, 5000) && !after(5000, 4990) && !after(59_999, 59_999));
+        assert!(after(60_000, 60_000), "now and then anyway");
+        assert!(after(5000, 3_600_000) && after(5000, -3_600_000) && after(0, 200));
+    }
 }
