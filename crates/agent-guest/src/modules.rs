@@ -1,4 +1,4 @@
-//! Kernel modules of the virtio devices that are there.
+//! Kernel modules of the virtual machine's devices that are there.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,8 +7,11 @@ use std::process::{Command, Stdio};
 
 use crate::system;
 
-/// The module of a virtio device by its PCI device id (virtio 1.3, 4.1.2; transitional ids below 0x1040).
-fn module(id: &str) -> Option<&'static str> {
+/// The module of a device by its PCI vendor and device id (virtio 1.3, 4.1.2: 0x1af4, transitional ids below 0x1040).
+fn module(vendor: &str, id: &str) -> Option<&'static str> {
+    if vendor.trim() != "0x1af4" {
+        return (vendor.trim() == "0x8086" && id.trim() == "0x25ab").then_some("i6300esb");
+    }
     Some(match id.trim() {
         "0x1041" | "0x1000" => "virtio_net",
         "0x1042" | "0x1001" => "virtio_blk",
@@ -25,13 +28,12 @@ fn module(id: &str) -> Option<&'static str> {
 /// The module of the agent's own device.
 pub const VSOCK: &str = "vmw_vsock_virtio_transport";
 
-/// The modules of all virtio devices; the agent's own first.
+/// The modules of all such devices; the agent's own first.
 pub fn needed() -> Vec<&'static str> {
     let mut names = Vec::new();
     for device in fs::read_dir("/sys/bus/pci/devices").into_iter().flatten().flatten() {
         let read = |name: &str| fs::read_to_string(device.path().join(name)).unwrap_or_default();
-        if read("vendor").trim() == "0x1af4"
-            && let Some(name) = module(&read("device"))
+        if let Some(name) = module(&read("vendor"), &read("device"))
             && !names.contains(&name)
         {
             names.push(name);
@@ -112,5 +114,17 @@ mod tests {
         assert_eq!(all["virtio"], ["kernel/virtio.ko"]);
         assert_eq!(all["a_b"], ["kernel/a-b.ko", "kernel/virtio.ko", "kernel/x.ko.xz"]);
         assert_eq!(module_name("kernel/x-y.ko.xz"), "x_y");
+    }
+
+    #[test]
+    fn devices() {
+        for (vendor, id, name) in [
+            ("0x1af4\n", "0x1045\n", Some("virtio_balloon")),
+            ("0x8086\n", "0x25ab\n", Some("i6300esb")),
+            ("0x8086\n", "0x1042\n", None),
+            ("", "", None),
+        ] {
+            assert_eq!(module(vendor, id), name);
+        }
     }
 }

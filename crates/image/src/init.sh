@@ -26,9 +26,10 @@ echo /bin/modprobe >/proc/sys/kernel/modprobe
 modules= network=
 for device in /sys/bus/pci/devices/*; do
 	read -r vendor <"$device/vendor"
-	[ "$vendor" = 0x1af4 ] || continue
+	case $vendor in 0x1af4 | 0x8086) ;; *) continue ;; esac
 	read -r id <"$device/device"
 	case $id in
+	0x25ab) modules="$modules i6300esb" ;; # a watchdog
 	0x1041 | 0x1000) network=yes ;; # later: nobody waits for it
 	0x1042 | 0x1001) modules="$modules virtio_blk" ;;
 	0x1043 | 0x1003) modules="$modules virtio_console" ;;

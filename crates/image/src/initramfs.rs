@@ -28,6 +28,7 @@ const MODULES: &[&str] = &[
     "virtio_net",
     "vmw_vsock_virtio_transport",
     "virtiofs",
+    "i6300esb",
     "ext4",
     "crc32c_generic",
 ];
@@ -449,7 +450,7 @@ mod tests {
                 (
                     &format!("{m}modules.builtin"),
                     b"kernel/fs/ext4/ext4.ko\nk/virtio_pci.ko\nk/virtio_console.ko\nk/virtio-rng.ko\nk/virtio_balloon.ko\nk/virtio_net.ko\n\
-                      k/vmw_vsock_virtio_transport.ko\nk/virtiofs.ko\n",
+                      k/vmw_vsock_virtio_transport.ko\nk/virtiofs.ko\nk/i6300esb.ko\n",
                 ),
                 (&format!("{m}kernel/drivers/block/virtio_blk.ko.xz"), &xz(&blk)),
                 (&format!("{m}kernel/drivers/virtio/virtio.ko"), &virtio),

@@ -7,7 +7,7 @@
 //! * [`irq`]: interrupt lines and message-signalled interrupts.
 //! * [`lapic`]: local APICs, which are also what an engine asks for interrupts; [`ioapic`], [`pic`].
 //! * `chips`: the wires into interrupt chips that the engine has in itself; the machine's own are then idle.
-//! * [`pit`], [`rtc`], [`serial`], [`power`]: the rest of an old PC.
+//! * [`pit`], [`rtc`], [`serial`], [`power`]: the rest of an old PC. [`watchdog`]: notices that the guest hangs.
 //! * [`pci`]: host bridge, configuration space, BARs, MSI-X, and the trait [`pci::PciDevice`] that virtio builds on.
 //!
 //! Devices know guest memory, an interrupt line and their backend, nothing else. Each has a saved state that is a plain type of
@@ -35,5 +35,6 @@ pub mod power;
 pub mod rtc;
 pub mod serial;
 pub mod state;
+pub mod watchdog;
 
 pub use pc::{MAX_VCPUS, Pc, PcConfig, PcError, PcState};

@@ -15,7 +15,7 @@ use crate::clock::{Clock, TimerQueue};
 use crate::ioapic::{IoApic, IoApicState};
 use crate::irq::{IrqLine, IrqSink, MsiSink};
 use crate::lapic::{EoiListener, InterruptAcknowledge, Lapic, LapicState, Lapics, VcpuBus};
-use crate::pci::{PciAddError, PciDevice, PciHost, PciHostState};
+use crate::pci::{ConfigError, PciAddError, PciDevice, PciHost, PciHostState};
 use crate::pic::{Pic, PicPorts, PicState};
 use crate::pit::{Pit, PitState, Port61};
 use crate::power::{
@@ -24,6 +24,7 @@ use crate::power::{
 use crate::rtc::{self, Rtc, RtcState};
 use crate::serial::{self, Serial, SerialState};
 use crate::state::StateError;
+use crate::watchdog::{Watchdog, WatchdogCallback};
 use crate::{acpi, boot, layout, power};
 
 /// Most vCPUs: APIC ids are 8 bits wide and 255 means everybody.
@@ -45,6 +46,8 @@ pub struct PcConfig {
     pub pci_devices: Vec<Arc<dyn PciDevice>>,
     /// Told of power-off and reset by the guest, on a vCPU's thread.
     pub power: PowerCallback,
+    /// With one, there is a watchdog, which calls it when the guest hangs.
+    pub watchdog: Option<WatchdogCallback>,
 }
 
 /// Why a machine cannot be made.
@@ -65,6 +68,9 @@ pub enum PcError {
     /// Boot data do not fit.
     #[error(transparent)]
     Boot(#[from] boot::BootError),
+    /// A device's registers overlap; an error in the source.
+    #[error("a device's registers overlap: {0}")]
+    Config(#[from] ConfigError),
 }
 
 /// The saved state of all devices. CPU states and RAM are the VMM's to save.
@@ -203,6 +209,9 @@ impl Pc {
         pci.connect()?;
         for device in config.pci_devices {
             pci.add(device)?;
+        }
+        if let Some(expired) = config.watchdog {
+            pci.add(Watchdog::new(&queue, expired)?)?;
         }
         let ram = config.ram;
         Ok(Self { ram, bus, queue, lapics, ioapic, pic, pit, rtc, acpi_pm, reset_ports, serial, pci, chips })
@@ -391,6 +400,7 @@ mod tests {
             serial_output: Box::new(std::io::sink()),
             pci_devices: Vec::new(),
             power: Arc::new(move |event| events.lock().unwrap().push(event)),
+            watchdog: None,
         }
     }
 

@@ -7,7 +7,7 @@ use crate::complete;
 use clap::{Args, Parser, Subcommand, ValueHint};
 use vmm::{
     DiskConfig, EngineChoice, GdbAddress, NetConfig, PortForward, SerialMode, ShareConfig, StatsFormat, TraceConfig,
-    Vendor,
+    Vendor, WatchdogAction,
 };
 
 const EXAMPLES: &str = "\
@@ -32,7 +32,7 @@ Examples:
 At the console, Ctrl-A X quits and Ctrl-A H shows the other keys.
 
 Exit codes: 0 the guest switched itself off, or you quit; 1 something given cannot be used; 2 wrong usage;
-3 the guest crashed; 128 + n ended by signal n.
+3 the guest crashed or hung; 128 + n ended by signal n.
 
 A file $XDG_CONFIG_HOME/tightrope/config.toml may hold: memory = \"1G\", engine = \"bt\", mirror = \"https://…\".";
 
@@ -292,6 +292,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "WHERE")]
     pub virtio_console: Option<SerialMode>,
 
+    /// Add a watchdog (Intel 6300ESB; Linux: i6300esb, /dev/watchdog), and what is done when the guest lets it run out: reset, poweroff (the
+    /// exit code is 3), nmi, stop (its vCPUs stop) or none (a message)
+    #[arg(long, value_name = "ACTION")]
+    pub watchdog: Option<WatchdogAction>,
+
     /// Print counters at the end (and at any time on SIGUSR1 or Ctrl-A C); --stats=json for programs
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
     pub stats: Option<StatsFormat>,
@@ -444,6 +449,7 @@ mod tests {
             &["--initrd=i"],
             &["debian", "--kernel=k"],
             &["--stats=xml"],
+            &["--watchdog=bark"],
             &["--trace=all"],
             &["--gdb=here"],
             &["--net=bridge"],

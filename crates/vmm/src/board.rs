@@ -36,6 +36,8 @@ pub(crate) trait Board: Send {
     fn console(&self) -> Arc<dyn Input>;
     /// Presses the power button: a guest that listens shuts down.
     fn press_power_button(&self) {}
+    /// Sends all vCPUs a non-maskable interrupt.
+    fn nmi(&self) {}
     /// How to take memory from the guest, where that is possible.
     fn balloon(&self) -> Option<BalloonHandle> {
         None

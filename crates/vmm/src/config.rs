@@ -63,6 +63,8 @@ pub struct VmConfig {
     pub serial: SerialMode,
     /// Where a virtio console, the guest's `hvc0`, goes; `None` for no such device.
     pub virtio_console: Option<SerialMode>,
+    /// What is done when the guest hangs; with it there is a watchdog.
+    pub watchdog: Option<WatchdogAction>,
     /// Print counters at exit (and on SIGUSR1 in any case).
     pub stats: Option<StatsFormat>,
     /// What the engine writes down as it runs.
@@ -106,6 +108,7 @@ impl VmConfig {
             cpu_vendor: None,
             serial: SerialMode::Stdio,
             virtio_console: None,
+            watchdog: None,
             stats: None,
             trace: None,
             gdb: None,
@@ -165,6 +168,36 @@ pub enum SandboxMode {
     Debug,
     /// Nothing: for debuggers and profilers.
     Off,
+}
+
+/// `--watchdog`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WatchdogAction {
+    /// The machine is reset: the guest starts anew.
+    Reset,
+    /// The VM ends, with the exit code of a crash.
+    PowerOff,
+    /// A non-maskable interrupt, from which a guest may save a dump of itself or panic.
+    Nmi,
+    /// The vCPUs stop: the VM stays for somebody who looks at it.
+    Stop,
+    /// A message, nothing else.
+    None,
+}
+
+impl FromStr for WatchdogAction {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "reset" => Ok(Self::Reset),
+            "poweroff" => Ok(Self::PowerOff),
+            "nmi" => Ok(Self::Nmi),
+            "stop" => Ok(Self::Stop),
+            "none" => Ok(Self::None),
+            _ => Err(format!("'{text}' is nothing that a watchdog does: choose reset, poweroff, nmi, stop or none")),
+        }
+    }
 }
 
 /// `--stats`

@@ -13,6 +13,8 @@ pub(crate) enum Event {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
+    /// The guest's watchdog was not reloaded in time.
+    Watchdog,
     /// Somebody presses the machine's power button.
     PowerButton,
     /// The command that the guest was started for ended with this exit code.

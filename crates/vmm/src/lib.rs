@@ -44,7 +44,7 @@ mod vm;
 
 pub use config::{
     DEFAULT_MEMORY, DiskConfig, EngineChoice, GdbAddress, MAX_CPUS, SandboxMode, SerialMode, StatsFormat, TraceConfig,
-    Vendor, VmConfig, parse_memory,
+    Vendor, VmConfig, WatchdogAction, parse_memory,
 };
 pub use error::Error;
 pub use instance::Instance;

@@ -58,6 +58,7 @@ pub(crate) fn maker(config: &VmConfig, files: Files, tsc_khz: u64, exits: Option
         shares: files.shares,
         console: files.console,
         instance: config.instance.clone(),
+        watchdog: config.watchdog.is_some(),
         agent_there: files.agent,
         exits,
         pc: None,
@@ -87,6 +88,7 @@ struct PcMaker {
     /// With one, the guest gets a vsock device.
     instance: Option<Arc<Instance>>,
     agent_there: Agent,
+    watchdog: bool,
     /// Where accesses to devices are written down.
     exits: Option<TraceSink>,
     /// After the first build.
@@ -190,7 +192,11 @@ impl PcMaker {
         output: &Output,
     ) -> Result<Arc<Pc>, Error> {
         let pci_devices = self.devices(ram, chips.as_ref(), events)?;
-        let events = Mutex::new(events.clone());
+        let events = Arc::new(Mutex::new(events.clone()));
+        let watchdog_events = events.clone();
+        let watchdog = move || {
+            let _ = watchdog_events.lock().unwrap_or_else(PoisonError::into_inner).send(Event::Watchdog);
+        };
         let power = move |event| {
             let event = match event {
                 PowerEvent::Off => Event::PowerOff,
@@ -206,6 +212,7 @@ impl PcMaker {
             serial_output: Box::new(output.clone()),
             pci_devices,
             power: Arc::new(power),
+            watchdog: self.watchdog.then(|| Arc::new(watchdog) as _),
         })
         .map_err(engine_error)?;
         if let Some(sink) = self.exits.take() {
@@ -323,6 +330,10 @@ impl Board for PcBoard {
 
     fn press_power_button(&self) {
         self.pc.press_power_button();
+    }
+
+    fn nmi(&self) {
+        self.pc.nmi_button();
     }
 
     fn balloon(&self) -> Option<BalloonHandle> {

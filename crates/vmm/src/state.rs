@@ -204,6 +204,7 @@ mod tests {
             serial_output: Box::new(std::io::sink()),
             pci_devices: Vec::new(),
             power: std::sync::Arc::new(|_| ()),
+            watchdog: None,
         })
         .unwrap();
         let mut machine = pc.save().unwrap();
@@ -313,6 +314,7 @@ mod tests {
             serial_output: Box::new(std::io::sink()),
             pci_devices: Vec::new(),
             power: std::sync::Arc::new(|_| ()),
+            watchdog: None,
         };
         let pc = machine::Pc::new(config).unwrap();
         let _ = pc.restore(&saved.machine);

@@ -15,7 +15,7 @@ use memory::GuestRam;
 
 use crate::agent::Agent;
 use crate::board::{Board, BoardMaker};
-use crate::config::{GdbAddress, SerialMode, StatsFormat, VmConfig};
+use crate::config::{GdbAddress, SerialMode, StatsFormat, VmConfig, WatchdogAction};
 use crate::console::Output;
 use crate::control::{self, Hub};
 use crate::error::Error;
@@ -49,6 +49,7 @@ pub struct Vm {
     console: Arc<InputSlot>,
     output: Output,
     stats: Option<StatsFormat>,
+    watchdog: Option<WatchdogAction>,
     started: Instant,
     /// When the guest's first instruction ran, from the start of the process.
     ready: Option<Duration>,
@@ -241,6 +242,7 @@ impl Vm {
             console,
             output,
             stats: config.stats,
+            watchdog: config.watchdog,
             started,
             ready: None,
             resets: 0,
@@ -327,6 +329,7 @@ impl Vm {
                 None
             }
             Event::Reset => self.reset(),
+            Event::Watchdog => self.watchdog(),
             Event::Quit(code) => Some(code),
             Event::Stats => {
                 self.show_stats(self.stats.unwrap_or(StatsFormat::Text));
@@ -515,6 +518,33 @@ impl Vm {
             self.cpus.forget_actions();
         }
         self.run_all();
+        None
+    }
+
+    /// The guest has hung.
+    fn watchdog(&mut self) -> Option<i32> {
+        if self.debugger.as_ref().is_some_and(|debugger| debugger.session.is_some()) {
+            // It stands still because it is looked at.
+            return None;
+        }
+        let what = match self.watchdog? {
+            WatchdogAction::Reset => "it is reset",
+            WatchdogAction::PowerOff => "it is switched off",
+            WatchdogAction::Nmi => "it gets a non-maskable interrupt",
+            WatchdogAction::Stop => "its vCPUs are stopped",
+            WatchdogAction::None => "nothing is done about it",
+        };
+        terminal::message(&format!("tightrope: the guest's watchdog ran out: {what}"));
+        match self.watchdog? {
+            WatchdogAction::Reset => return self.reset(),
+            WatchdogAction::PowerOff => return Some(EXIT_CRASH),
+            WatchdogAction::Nmi => self.board.nmi(),
+            WatchdogAction::Stop => {
+                self.pause();
+                terminal::message(&self.places());
+            }
+            WatchdogAction::None => {}
+        }
         None
     }
 

@@ -218,6 +218,20 @@ impl PciConfig {
         Ok(at as u8)
     }
 
+    /// Adds registers of the device's own, from 0x40 on and not beside capabilities: their values after reset, and a set bit for each bit that
+    /// the guest can write.
+    ///
+    /// # Errors
+    /// They are not behind the header, or capabilities are in the way.
+    pub fn add_registers(&mut self, at: u16, bytes: &[u8], writable: &[u8]) -> Result<(), ConfigError> {
+        let at = usize::from(at);
+        if at < self.next_capability || at.checked_add(bytes.len()).is_none_or(|end| end > SIZE) {
+            return Err(ConfigError::Full);
+        }
+        self.set_initial(at, bytes, writable);
+        Ok(())
+    }
+
     /// Adds the MSI-X capability: the table at byte `table.1` of BAR `table.0`, the pending bits at `pba`. Both offsets are multiples of 8;
     /// the BARs have been added and are big enough: 16 bytes a vector, and 8 bytes for each 64 vectors.
     ///
@@ -464,6 +478,9 @@ mod tests {
         }
         assert!(config.add_msix(Arc::new(Msix::new(2)), (0, 0x3ff8), (0, 0)).is_err());
         assert_eq!(config.add_capability(9, &[0; 200], &[]), Err(ConfigError::Full));
+        for at in [0x3c, 0x40, 0xfe] {
+            assert_eq!(config.add_registers(at, &[0; 4], &[]), Err(ConfigError::Full));
+        }
     }
 
     #[test]
