@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -15,6 +16,7 @@ use crate::limit::Limiter;
 use crate::options::{Cache, DiskConfig, Format};
 use crate::qcow2::Qcow2;
 use crate::raw::Raw;
+use crate::tools::check_size;
 
 /// Takes lines for the VM's user.
 pub type Reporter = Arc<dyn Fn(&str) + Send + Sync>;
@@ -25,6 +27,12 @@ pub struct Disk {
     config: DiskConfig,
     limiter: Mutex<Limiter>,
     trailing: u64,
+    /// Device and inode number of its file.
+    identity: (u64, u64),
+    /// That file is a block device.
+    device: bool,
+    /// Held while it gets another size.
+    growing: Mutex<()>,
     /// A flush failed: what was written before it may be lost although later flushes would succeed (the kernel reports such
     /// an error once). No flush succeeds from then on.
     lost: AtomicBool,
@@ -56,6 +64,8 @@ impl Disk {
         };
         let file = DiskFile::open(&config.path, access)?;
         let path = file.path.clone();
+        let device = file.device;
+        let meta = file.file.metadata().map_err(DiskError::io("open", &path))?;
         let decided = format::decide(&path, &file.head(16)?, config.format);
         let backend: Box<dyn Backend> = match decided.map_err(|problem| DiskError::image(&path, problem))? {
             Format::Raw => Box::new(Raw::new(file)),
@@ -70,6 +80,9 @@ impl Disk {
         }
         Ok(Self {
             trailing: backend.size() % SECTOR,
+            identity: (meta.dev(), meta.ino()),
+            device,
+            growing: Mutex::default(),
             backend,
             limiter: Mutex::new(Limiter::new(config.limits)),
             config: config.clone(),
@@ -96,6 +109,11 @@ impl Disk {
     /// The file it was opened from.
     pub fn path(&self) -> &Path {
         &self.config.path
+    }
+
+    /// Device and inode number of the file it was opened from.
+    pub fn identity(&self) -> (u64, u64) {
+        self.identity
     }
 
     /// Its format.
@@ -224,6 +242,31 @@ impl Disk {
     /// The host's.
     pub fn write_zeroes(&self, offset: u64, bytes: u64, unmap: bool) -> io::Result<()> {
         self.backend.write_zeroes(offset, bytes, unmap && self.config.discard)
+    }
+
+    /// Makes it `bytes` bytes long while it is in use; the new size is safe on the host's disk on return. Returns its sectors.
+    ///
+    /// # Errors
+    /// [`DiskError`]: it is read-only or a block device, would become shorter, or the host's.
+    pub fn grow(&self, bytes: u64) -> Result<u64, DiskError> {
+        let _growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (path, before) = (self.path(), self.backend.size());
+        check_size(path, bytes)?;
+        if self.read_only() {
+            return Err(DiskError::image(path, "is used read-only: it keeps its size"));
+        }
+        if bytes > before && self.device {
+            let problem = "is a block device: make it longer where it comes from (lvextend, say), and the guest will see it";
+            return Err(DiskError::image(path, problem));
+        }
+        if bytes < before {
+            let problem = format!("has {before} bytes, and a guest uses them: it can only become larger");
+            return Err(DiskError::image(path, problem));
+        }
+        if bytes > before {
+            self.backend.resize(bytes).and_then(|()| self.backend.flush()).map_err(DiskError::io("resize", path))?;
+        }
+        Ok(self.sectors())
     }
 
     /// Has somebody made the file or device longer? Returns the new size in sectors if so. It never shrinks while in use.

@@ -91,7 +91,7 @@ fn fill(file: std::fs::File, create: &Create, size: u64, backing: Option<(&str, 
     kept.sync_all().map_err(DiskError::io("make", path))
 }
 
-fn check_size(path: &Path, size: u64) -> Result<(), DiskError> {
+pub(crate) fn check_size(path: &Path, size: u64) -> Result<(), DiskError> {
     if !(SECTOR..=MAX_SIZE).contains(&size) || !size.is_multiple_of(SECTOR) {
         let problem = format!("cannot have {size} bytes: a multiple of 512 up to 2 PiB is possible, for example 10G");
         return Err(DiskError::image(path, problem));

@@ -1,11 +1,15 @@
 //! `tightrope disk`: making disks and looking at them.
 
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::{Subcommand, ValueHint};
-use disk::{Create, DiskConfig, Format, parse_size};
+use disk::{Create, DiskConfig, DiskError, Format, parse_size};
+use registry::Registry;
+
+use crate::instance::ask;
 
 /// Exit code of `tightrope disk check` when data is in danger.
 const EXIT_DAMAGED: i32 = 3;
@@ -41,7 +45,7 @@ pub enum DiskCommand {
     },
     /// Give a disk a new size; partitions and file systems on it stay as they are
     ///
-    /// A raw disk that a VM uses may be made longer with truncate(1): the guest sees it within a second.
+    /// A disk that a VM uses can be made longer: the guest sees it at once.
     Resize {
         /// The disk: FILE[,format=raw|qcow2]
         #[arg(value_hint = ValueHint::FilePath)]
@@ -131,7 +135,15 @@ pub fn run(command: &DiskCommand) -> Result<i32> {
                 writeln!(out, "a VM writes to it now")?;
             }
         }
-        DiskCommand::Resize { disk, size, shrink } => disk::resize(&disk::trusting(disk.clone()), *size, *shrink)?,
+        DiskCommand::Resize { disk, size, shrink } => {
+            match disk::resize(&disk::trusting(disk.clone()), *size, *shrink) {
+                Err(DiskError::InUse { path, or_share }) => match resize_in_use(&path, *size)? {
+                    Some(vm) => println!("VM {vm} has it in use; it was made longer for its guest too"),
+                    None => return Err(DiskError::InUse { path, or_share }.into()),
+                },
+                result => result?,
+            }
+        }
         DiskCommand::Check { disk } => {
             let report = disk::check(disk)?;
             let mut out = std::io::stdout().lock();
@@ -169,6 +181,20 @@ pub fn run(command: &DiskCommand) -> Result<i32> {
         }
     }
     Ok(0)
+}
+
+/// Has the VM that uses a disk make it longer; which one that was. `None`: none that is found.
+fn resize_in_use(path: &Path, size: u64) -> Result<Option<String>> {
+    let Ok(meta) = std::fs::metadata(path) else { return Ok(None) };
+    let order = format!("disk-size {} {} {size}", meta.dev(), meta.ino());
+    for entry in Registry::open()?.entries().iter().filter(|entry| entry.alive) {
+        match ask(entry, &order) {
+            Ok(_) => return Ok(Some(entry.shown().to_owned())),
+            Err(error) if error.to_string().contains("no such") || error.to_string().contains("has ended") => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
 }
 
 /// A number of bytes in the largest unit that leaves no less than 1.

@@ -85,16 +85,41 @@ enum Server {
 #[derive(Clone)]
 pub struct SizeWatch(Arc<Shared>);
 
+impl std::fmt::Debug for SizeWatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("SizeWatch").field(&self.0.disk).finish()
+    }
+}
+
 impl SizeWatch {
     /// Looks at the disk's file. Returns the new size in sectors of 512 bytes if it has grown.
     pub fn look(&self) -> Option<u64> {
         let sectors = self.0.disk.look_again()?;
+        self.tell(sectors);
+        Some(sectors)
+    }
+
+    /// Makes the disk `bytes` bytes long, while it is in use. Returns its sectors of 512 bytes.
+    ///
+    /// # Errors
+    /// [`DiskError`] in one line: it would become shorter, cannot be changed, or the host has no room.
+    pub fn grow(&self, bytes: u64) -> Result<u64, DiskError> {
+        let sectors = self.0.disk.grow(bytes)?;
+        self.tell(sectors);
+        Ok(sectors)
+    }
+
+    /// Device and inode number of the disk's file on the host.
+    pub fn identity(&self) -> (u64, u64) {
+        self.0.disk.identity()
+    }
+
+    fn tell(&self, sectors: u64) {
         self.0.sectors.store(sectors, Ordering::SeqCst);
         self.0.generation.fetch_add(1, Ordering::SeqCst);
         if let Some(interrupt) = &*self.0.interrupt.lock().unwrap_or_else(PoisonError::into_inner) {
             interrupt.config();
         }
-        Some(sectors)
     }
 
     /// The disk's file.
@@ -153,9 +178,14 @@ impl Block {
         self.shared.disk.config().io == Io::Uring && !self.uses_uring()
     }
 
-    /// Something that looks for a new size, if this disk can get one.
-    pub fn size_watch(&self) -> Option<SizeWatch> {
-        self.shared.disk.plain_file().map(|_| SizeWatch(self.shared.clone()))
+    /// May others make this disk longer by making its file longer? [`SizeWatch::look`] finds that.
+    pub fn grows_by_itself(&self) -> bool {
+        self.shared.disk.plain_file().is_some()
+    }
+
+    /// What gives this disk another size.
+    pub fn size_watch(&self) -> SizeWatch {
+        SizeWatch(self.shared.clone())
     }
 
     /// Is every write made durable before it is answered, whatever the driver knows?
