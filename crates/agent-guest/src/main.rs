@@ -13,6 +13,7 @@ mod init;
 mod install;
 mod modules;
 mod network;
+mod ports;
 mod power;
 mod serve;
 mod session;

@@ -7,6 +7,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_protocol::{Exit, FromGuest, FromHost, PORT, VERSION};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags};
+use rustix::termios::{Winsize, tcsetwinsize};
 use rustix::time::{ClockId, clock_settime};
 
 use crate::network::Coming;
@@ -76,6 +78,7 @@ impl Agent {
                 }
             }
             if self.listener.is_some() && self.control.is_none() {
+                crate::ports::link();
                 self.control = system::connect(PORT).and_then(hello).ok();
             }
             self.wait()?;
@@ -152,6 +155,7 @@ impl Agent {
         while alive {
             match control.waiting() {
                 Ok(Some(FromHost::Clock(seconds, nanoseconds))) => set_clock(seconds, nanoseconds),
+                Ok(Some(FromHost::Window(columns, rows))) => set_console_size(columns, rows),
                 Ok(None) => return,
                 _ => alive = false,
             }
@@ -203,6 +207,15 @@ fn hello(fd: OwnedFd) -> io::Result<Connection> {
     let mut control = Connection::new(fd);
     control.send(&FromGuest::Hello(VERSION))?;
     Ok(control)
+}
+
+/// Whoever uses the console hears of its new size by SIGWINCH.
+fn set_console_size(columns: u16, rows: u16) {
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    if let Ok(console) = rustix::fs::open("/dev/console", flags, Mode::empty()) {
+        let size = Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
+        let _ = tcsetwinsize(&console, size);
+    }
 }
 
 fn set_clock(seconds: u64, nanoseconds: u32) {

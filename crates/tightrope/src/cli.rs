@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use crate::complete;
 use clap::{Args, Parser, Subcommand, ValueHint};
 use vmm::{
-    DiskConfig, EngineChoice, GdbAddress, NetConfig, PortForward, SerialMode, ShareConfig, StatsFormat, TraceConfig,
-    Vendor, WatchdogAction,
+    DiskConfig, EngineChoice, GdbAddress, NetConfig, PortConfig, PortForward, SerialMode, ShareConfig, StatsFormat,
+    TraceConfig, Vendor, WatchdogAction,
 };
 
 const EXAMPLES: &str = "\
@@ -292,6 +292,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "WHERE")]
     pub virtio_console: Option<SerialMode>,
 
+    /// Add a named port, which the guest sees as /dev/virtio-ports/NAME, and where it leads: unix:PATH (one client at a time), file:PATH
+    /// or pty
+    #[arg(long, value_name = "NAME=WHERE")]
+    pub port: Vec<PortConfig>,
+
     /// Add a watchdog (Intel 6300ESB; Linux: i6300esb, /dev/watchdog), and what is done when the guest lets it run out: reset, poweroff (the
     /// exit code is 3), nmi, stop (its vCPUs stop) or none (a message)
     #[arg(long, value_name = "ACTION")]
@@ -450,6 +455,8 @@ mod tests {
             &["debian", "--kernel=k"],
             &["--stats=xml"],
             &["--watchdog=bark"],
+            &["--port=a"],
+            &["--port=a/b=pty"],
             &["--trace=all"],
             &["--gdb=here"],
             &["--net=bridge"],

@@ -36,6 +36,7 @@ pub fn configure(args: &RunArgs, settings: &Settings) -> Result<VmConfig> {
     config.cpu_vendor = args.cpu_vendor;
     config.serial = args.serial.clone();
     config.virtio_console = args.virtio_console.clone();
+    config.ports = args.port.clone();
     config.watchdog = args.watchdog;
     config.stats = args.stats;
     config.trace = args.trace.clone();

@@ -18,6 +18,8 @@ use crate::instance::{agent, ask, exec as run_in, open, request, running};
 
 /// How often it is looked whether a VM has ended.
 const STEP: Duration = Duration::from_millis(10);
+/// How often it is looked whether this terminal's window has another size.
+const WINDOW: Duration = Duration::from_millis(250);
 /// What is shown of the past when somebody attaches, in bytes.
 const PAST: usize = 1024;
 
@@ -199,13 +201,20 @@ pub fn attach(name: &str) -> Result<i32> {
     io::stdout().flush()?;
     let _raw = terminal.then(exec::Raw::enter);
     let (mut input, mut pending) = (true, false);
+    let mut window = None;
+    let look = rustix::event::Timespec { tv_sec: 0, tv_nsec: WINDOW.subsec_nanos().into() };
     loop {
+        if terminal && window != Some(exec::terminal_size()) {
+            let (columns, rows) = exec::terminal_size();
+            window = Some((columns, rows));
+            let _ = ask(&entry, &format!("window {columns} {rows}"));
+        }
         let stdin = rustix::stdio::stdin();
         let mut fds = vec![PollFd::new(&stream, PollFlags::IN)];
         if input {
             fds.push(PollFd::new(&stdin, PollFlags::IN));
         }
-        poll(&mut fds, None).or_else(|error| if error == rustix::io::Errno::INTR { Ok(0) } else { Err(error) })?;
+        poll(&mut fds, terminal.then_some(&look)).or_else(|error| if error == rustix::io::Errno::INTR { Ok(0) } else { Err(error) })?;
         let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         drop(fds);
         let mut buffer = [0; 4096];

@@ -8,10 +8,9 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Stdio;
 
-use common::{Code, Finished, Kernel, LIMIT, finish, run, runtime_dir, tightrope};
+use common::{Code, Finished, Kernel, Vm, finish, run, runtime_dir, tightrope, wait};
 use rustix::process::{Pid, Signal, kill_process};
 use sha2::{Digest, Sha256};
 
@@ -22,57 +21,6 @@ fn sum(data: &[u8]) -> String {
 /// Bytes that no buffer's size divides evenly.
 fn data(len: u32) -> Vec<u8> {
     (0..len).map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
-}
-
-/// A VM in the background, by its name. It is ended when dropped.
-struct Vm {
-    name: String,
-    id: String,
-}
-
-impl Vm {
-    fn start(name: &str, options: &[&str]) -> Self {
-        // Of its own for each run of the tests: an earlier one may have been killed.
-        let name = format!("{name}-{}", std::process::id());
-        let done = finish(run(&[&["--detach", "--name", &name, "--net", "none"], options].concat()), b"");
-        assert_eq!(done.code(), Some(0), "{done:?}");
-        let id = done.out.trim().to_owned();
-        assert_eq!(id.len(), 12, "{done:?}");
-        Self { name, id }
-    }
-
-    fn exec(&self, command: &[&str]) -> Command {
-        tightrope(&[&["exec", &self.name], command].concat())
-    }
-
-    /// Runs a script to its end.
-    fn sh(&self, script: &str) -> Finished {
-        finish(self.exec(&["sh", "-c", script]), b"")
-    }
-
-    fn file(&self, path: &str) -> String {
-        format!("{}:{path}", self.name)
-    }
-
-    fn pid(&self) -> i32 {
-        let all: serde_json::Value = serde_json::from_str(&finish(tightrope(&["ps", "--json"]), b"").out).unwrap();
-        let row = all.as_array().unwrap().iter().find(|row| row["id"] == self.id.as_str()).expect("it runs").clone();
-        row["pid"].as_i64().unwrap() as i32
-    }
-}
-
-impl Drop for Vm {
-    fn drop(&mut self) {
-        let _ = tightrope(&["stop", "--force", &self.id]).stderr(Stdio::null()).status();
-    }
-}
-
-fn wait(what: &str, condition: impl Fn() -> bool) {
-    let end = Instant::now() + LIMIT;
-    while !condition() {
-        assert!(Instant::now() < end, "{what} did not come about");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
 
 fn ok(done: &Finished) {

@@ -35,6 +35,9 @@ fn wrong_usage_is_exit_code_2() {
     fails(&["run", "--gdb", "everywhere"], 2, &["--gdb", "PORT"]);
     fails(&["run", "--trace", "everything"], 2, &["int, exits, blocks, tlb"]);
     fails(&["run", "--serial", "modem"], 2, &["stdio, none, pty"]);
+    fails(&["run", "--watchdog", "bark"], 2, &["'bark'", "reset, poweroff, nmi, stop or none"]);
+    fails(&["run", "--port", "a/b=pty"], 2, &["'a/b'", "letters"]);
+    fails(&["run", "--port", "a=stdio"], 2, &["'stdio'", "unix:PATH, file:PATH or pty"]);
     fails(&["run", "--net", "bridge"], 2, &["'bridge'", "user, none, tap:NAME or socket:PATH"]);
     fails(&["run", "--net", "user,speed=1"], 2, &["'speed=1'", "isolated, host=off, rate=BITS"]);
     fails(&["run", "-p", "80"], 2, &["'80'", "8080:80"]);
@@ -89,6 +92,17 @@ fn kernels_that_are_none() {
     bzimage[0x1f5] = 0;
     let done = finish(run(&["--kernel", &file("hostile", &bzimage)]), b"");
     assert_eq!(done.code(), Some(1), "{done:?}");
+}
+
+#[test]
+fn ports_that_cannot_be() {
+    let kernel = Kernel::new(Code::new().power_off());
+    let ports = |args: &[&str], parts: &[&str]| check(&finish(kernel.run(args), b""), 1, parts);
+    ports(&["--port", "a=pty", "--port", "a=file:/dev/null"], &["two ports named a"]);
+    ports(&["--port", "a=file:/nonexistent/file"], &["/nonexistent/file", "No such"]);
+    let taken = kernel.dir.path().join("taken");
+    std::fs::write(&taken, b"").unwrap();
+    ports(&["--port", &format!("a=unix:{}", taken.display())], &["in use", "another path"]);
 }
 
 #[test]

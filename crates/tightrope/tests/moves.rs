@@ -74,6 +74,14 @@ fn a_working_guest_moves_between_engines() {
         b"touch /stop; kill %1; dmesg | grep -c -i -E 'stall|lockup|unstable|I/O error|Oops|jumped'; echo end-$?-\n",
     );
     session.expect("0\r\nend-1-");
+    // The guest's clock stood still; the real-time clock goes by the host's.
+    session.send(b"echo clock-$(cat /sys/class/rtc/rtc0/since_epoch)-\n");
+    session.expect("clock-1");
+    session.watch(std::time::Duration::from_millis(500));
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let seen = session.seen();
+    let shown = seen.rsplit("clock-").find_map(|text| text.split('-').next()?.trim().parse::<u64>().ok());
+    assert!(shown.is_some_and(|shown| shown.abs_diff(now) <= 10), "{shown:?} at {now}: {seen}");
     session.send(b"poweroff\n");
     let done = session.finish();
     assert_eq!(done.code(), Some(0), "{}", done.err);

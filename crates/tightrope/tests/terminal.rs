@@ -182,3 +182,32 @@ fn stopping_and_going_on() {
     terminal.send(b"q");
     assert_eq!(terminal.end(), Some(0));
 }
+
+/// The guest's terminal has the size of the user's, also when that changes: the serial console by the agent, a virtio console by itself.
+#[test]
+fn the_window_has_its_size_in_the_guest() {
+    let name = format!("window-{}", std::process::id());
+    let resize = |terminal: &OnTerminal, columns, rows| {
+        let size = rustix::termios::Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
+        rustix::termios::tcsetwinsize(&terminal.master, size).unwrap();
+    };
+    let size = |device: &str| {
+        let done = common::finish(common::tightrope(&["exec", "-T", &name, "stty", "-F", device, "size"]), b"");
+        done.out.trim().to_string()
+    };
+    for (options, device) in [
+        (&[][..], "/dev/ttyS0"),
+        (&["--virtio-console", "stdio", "--serial", "none", "--append", "console=hvc0"], "/dev/hvc0"),
+    ] {
+        let mut terminal = OnTerminal::start(common::run(&[&["--net", "none", "--name", &name], options].concat()));
+        resize(&terminal, 101, 37);
+        terminal.expect(common::PROMPT);
+        common::wait("the first size", || size(device) == "37 101");
+        terminal.send(b"trap 'echo changed' WINCH; while :; do sleep 0.1; done\r");
+        resize(&terminal, 132, 50);
+        terminal.expect("changed\r\n");
+        common::wait("the other size", || size(device) == "50 132");
+        terminal.send(b"\x01x");
+        assert_eq!(terminal.end(), Some(0));
+    }
+}

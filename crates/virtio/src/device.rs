@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::balloon::BalloonState;
 use crate::block::BlockState;
-use crate::console::ConsoleState;
+use crate::console::{ConsoleState, PortsState};
 use crate::entropy::EntropyState;
 use crate::fs::FsState;
 use crate::net::NetState;
@@ -91,6 +91,8 @@ pub enum DeviceState {
     Vsock(VsockState),
     /// A balloon.
     Balloon(BalloonState),
+    /// Named ports.
+    Ports(PortsState),
 }
 
 /// Copies the part of `config` that starts at `offset` to `data`; zeroes where there is none.

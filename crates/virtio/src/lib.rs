@@ -30,7 +30,7 @@ pub mod vsock;
 
 pub use balloon::{Balloon, BalloonHandle};
 pub use block::{Block, Disk, DiskConfig, DiskError, SizeWatch};
-pub use console::{Console, ConsoleHandle};
+pub use console::{Console, ConsoleHandle, NamedPortHandle, Ports};
 pub use device::{Interrupt, Reporter, VirtioDevice};
 pub use entropy::Entropy;
 pub use fs::Fs;

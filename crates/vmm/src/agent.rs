@@ -27,11 +27,30 @@ const MAX_AGENTS: usize = 4;
 /// Whom to tell of a change.
 type Listener = Box<dyn Fn() + Send>;
 
+/// The size of the terminal that the guest's console is on, and whom to tell of it.
+#[derive(Default)]
+struct Window {
+    size: Option<(u16, u16)>,
+    agents: Vec<Arc<UnixStream>>,
+}
+
+impl Window {
+    fn tell(&self, mut agent: &UnixStream) {
+        if let Some((columns, rows)) = self.size {
+            let mut bytes = Vec::new();
+            FromHost::Window(columns, rows).put(&mut bytes);
+            // An agent that does not read has no terminal that matters.
+            let _ = agent.write(&bytes);
+        }
+    }
+}
+
 /// Is an agent there? Clones are the same.
 #[derive(Clone, Default)]
 pub(crate) struct Agent {
     /// Connections that have said hello.
     ready: Arc<AtomicU32>,
+    window: Arc<Mutex<Window>>,
     changed: Arc<Mutex<Option<Listener>>>,
 }
 
@@ -46,14 +65,28 @@ impl Agent {
         *self.changed.lock().unwrap_or_else(PoisonError::into_inner) = Some(changed);
     }
 
-    fn came(&self) {
+    /// The guest's console is on a terminal of this size now.
+    pub(crate) fn window(&self, columns: u16, rows: u16) {
+        let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
+        window.size = Some((columns, rows));
+        window.agents.iter().for_each(|agent| window.tell(agent));
+    }
+
+    fn came(&self, stream: &Arc<UnixStream>) {
+        let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
+        window.tell(stream);
+        window.agents.push(stream.clone());
+        drop(window);
         self.ready.fetch_add(1, Ordering::SeqCst);
         if let Some(changed) = &*self.changed.lock().unwrap_or_else(PoisonError::into_inner) {
             changed();
         }
     }
 
-    fn went(&self) {
+    fn went(&self, stream: &Arc<UnixStream>) {
+        let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
+        window.agents.retain(|agent| !Arc::ptr_eq(agent, stream));
+        drop(window);
         self.ready.fetch_sub(1, Ordering::SeqCst);
     }
 }
@@ -81,20 +114,21 @@ pub(crate) fn dial(agent: &Agent, instance: Option<Arc<Instance>>, events: &Even
     })
 }
 
-fn serve(mut stream: UnixStream, agent: &Agent, events: &Events) {
+fn serve(stream: UnixStream, agent: &Agent, events: &Events) {
     let _ = stream.set_nonblocking(true);
+    let stream = Arc::new(stream);
     let mut decoder = Decoder::default();
     let (mut greeted, mut taken) = (false, 0);
     let mut told = Told::now();
     'talk: loop {
-        let mut fds = [rustix::event::PollFd::new(&stream, rustix::event::PollFlags::IN)];
+        let mut fds = [rustix::event::PollFd::new(&*stream, rustix::event::PollFlags::IN)];
         let timeout = rustix::event::Timespec { tv_sec: LOOK.as_secs() as i64, tv_nsec: 0 };
         match rustix::event::poll(&mut fds, Some(&timeout)) {
             Ok(0) => {
                 if told.is_stale(Instant::now(), SystemTime::now()) {
                     told = Told::now();
                     // An agent that does not read has no need of the time.
-                    let _ = stream.write(&clock());
+                    let _ = (&*stream).write(&clock());
                 }
                 continue;
             }
@@ -102,7 +136,7 @@ fn serve(mut stream: UnixStream, agent: &Agent, events: &Events) {
             Err(_) => break,
         }
         let mut buffer = [0; 512];
-        match stream.read(&mut buffer) {
+        match (&*stream).read(&mut buffer) {
             Ok(len) if len > 0 && taken < LIMIT => {
                 taken += len;
                 decoder.push(buffer.get(..len).unwrap_or_default());
@@ -114,8 +148,8 @@ fn serve(mut stream: UnixStream, agent: &Agent, events: &Events) {
             match decoder.pop().and_then(|frame| frame.map(|(kind, body)| FromGuest::parse(kind, body)).transpose()) {
                 Ok(Some(FromGuest::Hello(_))) if !greeted => {
                     greeted = true;
-                    let _ = stream.write(&clock());
-                    agent.came();
+                    let _ = (&*stream).write(&clock());
+                    agent.came(&stream);
                 }
                 Ok(Some(FromGuest::MainExited(exit))) => {
                     let _ = events.send(Event::MainExited(exit.code()));
@@ -126,7 +160,7 @@ fn serve(mut stream: UnixStream, agent: &Agent, events: &Events) {
         }
     }
     if greeted {
-        agent.went();
+        agent.went(&stream);
     }
 }
 
@@ -157,6 +191,32 @@ fn clock() -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn agents_hear_of_the_window() {
+        let agent = Agent::default();
+        let heard = |stream: &UnixStream| {
+            let mut buffer = [0; 64];
+            stream.set_nonblocking(true).unwrap();
+            let mut decoder = Decoder::default();
+            let len = (&*stream).read(&mut buffer).unwrap_or(0);
+            decoder.push(&buffer[..len]);
+            decoder.pop().unwrap().map(|(kind, body)| FromHost::parse(kind, body).unwrap())
+        };
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let ours = Arc::new(ours);
+        agent.came(&ours);
+        assert_eq!(heard(&theirs), None, "there is none");
+        agent.window(132, 50);
+        assert_eq!(heard(&theirs), Some(FromHost::Window(132, 50)));
+        // One that comes later hears it at once, one that has gone no more.
+        let (later, there) = UnixStream::pair().unwrap();
+        agent.came(&Arc::new(later));
+        assert_eq!(heard(&there), Some(FromHost::Window(132, 50)));
+        agent.went(&ours);
+        agent.window(80, 24);
+        assert_eq!((heard(&theirs), heard(&there)), (None, Some(FromHost::Window(80, 24))));
+    }
 
     #[test]
     fn the_time_is_told_when_the_hosts_clock_was_set() {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cpu::{Bus, Chips, CpuState, Kick, LocalApic};
 use machine::PcState;
 use memory::GuestRam;
-use virtio::BalloonHandle;
+use virtio::{BalloonHandle, SizeWatch};
 
 use crate::console::{Input, Output};
 use crate::error::Error;
@@ -38,6 +38,14 @@ pub(crate) trait Board: Send {
     fn press_power_button(&self) {}
     /// Sends all vCPUs a non-maskable interrupt.
     fn nmi(&self) {}
+    /// The virtio console's window has this many columns and rows now.
+    fn resize_console(&self, columns: u16, rows: u16) {
+        let _ = (columns, rows);
+    }
+    /// The disks, for new sizes.
+    fn disks(&self) -> Vec<SizeWatch> {
+        Vec::new()
+    }
     /// How to take memory from the guest, where that is possible.
     fn balloon(&self) -> Option<BalloonHandle> {
         None

@@ -10,6 +10,7 @@ pub use disk::DiskConfig;
 
 use crate::instance::Instance;
 use crate::net::{NetConfig, PortForward};
+use crate::ports::PortConfig;
 use crate::share::ShareConfig;
 
 /// Guest memory when nobody says otherwise, in bytes.
@@ -63,6 +64,8 @@ pub struct VmConfig {
     pub serial: SerialMode,
     /// Where a virtio console, the guest's `hvc0`, goes; `None` for no such device.
     pub virtio_console: Option<SerialMode>,
+    /// Named ports of the guest.
+    pub ports: Vec<PortConfig>,
     /// What is done when the guest hangs; with it there is a watchdog.
     pub watchdog: Option<WatchdogAction>,
     /// Print counters at exit (and on SIGUSR1 in any case).
@@ -108,6 +111,7 @@ impl VmConfig {
             cpu_vendor: None,
             serial: SerialMode::Stdio,
             virtio_console: None,
+            ports: Vec::new(),
             watchdog: None,
             stats: None,
             trace: None,

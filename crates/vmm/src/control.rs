@@ -10,6 +10,8 @@
 //! | `quit` | the VM is being ended at once |
 //! | `balloon` | how the balloon stands: words `name=value` ([`balloon_words`]); the guest is asked for new statistics besides |
 //! | `balloon BYTES` | as `balloon`, after the guest was told to do without so much of its memory |
+//! | `window COLUMNS ROWS` | the terminal at the guest's console has this size: the agent was told, or will be |
+//! | `disk-size DEVICE INODE BYTES` | the disk in the file with these numbers has this size now, at least what it had |
 //! | `attach` | from here on the bytes of the console in both directions |
 //!
 //! One thread serves all clients, which are this user's own (or root's); their number and what they send is bounded.
@@ -22,7 +24,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use virtio::BalloonHandle;
+use virtio::{BalloonHandle, SizeWatch};
 use virtio::balloon::BalloonStatus;
 
 use crate::agent::Agent;
@@ -95,6 +97,7 @@ pub(crate) struct Server {
     pub console: bool,
     pub input: Arc<InputSlot>,
     pub balloon: Option<BalloonHandle>,
+    pub disks: Vec<SizeWatch>,
     pub events: Events,
 }
 
@@ -243,9 +246,34 @@ impl Server {
             "attach" if self.console => client.answer("ok", Phase::Attached),
             "attach" => client.answer("error its console is where it was started", Phase::Answered),
             _ => match line.split_once(' ').unwrap_or((line, "")) {
+                ("window", size) => client.answer(self.window(size), Phase::Answered),
+                ("disk-size", what) => client.answer(&self.disk_size(what), Phase::Answered),
                 ("balloon", bytes) => client.answer(&self.balloon(bytes), Phase::Answered),
                 _ => client.answer("error there is no such order", Phase::Answered),
             },
+        }
+    }
+
+    fn window(&self, size: &str) -> &'static str {
+        let number = |text: &str| text.parse::<u16>().ok().filter(|number| *number > 0);
+        match size.split_once(' ').map(|(columns, rows)| (number(columns), number(rows))) {
+            Some((Some(columns), Some(rows))) => {
+                self.agent.window(columns, rows);
+                "ok"
+            }
+            _ => "error that is no size of a window",
+        }
+    }
+
+    fn disk_size(&self, what: &str) -> String {
+        let numbers: Vec<u64> = what.split(' ').map_while(|number| number.parse().ok()).collect();
+        let [device, inode, bytes] = *numbers.as_slice() else { return "error that is no disk and its size".into() };
+        match self.disks.iter().find(|disk| disk.identity() == (device, inode)) {
+            Some(disk) => match disk.grow(bytes) {
+                Ok(sectors) => format!("ok {}", sectors.saturating_mul(virtio::block::SECTOR)),
+                Err(error) => format!("error {error}").replace('\n', " "),
+            },
+            None => "error it has no such disk".into(),
         }
     }
 

@@ -15,6 +15,8 @@ pub(crate) enum Event {
     Reset,
     /// The guest's watchdog was not reloaded in time.
     Watchdog,
+    /// The user's terminal may have another size.
+    Window,
     /// Somebody presses the machine's power button.
     PowerButton,
     /// The command that the guest was started for ended with this exit code.

@@ -8,7 +8,7 @@
 //! * [`board`] and [`pc`]: the machine as the supervisor sees it, and the PC in that shape.
 //! * [`engine`]: which engine runs the guest.
 //! * [`inputs`]: the user's files, opened, locked and checked. [`net`]: the guest's network. [`mod@share`]: directories it sees.
-//! * [`serial`], [`console`], [`terminal`], [`signals`]: the console and the user's terminal.
+//! * [`serial`], [`console`], [`terminal`], [`signals`]: the console and the user's terminal. [`ports`]: named ports.
 //! * [`instance`]: a VM that other commands find; [`control`]: what they ask of it; [`agent`]: is there one in the guest?
 //! * [`gdb`]: the gdb stub. [`crash`], [`stats`]: reports. [`state`]: a stopped VM in a file. [`sandbox`]: Landlock and seccomp.
 //! * [`doctor`]: what this host can do.
@@ -31,6 +31,7 @@ mod inputs;
 mod instance;
 mod net;
 mod pc;
+mod ports;
 mod resident;
 mod sandbox;
 mod serial;
@@ -50,5 +51,6 @@ pub use error::Error;
 pub use instance::Instance;
 pub use machine::boot::unpack_kernel;
 pub use net::{NetConfig, PortForward, SocketKind, UserNet};
+pub use ports::{PortConfig, PortPlace};
 pub use share::{GuestPlace, MAX_SHARES, ShareConfig, words as share_words};
 pub use vm::{EXIT_CRASH, Vm};

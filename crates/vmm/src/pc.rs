@@ -13,7 +13,10 @@ use machine::power::PowerEvent;
 use machine::serial::Serial;
 use machine::{Pc, PcConfig, PcState};
 use memory::GuestRam;
-use virtio::{Balloon, BalloonHandle, Block, Console, ConsoleHandle, Disk, Entropy, Fs, Net, Reporter, VirtioDevice, VirtioPci, Vsock};
+use virtio::{
+    Balloon, BalloonHandle, Block, Console, ConsoleHandle, Disk, Entropy, Fs, Net, Reporter, SizeWatch, VirtioDevice,
+    VirtioPci, Vsock,
+};
 
 use crate::agent::Agent;
 use crate::board::{Board, BoardMaker};
@@ -39,6 +42,8 @@ pub(crate) struct Files {
     pub shares: Vec<Share>,
     /// The host's end of a virtio console.
     pub console: Option<crate::serial::Serial>,
+    /// The host's ends of named ports.
+    pub ports: Vec<crate::ports::Opened>,
     /// Is there an agent in the guest?
     pub agent: Agent,
 }
@@ -57,6 +62,7 @@ pub(crate) fn maker(config: &VmConfig, files: Files, tsc_khz: u64, exits: Option
         network: files.network,
         shares: files.shares,
         console: files.console,
+        ports: files.ports,
         instance: config.instance.clone(),
         watchdog: config.watchdog.is_some(),
         agent_there: files.agent,
@@ -64,7 +70,7 @@ pub(crate) fn maker(config: &VmConfig, files: Files, tsc_khz: u64, exits: Option
         pc: None,
         input: None,
         virtio: Vec::new(),
-        balloon: None,
+        handles: Handles::default(),
     })
 }
 
@@ -85,6 +91,8 @@ struct PcMaker {
     shares: Vec<Share>,
     /// Until the first build.
     console: Option<crate::serial::Serial>,
+    /// Until the first build.
+    ports: Vec<crate::ports::Opened>,
     /// With one, the guest gets a vsock device.
     instance: Option<Arc<Instance>>,
     agent_there: Agent,
@@ -95,7 +103,15 @@ struct PcMaker {
     pc: Option<Arc<Pc>>,
     input: Option<Arc<SerialInput>>,
     virtio: Vec<Arc<VirtioPci>>,
+    handles: Handles,
+}
+
+/// The host's ends of devices.
+#[derive(Clone, Default)]
+struct Handles {
     balloon: Option<BalloonHandle>,
+    console: Option<ConsoleHandle>,
+    disks: Vec<SizeWatch>,
 }
 
 fn engine_error(error: impl std::fmt::Display) -> Error {
@@ -138,7 +154,8 @@ impl PcMaker {
             if block.lacks_uring() {
                 reporter("this host gives no io_uring: threads carry out the disk's requests");
             }
-            watches.extend(block.size_watch());
+            watches.extend(block.grows_by_itself().then(|| block.size_watch()));
+            self.handles.disks.push(block.size_watch());
             devices.push((format!("disk{number}"), Box::new(block)));
         }
         crate::disks::watch(watches)
@@ -160,6 +177,7 @@ impl PcMaker {
             let slot = Arc::new(InputSlot::default());
             let output = host_end.start(events, slot.clone(), Arc::new(Gate::new(true))).map_err(threads)?;
             let (console, handle) = Console::new(Box::new(output)).map_err(threads)?;
+            self.handles.console = Some(handle.clone());
             slot.set(Arc::new(VirtioInput(handle)));
             devices.push(("console".into(), Box::new(console)));
         }
@@ -170,10 +188,16 @@ impl PcMaker {
                 .map_err(|error| Error::Host(format!("the host gives no thread for vsock: {error}")))?;
             devices.push(("vsock".into(), Box::new(vsock)));
         }
+        let ports = std::mem::take(&mut self.ports);
+        if !ports.is_empty() {
+            let ports = crate::ports::start(ports)
+                .map_err(|error| Error::Host(format!("the host gives no thread for a port: {error}")))?;
+            devices.push(("ports".into(), Box::new(ports)));
+        }
         let (balloon, handle) = Balloon::new(ram.clone())
             .map_err(|error| Error::Host(format!("the host gives no thread for the balloon: {error}")))?;
         devices.push(("balloon".into(), Box::new(balloon)));
-        self.balloon = Some(handle);
+        self.handles.balloon = Some(handle);
         for (name, device) in devices {
             let device = VirtioPci::new(&name, device, ram.shared(), Some(reporter.clone())).map_err(engine_error)?;
             if let Some(chips) = chips {
@@ -272,15 +296,15 @@ impl BoardMaker for PcMaker {
         };
         pc.prepare_boot().map_err(|error| Error::Input(error.to_string()))?;
         let loaded = boot::load(ram, &source).map_err(|error| Error::Input(error.to_string()))?;
-        let (virtio, balloon) = (self.virtio.clone(), self.balloon.clone());
-        Ok(Box::new(PcBoard { pc, virtio, balloon, input, entry: loaded.entry }))
+        let (virtio, handles) = (self.virtio.clone(), self.handles.clone());
+        Ok(Box::new(PcBoard { pc, virtio, handles, input, entry: loaded.entry }))
     }
 }
 
 struct PcBoard {
     pc: Arc<Pc>,
     virtio: Vec<Arc<VirtioPci>>,
-    balloon: Option<BalloonHandle>,
+    handles: Handles,
     input: Arc<SerialInput>,
     entry: u64,
 }
@@ -337,7 +361,17 @@ impl Board for PcBoard {
     }
 
     fn balloon(&self) -> Option<BalloonHandle> {
-        self.balloon.clone()
+        self.handles.balloon.clone()
+    }
+
+    fn resize_console(&self, columns: u16, rows: u16) {
+        if let Some(console) = &self.handles.console {
+            console.resize(columns, rows);
+        }
+    }
+
+    fn disks(&self) -> Vec<SizeWatch> {
+        self.handles.disks.clone()
     }
 
     fn counters(&self) -> Vec<(String, u64)> {
@@ -346,7 +380,7 @@ impl Board for PcBoard {
         let mut all: Vec<_> =
             self.pc.bus().counters().into_iter().flat_map(both).filter(|(_, count)| *count > 0).collect();
         all.push(("time.devices-us".into(), self.pc.bus().time().as_micros() as u64));
-        if let Some(balloon) = self.balloon.as_ref().map(BalloonHandle::status) {
+        if let Some(balloon) = self.handles.balloon.as_ref().map(BalloonHandle::status) {
             all.push(("memory.inflated-kib".into(), balloon.inflated >> 10));
             all.push(("memory.reported-free-kib".into(), balloon.reported >> 10));
         }

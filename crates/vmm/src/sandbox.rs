@@ -228,6 +228,7 @@ fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<Rule>>, seccompiler::Backen
         libc::TCSETSW2,
         libc::TCSETSF2,
         libc::TIOCGPGRP,
+        libc::TIOCGWINSZ,
         libc::FIONBIO,
     ];
     if needs.kvm {

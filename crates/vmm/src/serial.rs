@@ -114,6 +114,11 @@ impl Serial {
         }
     }
 
+    /// Is it the user's terminal (or what stands in for it)?
+    pub(crate) fn is_stdio(&self) -> bool {
+        matches!(self, Self::Stdio)
+    }
+
     /// Does it accept connections later?
     pub(crate) fn needs_sockets(&self) -> bool {
         // A socket may also have been given to us as standard input or output.
@@ -311,7 +316,7 @@ fn read_some<'a>(from: &mut dyn Read, buffer: &'a mut [u8]) -> Option<&'a [u8]> 
     }
 }
 
-fn open_pty() -> std::io::Result<(File, File, String)> {
+pub(crate) fn open_pty() -> std::io::Result<(File, File, String)> {
     let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
     grantpt(&master)?;
     unlockpt(&master)?;

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use crate::events::{Event, Events};
 use crate::terminal;
 
-const HANDLED: [i32; 8] = [
+const HANDLED: [i32; 9] = [
     libc::SIGINT,
     libc::SIGTERM,
     libc::SIGHUP,
@@ -16,6 +16,7 @@ const HANDLED: [i32; 8] = [
     libc::SIGUSR2,
     libc::SIGTSTP,
     libc::SIGCONT,
+    libc::SIGWINCH,
 ];
 const FATAL: [i32; 5] = [libc::SIGABRT, libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE];
 
@@ -58,6 +59,7 @@ pub(crate) fn start(events: Events) -> std::io::Result<()> {
                     terminal::resume();
                     Ok(())
                 }
+                libc::SIGWINCH => events.send(Event::Window),
                 libc::SIGUSR1 => events.send(Event::Stats),
                 libc::SIGUSR2 => events.send(Event::Save),
                 signal if signal > 0 => events.send(Event::Quit(128 + signal)),

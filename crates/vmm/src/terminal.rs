@@ -10,7 +10,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rustix::termios::{
     ControlModes, InputModes, LocalModes, OptionalActions, OutputModes, SpecialCodeIndex, Termios, isatty, tcgetattr,
-    tcgetpgrp, tcsetattr,
+    tcgetpgrp, tcgetwinsize, tcsetattr,
 };
 
 struct Settings {
@@ -29,6 +29,12 @@ fn stdin() -> BorrowedFd<'static> {
 /// Is standard input a terminal?
 pub fn is_terminal() -> bool {
     isatty(stdin())
+}
+
+/// Columns and rows of the terminal on standard input, if it is one and says so.
+pub fn window() -> Option<(u16, u16)> {
+    let size = tcgetwinsize(stdin()).ok()?;
+    (size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
 }
 
 /// Puts the terminal on standard input into raw mode: every key goes to the guest. Does nothing if it is no terminal, and

@@ -61,8 +61,17 @@ pub struct Vm {
     tsc_khz: u64,
     save_to: Option<File>,
     instance: Option<Arc<Instance>>,
+    window: Option<WindowOf>,
     /// What the guest's main command ended with.
     main_exit: Option<i32>,
+}
+
+/// Which of the guest's consoles is on this process's terminal, and so has its size.
+enum WindowOf {
+    /// The serial one, whose size the agent sets.
+    Serial(Agent),
+    /// The virtio console.
+    Console,
 }
 
 /// A debugger may connect, or has.
@@ -138,6 +147,12 @@ impl Vm {
             Some((console, line)) => (Some(console), line),
             None => (None, None),
         };
+        let (ports, port_lines) = crate::ports::open(&config.ports)?;
+        let window = if serial.is_stdio() {
+            Some(WindowOf::Serial(agent.clone()))
+        } else {
+            console.as_ref().is_some_and(Serial::is_stdio).then_some(WindowOf::Console)
+        };
         let (listener, gdb_line) = match config.gdb.as_ref().map(Listener::open).transpose()? {
             Some((listener, line)) => (Some(listener), Some(line)),
             None => (None, None),
@@ -156,6 +171,7 @@ impl Vm {
             kvm: matches!(kvm, engine::KvmState::Works(_)),
             sockets: serial.needs_sockets()
                 || console.as_ref().is_some_and(Serial::needs_sockets)
+                || crate::ports::need_sockets(&ports)
                 || matches!(config.gdb, Some(GdbAddress::Tcp(_) | GdbAddress::Unix(_))),
             network: network.is_some(),
             uring: config.disks.iter().any(|disk| disk.io == disk::Io::Uring),
@@ -169,18 +185,19 @@ impl Vm {
         if !config.quiet {
             terminal::message(&format!("tightrope: {engine_line}"));
         }
-        for line in [serial_line, console_line, gdb_line].into_iter().flatten().chain(net_lines) {
+        for line in [serial_line, console_line, gdb_line].into_iter().flatten().chain(port_lines).chain(net_lines) {
             terminal::message(&format!("tightrope: {line}"));
         }
         let exits = trace.filter(|_| config.trace.as_ref().is_some_and(|trace| trace.exits));
         let maker = crate::pc::maker(
             config,
-            Files { kernel, unpacked, initrd, disks, network, shares, console, agent: agent.clone() },
+            Files { kernel, unpacked, initrd, disks, network, shares, console, ports, agent: agent.clone() },
             tsc_khz,
             exits,
         );
         let mut vm =
             Self::assemble(config, engine, Parts { ram, serial, listener, tsc_khz, save_to, restore, maker }, started)?;
+        vm.window = window;
         if let Some(instance) = &config.instance
             && let Some(listener) = instance.take(|parts| parts.control.take())
         {
@@ -193,6 +210,7 @@ impl Vm {
                 console: null.is_some(),
                 input: vm.console.clone(),
                 balloon: vm.board.balloon(),
+                disks: vm.board.disks(),
                 events: vm.events.clone(),
             };
             server.start().map_err(|error| Error::Host(format!("the host gives no thread: {error}")))?;
@@ -251,6 +269,7 @@ impl Vm {
             tsc_khz: parts.tsc_khz,
             save_to: parts.save_to,
             instance: None,
+            window: None,
             main_exit: None,
         };
         vm.make_vcpus(config.cpus)?;
@@ -291,6 +310,7 @@ impl Vm {
     pub fn run(mut self) -> i32 {
         let _terminal = terminal::Guard;
         crate::resident::forget_startup();
+        self.window_changed();
         if self.debugger.is_none() {
             self.run_all();
         }
@@ -330,6 +350,10 @@ impl Vm {
             }
             Event::Reset => self.reset(),
             Event::Watchdog => self.watchdog(),
+            Event::Window => {
+                self.window_changed();
+                None
+            }
             Event::Quit(code) => Some(code),
             Event::Stats => {
                 self.show_stats(self.stats.unwrap_or(StatsFormat::Text));
@@ -519,6 +543,16 @@ impl Vm {
         }
         self.run_all();
         None
+    }
+
+    /// Tells the guest the size of the terminal.
+    fn window_changed(&self) {
+        let Some((columns, rows)) = terminal::window() else { return };
+        match &self.window {
+            Some(WindowOf::Serial(agent)) => agent.window(columns, rows),
+            Some(WindowOf::Console) => self.board.resize_console(columns, rows),
+            None => {}
+        }
     }
 
     /// The guest has hung.

@@ -352,3 +352,55 @@ pub fn power_off(mut session: Session) -> Finished {
     assert_eq!(finished.code(), Some(0), "{}", finished.err);
     finished
 }
+
+/// A VM in the background, by its name. It is ended when dropped.
+pub struct Vm {
+    pub name: String,
+    pub id: String,
+}
+
+impl Vm {
+    pub fn start(name: &str, options: &[&str]) -> Self {
+        // Of its own for each run of the tests: an earlier one may have been killed.
+        let name = format!("{name}-{}", std::process::id());
+        let done = finish(run(&[&["--detach", "--name", &name, "--net", "none"], options].concat()), b"");
+        assert_eq!(done.code(), Some(0), "{done:?}");
+        let id = done.out.trim().to_owned();
+        assert_eq!(id.len(), 12, "{done:?}");
+        Self { name, id }
+    }
+
+    pub fn exec(&self, command: &[&str]) -> Command {
+        tightrope(&[&["exec", &self.name], command].concat())
+    }
+
+    /// Runs a script to its end.
+    pub fn sh(&self, script: &str) -> Finished {
+        finish(self.exec(&["sh", "-c", script]), b"")
+    }
+
+    pub fn file(&self, path: &str) -> String {
+        format!("{}:{path}", self.name)
+    }
+
+    pub fn pid(&self) -> i32 {
+        let all: serde_json::Value = serde_json::from_str(&finish(tightrope(&["ps", "--json"]), b"").out).unwrap();
+        let row = all.as_array().unwrap().iter().find(|row| row["id"] == self.id.as_str()).expect("it runs").clone();
+        row["pid"].as_i64().unwrap() as i32
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = tightrope(&["stop", "--force", &self.id]).stderr(Stdio::null()).status();
+    }
+}
+
+/// Waits until `condition` holds.
+pub fn wait(what: &str, condition: impl Fn() -> bool) {
+    let end = Instant::now() + LIMIT;
+    while !condition() {
+        assert!(Instant::now() < end, "{what} did not come about");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
