@@ -256,7 +256,8 @@ impl Disk {
             return Err(DiskError::image(path, "is used read-only: it keeps its size"));
         }
         if bytes > before && self.device {
-            let problem = "is a block device: make it longer where it comes from (lvextend, say), and the guest will see it";
+            let problem =
+                "is a block device: make it longer where it comes from (lvextend, say), and the guest will see it";
             return Err(DiskError::image(path, problem));
         }
         if bytes < before {

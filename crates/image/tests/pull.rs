@@ -101,11 +101,20 @@ fn world() -> World {
     put("extra", "Depends: extra-data\n", deb("extra", "1", &[("usr/bin/extra", b"e")]));
     put("extra-data", "", deb("extra-data", "1", &[("usr/share/extra", b"e")]));
     let modules = "lib/modules/6.1.0-9-cloud-amd64";
-    let builtin = ["virtio_pci", "virtio_blk", "virtio_console", "virtio_rng", "virtio_balloon", "virtio_net", "ext4", "virtiofs"]
-        .iter()
-        .chain(&["vmw_vsock_virtio_transport", "crc32c_generic", "i6300esb"])
-        .map(|m| format!("kernel/{m}.ko\n"))
-        .collect::<String>();
+    let builtin = [
+        "virtio_pci",
+        "virtio_blk",
+        "virtio_console",
+        "virtio_rng",
+        "virtio_balloon",
+        "virtio_net",
+        "ext4",
+        "virtiofs",
+    ]
+    .iter()
+    .chain(&["vmw_vsock_virtio_transport", "crc32c_generic", "i6300esb"])
+    .map(|m| format!("kernel/{m}.ko\n"))
+    .collect::<String>();
     let kernel = deb(
         "linux-image-6.1.0-9-cloud-amd64",
         "1",

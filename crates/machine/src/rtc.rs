@@ -368,7 +368,10 @@ impl Rtc {
     /// # Errors
     /// The memory has not its 128 bytes.
     pub fn restore(&self, state: &RtcState) -> Result<(), StateError> {
-        if state.memory.len() != 128 || state.index > 127 || [state.offset, state.seen_second].iter().any(|seconds| seconds.unsigned_abs() > 1 << 41) {
+        if state.memory.len() != 128
+            || state.index > 127
+            || [state.offset, state.seen_second].iter().any(|seconds| seconds.unsigned_abs() > 1 << 41)
+        {
             return Err(StateError::new("RTC", format!("{} bytes", state.memory.len())));
         }
         let mut inner = lock(&self.inner);

@@ -64,10 +64,7 @@ pub fn run(args: &BalloonArgs) -> Result<i32> {
             bail!("VM {} has {} MiB: give at most as much", entry.shown(), memory >> 20);
         };
         if status.get("driver") == 0 {
-            bail!(
-                "VM {}: its guest has no driver for the balloon (Linux: virtio_balloon), or not yet",
-                entry.shown()
-            );
+            bail!("VM {}: its guest has no driver for the balloon (Linux: virtio_balloon), or not yet", entry.shown());
         }
         status = follow(&entry, target)?;
     }

@@ -214,7 +214,8 @@ pub fn attach(name: &str) -> Result<i32> {
         if input {
             fds.push(PollFd::new(&stdin, PollFlags::IN));
         }
-        poll(&mut fds, terminal.then_some(&look)).or_else(|error| if error == rustix::io::Errno::INTR { Ok(0) } else { Err(error) })?;
+        poll(&mut fds, terminal.then_some(&look))
+            .or_else(|error| if error == rustix::io::Errno::INTR { Ok(0) } else { Err(error) })?;
         let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         drop(fds);
         let mut buffer = [0; 4096];

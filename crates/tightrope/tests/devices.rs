@@ -39,11 +39,12 @@ fn memory_goes_back_to_the_host() {
     assert!(value(&status, "reported") >= 180 * MIB && value(&status, "actual") == 0, "{status}");
 
     // Filled again, then by the balloon: the files stay whole, and what is free goes.
-    let check = "dd if=/dev/urandom of=/some bs=1M count=64 2>/dev/null; md5sum </some >/sum";
+    let check = "dd if=/dev/urandom of=/some bs=1M count=64 2>/dev/null; md5sum </some >/sum; \
+                 dd if=/dev/zero of=/big bs=1M count=150 2>/dev/null; rm /big";
     assert_eq!(vm.sh(check).code(), Some(0));
     let status = balloon(&vm, &["200M"]);
     assert_eq!((value(&status, "target"), value(&status, "actual")), (312 * MIB, 312 * MIB), "{status}");
-    assert!(value(&status, "resident") < 260 * MIB, "{status}");
+    assert!(value(&status, "resident") < 300 * MIB, "{status}");
     assert!(value(&status, "guest-free") < 150 * MIB, "{status}");
     assert_eq!(vm.sh("md5sum </some | cmp - /sum").code(), Some(0));
     let status = balloon(&vm, &["512M"]);
@@ -156,7 +157,8 @@ fn named_ports_carry_bytes_both_ways() {
     stream.read_exact(&mut text).unwrap();
     assert!(text == whole.as_bytes());
     assert!(child.wait().unwrap().success());
-    let mut child = vm.exec(&["sh", "-c", "head -n 100000 /dev/virtio-ports/org.test.chat | md5sum >/sum"]).spawn().unwrap();
+    let mut child =
+        vm.exec(&["sh", "-c", "head -n 100000 /dev/virtio-ports/org.test.chat | md5sum >/sum"]).spawn().unwrap();
     stream.write_all(whole.as_bytes()).unwrap();
     assert!(child.wait().unwrap().success());
     assert_eq!(vm.sh("seq 100000 | md5sum | cmp - /sum").code(), Some(0));
@@ -173,7 +175,10 @@ fn a_disk_in_use_becomes_larger() {
         assert_eq!(finish(tightrope(&["disk", "create", disk, "64M"]), b"").code(), Some(0));
     }
     let vm = Vm::start("larger", &["--disk", &disks[0], "--disk", &disks[1]]);
-    assert_eq!(vm.sh("dd if=/dev/urandom of=/dev/vda bs=1M count=64 conv=fsync; md5sum </dev/vda >/sum").code(), Some(0));
+    assert_eq!(
+        vm.sh("dd if=/dev/urandom of=/dev/vda bs=1M count=64 conv=fsync; md5sum </dev/vda >/sum").code(),
+        Some(0)
+    );
     for (disk, device) in disks.iter().zip(["vda", "vdb"]) {
         let done = finish(tightrope(&["disk", "resize", disk, "3G"]), b"");
         assert_eq!((done.code(), done.err.as_str()), (Some(0), ""), "{done:?}");

@@ -24,8 +24,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use virtio::{BalloonHandle, SizeWatch};
 use virtio::balloon::BalloonStatus;
+use virtio::{BalloonHandle, SizeWatch};
 
 use crate::agent::Agent;
 use crate::console::Input;

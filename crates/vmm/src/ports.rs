@@ -98,7 +98,9 @@ pub(crate) fn open(configs: &[PortConfig]) -> Result<(Vec<Opened>, Vec<String>),
                 // A pipe that nobody reads yet is no reason to wait.
                 options.append(true).create(true).custom_flags(libc::O_NONBLOCK);
                 let file = options.open(path).map_err(|error| match error.raw_os_error() {
-                    Some(libc::ENXIO) => Error::file("port output", path, "is a pipe that nobody reads: start its reader first"),
+                    Some(libc::ENXIO) => {
+                        Error::file("port output", path, "is a pipe that nobody reads: start its reader first")
+                    }
                     _ => Error::file("port output", path, error),
                 })?;
                 End::File(file)

@@ -107,6 +107,49 @@ fn resizing() {
 }
 
 #[test]
+fn growing_in_use() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, format, size) in
+        [("a.img", Format::Raw, 3 << 30), ("a.qcow2", Format::Qcow2, 3 << 30), ("b.qcow2", Format::Qcow2, 5 << 40)]
+    {
+        let path = dir.path().join(name);
+        create(&new(&path, 1 << 20, format)).unwrap();
+        let config = DiskConfig::new(&path);
+        let disk = Disk::open(&config).unwrap();
+        write(&disk, (1 << 20) - 512, &[7; 512]);
+        std::thread::scope(|scope| {
+            // Others read and write meanwhile.
+            let other = scope.spawn(|| {
+                for round in 0..200_u8 {
+                    write(&disk, 4096, &[round; 4096]);
+                    assert_eq!(read(&disk, 4096, 4096), [round; 4096]);
+                }
+            });
+            for step in [2 << 20, 600 << 20, size] {
+                assert_eq!(disk.grow(step).unwrap(), step / 512);
+                assert_eq!(disk.range(step / 512 - 1, 512), Some(step - 512));
+                assert_eq!(read(&disk, step - 512, 512), [0; 512]);
+                write(&disk, step - 512, &[8; 512]);
+            }
+            other.join().unwrap();
+        });
+        assert_eq!(disk.grow(size).unwrap(), size / 512, "as it is");
+        for (bytes, part) in [(size - 512, "only become larger"), (size + 1, "multiple of 512"), (u64::MAX, "multiple")]
+        {
+            let error = disk.grow(bytes).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+        drop(disk);
+        let disk = Disk::open(&DiskConfig { read_only: true, ..config.clone() }).unwrap();
+        assert_eq!(disk.sectors(), size / 512);
+        assert_eq!(read(&disk, (1 << 20) - 512, 1024), [[7; 512], [0; 512]].concat());
+        assert_eq!((read(&disk, (600 << 20) - 512, 512), read(&disk, size - 512, 512)), (vec![8; 512], vec![8; 512]));
+        assert!(disk.grow(size + 512).unwrap_err().to_string().contains("read-only"));
+        assert_eq!(check(&config).unwrap().errors, 0);
+    }
+}
+
+#[test]
 fn what_cannot_be_made() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.qcow2");

@@ -125,7 +125,10 @@ fn statistics_are_given_when_asked() {
     queue.add(&[(DATA, len, false)]);
     bell.ring();
     let status = rig.handle.status();
-    assert_eq!((status.heard, status.stats.unwrap().named().collect::<Vec<_>>()), (1, vec![("free", 101), ("total", 200)]));
+    assert_eq!(
+        (status.heard, status.stats.unwrap().named().collect::<Vec<_>>()),
+        (1, vec![("free", 101), ("total", 200)])
+    );
     assert_eq!(queue.used(), None, "the buffer is held");
     rig.handle.ask();
     assert_eq!(queue.used(), Some((0, 0)));

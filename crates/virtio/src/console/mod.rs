@@ -24,8 +24,8 @@ use serde::{Deserialize, Serialize};
 use crate::device::{DeviceState, Interrupt, VirtioDevice, read_bytes};
 use crate::queue::Virtqueue;
 use crate::runner::Doorbell;
-pub use port::{Blocking, INPUT_LIMIT, PortHandle, PortState, Sink};
 use port::Port;
+pub use port::{Blocking, INPUT_LIMIT, PortHandle, PortState, Sink};
 pub use ports::{MAX_PORTS, NamedPortHandle, NamedPortState, Ports, PortsState};
 
 /// VIRTIO_CONSOLE_F_SIZE (5.3.3): the configuration space has the window's size.

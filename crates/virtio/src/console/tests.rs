@@ -213,7 +213,10 @@ fn named_ports() {
     handles[1].set_open(true);
     assert_eq!(driver.hear(), None, "the driver is not ready");
     driver.say(0, 0, 1);
-    assert_eq!([driver.hear(), driver.hear(), driver.hear()], [Some((1, 1, 1, "".into())), Some((2, 1, 1, "".into())), None]);
+    assert_eq!(
+        [driver.hear(), driver.hear(), driver.hear()],
+        [Some((1, 1, 1, "".into())), Some((2, 1, 1, "".into())), None]
+    );
     driver.say(2, 3, 1);
     assert_eq!(driver.hear(), Some((2, 7, 1, "org.second.0".into())));
     assert_eq!(driver.hear(), Some((2, 6, 1, "".into())));
