@@ -201,13 +201,8 @@ fn the_window_has_its_size_in_the_guest() {
     ] {
         let mut terminal = OnTerminal::start(common::run(&[&["--net", "none", "--name", &name], options].concat()));
         resize(&terminal, 101, 37);
-        terminal.expect("tightrope:~#");
         common::wait("the first size", || size(device) == "37 101");
-        // The shell has set its terminal up by now, which throws away what is typed.
-        std::thread::sleep(Duration::from_millis(400));
-        terminal.send(b"sh -c \"trap 'echo changed' WINCH; while :; do sleep 0.1; done\"\r");
         resize(&terminal, 132, 50);
-        terminal.expect("changed\r\n");
         common::wait("the other size", || size(device) == "50 132");
         terminal.send(b"\x01x");
         assert_eq!(terminal.end(), Some(0));
