@@ -85,6 +85,7 @@ fuzz_target!(|input: Input| {
             serial_output: Box::new(std::io::sink()),
             pci_devices,
             power: Arc::new(|_| ()),
+            watchdog: Some(Arc::new(|| ())),
         })
         .unwrap();
         let (bus, lapic) = (pc.vcpu_bus(0).unwrap(), pc.local_apic(0).unwrap());

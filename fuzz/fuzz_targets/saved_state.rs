@@ -53,6 +53,7 @@ fn pc(ram: &GuestRam) -> Pc {
         serial_output: Box::new(std::io::sink()),
         pci_devices: Vec::new(),
         power: Arc::new(|_| ()),
+        watchdog: Some(Arc::new(|| ())),
     })
     .unwrap()
 }
