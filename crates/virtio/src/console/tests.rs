@@ -154,7 +154,7 @@ struct Driver {
 }
 
 impl Driver {
-    fn new(ports: Vec<(String, Box<dyn Sink>)>) -> (Self, Vec<NamedPortHandle>) {
+    fn new(ports: Vec<Named>) -> (Self, Vec<NamedPortHandle>) {
         let ram = GuestRam::new(32 << 20).unwrap();
         let (mut device, handles) = Ports::new(ports).unwrap();
         let recorder = Recorder::new();
@@ -194,10 +194,12 @@ impl Driver {
     }
 }
 
-fn sinks(names: &[&str]) -> (Vec<(String, Box<dyn Sink>)>, Vec<Receiver<Vec<u8>>>) {
+type Named = (String, Box<dyn Sink>);
+
+fn sinks(names: &[&str]) -> (Vec<Named>, Vec<Receiver<Vec<u8>>>) {
     let sink = |name: &&str| {
         let (sender, receiver) = channel();
-        ((name.to_string(), Box::new(Blocking(Box::new(Output(sender)))) as Box<dyn Sink>), receiver)
+        ((name.to_string(), Box::new(Blocking(Box::new(Output(sender)))) as _), receiver)
     };
     names.iter().map(sink).unzip()
 }
