@@ -34,7 +34,7 @@ fuzz_target!(|steps: Vec<Step>| {
         let (mut device, handles) = Ports::new(sinks.into()).unwrap();
         let recorder = Recorder::new();
         device.activate(2, recorder.clone());
-        let mut queue = |device: &mut Ports, index: u16| {
+        let queue = |device: &mut Ports, index: u16| {
             let driver = DriverQueue::new(ram, 0x10000 + 0x4000 * u64::from(index), 16);
             let live = driver.device_end_of(index, true, recorder.clone());
             (driver, device.start_queue(live))
