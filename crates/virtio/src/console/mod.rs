@@ -1,7 +1,7 @@
 //! virtio-console (virtio 1.3, 5.3): [`Console`] is one port, which Linux shows as hvc0; [`Ports`] are any number of named ones, which Linux
 //! shows as /dev/virtio-ports/NAME.
 //!
-//! The host's end of a console is a [`ConsoleHandle`]: what the user types goes in by [`ConsoleHandle::send`], the window's size by
+//! The host's end of a console is a [`ConsoleHandle`]: what the user types goes in by [`PortHandle::send`], the window's size by
 //! [`ConsoleHandle::resize`]; output goes to the writer given to [`Console::new`]. Each direction has a thread (`port`), so that a reader of
 //! the output who stops reading does not stop the input. Terminal modes and escape keys are not this device's business.
 //!
