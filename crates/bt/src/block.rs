@@ -57,7 +57,7 @@ pub const MAX_SITES: usize = 8192;
 /// that lead to the same page share one.
 pub const OWN_SITES: usize = 7168;
 /// Wrong predictions in a second after which a site predicts no more.
-pub const WRONG_PREDICTIONS: i32 = 400_000;
+pub const WRONG_PREDICTIONS: i32 = 20_000;
 
 /// Longest read across two pages that is done without the monitor, in bytes.
 pub const BOUNCE: usize = 32;

@@ -5,7 +5,7 @@ use crate::analyze::Insn;
 use crate::emit::searching;
 
 /// So many samples are looked at together: a block of which [`HOT`] are is hot.
-const WINDOW: u64 = 4096;
+const WINDOW: u64 = 8192;
 const HOT: u8 = 2;
 /// Entries of [`Cache::searching`].
 const MAX_SEARCHING: usize = 1 << 16;
