@@ -18,7 +18,7 @@ pub const INIT: &str = include_str!("init.sh");
 /// `/sbin/network`, a shell script: brings the network up.
 pub const NETWORK: &str = include_str!("network.sh");
 
-/// What every image needs: as module or built in. The last is what ext4 checks its metadata with.
+/// What every image has: as module or built in. The last is what ext4 checks its metadata with.
 const MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_blk",
@@ -32,6 +32,9 @@ const MODULES: &[&str] = &[
     "ext4",
     "crc32c_generic",
 ];
+
+/// Those of [`MODULES`] that a kernel may lack: a checksum that newer ones have as a library, and the watchdog, which Debian 12's cloud kernel has not.
+const DISPENSABLE: &[&str] = &["crc32c_generic", "i6300esb"];
 
 /// BusyBox's shell finds its applets by itself; these links are for `#!` lines, for other programs and for the agent.
 const APPLETS: &[&str] = &[
@@ -286,8 +289,7 @@ impl Kernel {
         Ok(kernel)
     }
 
-    /// Picks modules with all they need. Those of [`MODULES`] must be there, except that a checksum
-    /// newer kernels have as a library may be gone.
+    /// Picks modules with all they need. Those of [`MODULES`] must be there, but for the [`DISPENSABLE`] ones.
     fn select(&self, deb: &Path, extra: &[String]) -> Result<Selection> {
         let mut selection = Selection::new(self.builtin.clone());
         let mut broken = None;
@@ -307,7 +309,7 @@ impl Kernel {
         let mut failed = None;
         for name in MODULES.iter().copied().chain(extra.iter().map(String::as_str)) {
             match selection.add(name, &mut load) {
-                Err(missing) if missing == "crc32c_generic" => {}
+                Err(missing) if DISPENSABLE.contains(&missing.as_str()) => {}
                 Err(missing) => {
                     failed = Some(missing);
                     break;

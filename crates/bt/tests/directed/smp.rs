@@ -197,7 +197,7 @@ impl Machine {
             let start = Instant::now();
             while left.load(Ordering::SeqCst) > 0 {
                 std::thread::sleep(Duration::from_millis(1));
-                if start.elapsed() > Duration::from_secs(60) || hung.load(Ordering::SeqCst) {
+                if start.elapsed() > Duration::from_secs(240) || hung.load(Ordering::SeqCst) {
                     hung.store(true, Ordering::SeqCst);
                     sides.iter().for_each(|side| side.stop.get().unwrap().kick());
                 }
