@@ -278,6 +278,12 @@ impl Asm {
         self.i32(value);
     }
 
+    /// The offset in a software TLB of the entry that belongs to the address in R11 goes to R10; see [`crate::block::tlb_index`].
+    pub fn tlb_offset(&mut self) {
+        self.raw(&[0xc4, 0x43, 0x7b, 0xf0, 0xd3, 8]); // rorx r10d, r11d, 8
+        self.and32_imm(R10, 0xfff0);
+    }
+
     /// `xor to32, from32`.
     pub fn xor32(&mut self, to: Reg, from: Reg) {
         self.rr(false, &[0x31], from, to);

@@ -313,8 +313,7 @@ fn check(asm: &mut Asm, slow_access: usize, table: usize, size: u16, check: Chec
         asm.save_flags(off::FLAGS, R10);
     }
     let last = 4096 - i32::from(size);
-    asm.raw(&[0xc4, 0x43, 0x7b, 0xf0, 0xd3, 8]); // rorx r10d, r11d, 8
-    asm.and32_imm(R10, 0xfff0);
+    asm.tlb_offset();
     asm.xor_mem(R11, Mem::gs_base(R10, table));
     asm.cmp_imm(R11, last);
     let miss = asm.jcc(cc::A);
@@ -345,8 +344,7 @@ fn check(asm: &mut Asm, slow_access: usize, table: usize, size: u16, check: Chec
 fn search(asm: &mut Asm, stubs: &mut Stubs) {
     for (table, place) in stubs.search.iter_mut().enumerate() {
         *place = asm.len();
-        asm.raw(&[0xc4, 0x43, 0x7b, 0xf0, 0xd3, 8]); // rorx r10d, r11d, 8
-        asm.and32_imm(R10, 0xfff0);
+        asm.tlb_offset();
         asm.add_mem(R10, Mem::gs(off::table(table)));
         asm.ret();
     }

@@ -15,16 +15,15 @@ impl Cache {
     /// vCPUs must be parked.
     pub fn stop_predicting(&mut self, site: u16, position: usize) {
         self.counters.unpredictable += 1;
+        let table = usize::from(site) / crate::block::MAX_SITES;
         if let Some((id, meta)) = self.locate_block(position) {
             if self.searching.len() >= MAX_SEARCHING {
                 self.searching.clear();
             }
             let block = &mut self.blocks[id];
-            block.improvable = true;
-            let write = (usize::from(site) / crate::block::MAX_SITES) & 1 != 0;
-            self.searching.insert(searching(block.key.page, meta.offset, write));
+            block.improvable = !block.superseded;
+            self.searching.insert(searching(block.key.page, meta.offset, table & 1 != 0));
         }
-        let table = usize::from(site) / crate::block::MAX_SITES;
         let mut code = [0xe8, 0, 0, 0, 0, 0x0f, 0x1f, 0x40, 0]; // call; nop [rax + 0]
         let displacement = (self.stubs.search[table] as i64 - position as i64 - 5) as i32;
         code[1..5].copy_from_slice(&displacement.to_le_bytes());
@@ -52,10 +51,6 @@ impl Cache {
     pub fn promote(&mut self, old: BlockId, page: &[u8], forgotten: &mut Forgotten) -> Result<(), Full> {
         let Some(block) = self.block(old).filter(|b| b.alive && b.improvable) else { return Ok(()) };
         let key = block.key;
-        if block.superseded {
-            self.blocks[old as usize].improvable = false;
-            return Ok(());
-        }
         let offset = (key.address & 0xfff) as usize;
         let insns = self.analyzer.block(page, key.address & !0xfff, offset, key.mode, usize::MAX);
         let end = insns.last().map_or(offset, Insn::end);

@@ -282,8 +282,7 @@ impl Emitter<'_> {
         compute(&mut self.hot);
         let mut site = None;
         if self.context.searching.contains(&searching(self.context.gpa, insn.offset, write)) {
-            self.hot.raw(&[0xc4, 0x43, 0x7b, 0xf0, 0xd3, 8]); // rorx r10d, r11d, 8
-            self.hot.and32_imm(R10, 0xfff0);
+            self.hot.tlb_offset();
             self.hot.xor_mem(R11, Mem::gs_base(R10, off::tlb(self.context.mode.user, write)));
         } else {
             let number = (self.table(write) * MAX_SITES) as u32 + self.site_number(insn, write);
@@ -526,8 +525,7 @@ impl Emitter<'_> {
     fn string_operand(&mut self, insn: &Insn, pointer: Reg, write: bool, rep: bool, size: u8) -> usize {
         let table = off::tlb(self.context.mode.user, write);
         self.hot.mov(R11, pointer);
-        self.hot.raw(&[0xc4, 0x43, 0x7b, 0xf0, 0xd3, 8]); // rorx r10d, r11d, 8
-        self.hot.and32_imm(R10, 0xfff0);
+        self.hot.tlb_offset();
         self.hot.xor_mem(R11, Mem::gs_base(R10, table));
         self.hot.cmp_imm(R11, 4095);
         let slow = self.hot.jcc(cc::A);

@@ -90,8 +90,7 @@ fn cmov(asm: &mut Asm, condition: u8, to: Reg, from: Reg) {
 fn delta(asm: &mut Asm, stubs: &Stubs, pointer: Reg, user: bool, write: bool) {
     let table = off::tlb(user, write);
     asm.mov(R11, pointer);
-    asm.raw(&[0xc4, 0x43, 0x7b, 0xf0, 0xd3, 8]); // rorx r10d, r11d, 8
-    asm.and32_imm(R10, 0xfff0);
+    asm.tlb_offset();
     asm.xor_mem(R11, Mem::gs_base(R10, table));
     asm.cmp_imm(R11, 4095);
     let miss = asm.jcc(cc::A);
