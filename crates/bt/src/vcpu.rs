@@ -651,7 +651,7 @@ impl BtVcpu {
                 && block.slots[other as usize].load(Ordering::Relaxed) == slot.thunk
                 && let Some(host) = cache.known(other, key.page, key.mode).and_then(|id| cache.entry(id, slot.kind))
             {
-                let target = slot.target.address.wrapping_add(block.bases[slot.target.base as usize]);
+                let target = self.address(slot.target);
                 self.tlbs.fill_slot(block, (other, slot.thunk), slot.target.base, host, target, global);
             }
         }
