@@ -14,6 +14,7 @@ use crate::dirty::{Dirty, DirtyLog, Log};
 use crate::host::{Host, cap};
 use crate::kick::Cell;
 use crate::msr;
+use crate::probe::Doubt;
 use crate::refusal::refused;
 use crate::registers::{self, Features};
 use crate::vcpu::{KvmVcpu, VcpuParts};
@@ -64,6 +65,7 @@ pub struct KvmEngine {
     loses_registers: bool,
     parking: Option<Parking>,
     dirty: Option<Arc<Log>>,
+    doubt: Option<Arc<Doubt>>,
 }
 
 impl KvmEngine {
@@ -89,6 +91,15 @@ impl KvmEngine {
                 end >> 30
             ));
         }
+        Self::build(host, ram, &options, cpuid).inspect_err(|_| {
+            if let Some(doubt) = host.doubt() {
+                doubt.raise();
+            }
+        })
+    }
+
+    fn build(host: &Host, ram: GuestRam, options: &Options, cpuid: GuestCpuid) -> Result<Self, String> {
+        let capabilities = host.capabilities();
         let vm = host.create_vm().map_err(|error| error.to_string())?;
         vm.set_tss_address(TSS_ADDRESS).map_err(refused("a place for the task-state segment"))?;
         vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(refused("a place for page tables"))?;
@@ -136,6 +147,7 @@ impl KvmEngine {
             loses_registers: host_is_amd(),
             parking: options.parking,
             dirty,
+            doubt: host.doubt(),
         })
     }
 }
@@ -173,12 +185,8 @@ fn host_is_amd() -> bool {
     [vendor.ebx, vendor.edx, vendor.ecx] != [0x756e_6547, 0x4965_6e69, 0x6c65_746e] // "GenuineIntel"
 }
 
-impl Engine for KvmEngine {
-    fn name(&self) -> &'static str {
-        "kvm"
-    }
-
-    fn create_vcpu(&self, setup: VcpuSetup) -> Result<Box<dyn Vcpu>, String> {
+impl KvmEngine {
+    fn make_vcpu(&self, setup: VcpuSetup) -> Result<Box<dyn Vcpu>, String> {
         let fd = self.vm.create_vcpu(setup.index.into()).map_err(refused("a vCPU"))?;
         if self.enforce_pv_features {
             let mut enforce = b::kvm_enable_cap { cap: cap::ENFORCE_PV_FEATURE_CPUID, ..Default::default() };
@@ -207,8 +215,23 @@ impl Engine for KvmEngine {
             keep_last: self.loses_registers,
             parking: self.parking,
             dirty: self.dirty.clone(),
+            doubt: self.doubt.clone(),
         };
         Ok(Box::new(KvmVcpu::new(parts)))
+    }
+}
+
+impl Engine for KvmEngine {
+    fn name(&self) -> &'static str {
+        "kvm"
+    }
+
+    fn create_vcpu(&self, setup: VcpuSetup) -> Result<Box<dyn Vcpu>, String> {
+        self.make_vcpu(setup).inspect_err(|_| {
+            if let Some(doubt) = &self.doubt {
+                doubt.raise();
+            }
+        })
     }
 
     fn model(&self) -> &CpuidModel {

@@ -1,9 +1,12 @@
 //! `/dev/kvm`: opening it, and what it can do.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use kvm_ioctls::{Cap, Kvm};
 use serde::{Deserialize, Serialize};
+
+use crate::probe::Doubt;
 
 /// Where the device is.
 pub const DEVICE: &str = "/dev/kvm";
@@ -48,6 +51,11 @@ pub enum Unusable {
         "/dev/kvm opens, but does not run a 64-bit guest here ({0}): this machine is itself virtual and its hypervisor offers no nested virtualization, ask its operator for it"
     )]
     CannotRun(String),
+    /// A test guest was still not done after seconds.
+    #[error(
+        "/dev/kvm opens, but a test guest of some instructions does not come back: the host is very busy, then try again later; or something below it holds guests up"
+    )]
+    Silent,
 }
 
 /// What this host's KVM offers beyond the necessary.
@@ -107,6 +115,8 @@ pub(crate) mod cap {
 pub struct Host {
     kvm: Kvm,
     capabilities: Capabilities,
+    /// Where to note that the probe's answer proved wrong.
+    doubt: Option<Arc<Doubt>>,
 }
 
 impl Host {
@@ -127,7 +137,9 @@ impl Host {
             .map_err(|_| Unusable::Open("a name with a zero byte".into()))?;
         let kvm = Kvm::new_with_path(c_path).map_err(|error| match error.errno() {
             libc::ENOENT => Unusable::Missing { remedy: missing_remedy() },
-            libc::EACCES | libc::EPERM => Unusable::Permission { remedy: permission_remedy(path) },
+            libc::EACCES => Unusable::Permission { remedy: permission_remedy(path) },
+            // Not the file's mode, but the rules of a control group for devices.
+            libc::EPERM => Unusable::Permission { remedy: format!("this container is denied it, {PASS_IT_IN}") },
             _ => Unusable::Open(std::io::Error::from(error).to_string()),
         })?;
         let version = kvm.get_api_version();
@@ -155,7 +167,15 @@ impl Host {
                 && kvm.check_extension(Cap::Irqfd)
                 && raw(cap::IOEVENTFD_ANY_LENGTH) != 0,
         };
-        Ok(Self { kvm, capabilities })
+        Ok(Self { kvm, capabilities, doubt: None })
+    }
+
+    pub(crate) fn doubt_with(&mut self, doubt: Doubt) {
+        self.doubt = Some(Arc::new(doubt));
+    }
+
+    pub(crate) fn doubt(&self) -> Option<Arc<Doubt>> {
+        self.doubt.clone()
     }
 
     /// What it offers.
@@ -187,8 +207,16 @@ impl Host {
     }
 }
 
-/// What helps where there is no device, by what the CPU says.
+/// What helps in containers.
+const PASS_IT_IN: &str = "pass it in (docker run --device /dev/kvm)";
+
+/// What helps where there is no device, by what the kernel and the CPU say.
 fn missing_remedy() -> String {
+    // Each driver that is there, also in containers: `232 kvm`.
+    let drivers = std::fs::read_to_string("/proc/misc").unwrap_or_default();
+    if drivers.lines().any(|line| line.split_ascii_whitespace().nth(1) == Some("kvm")) {
+        return format!("the kernel has KVM, but this container no device for it: {PASS_IT_IN}");
+    }
     let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let has = |flag: &str| flags.split_ascii_whitespace().any(|word| word == flag);
     if has("vmx") {

@@ -17,6 +17,7 @@ use crate::dirty::Log;
 use crate::ioctls::KVM_RUN;
 use crate::kick::{ALL, Cell, Handle, LOOK, STOP, WAKE};
 use crate::msr;
+use crate::probe::Doubt;
 use crate::registers::{self, Features};
 use crate::watch::Watch;
 
@@ -61,6 +62,8 @@ pub struct VcpuParts {
     pub parking: Option<Parking>,
     /// Noting what is written, if somebody wants to know.
     pub dirty: Option<Arc<Log>>,
+    /// To be raised when KVM does not run the guest.
+    pub doubt: Option<Arc<Doubt>>,
 }
 
 pub struct KvmVcpu {
@@ -68,6 +71,7 @@ pub struct KvmVcpu {
     index: u32,
     parking: Option<Parking>,
     dirty: Option<Arc<Log>>,
+    doubt: Option<Arc<Doubt>>,
     bus: Arc<dyn Bus>,
     ram: GuestRam,
     features: Features,
@@ -86,7 +90,7 @@ pub struct KvmVcpu {
 
 impl KvmVcpu {
     pub fn new(parts: VcpuParts) -> Self {
-        let VcpuParts { cell, index, bus, ram, features, watch, keep_last, parking, dirty } = parts;
+        let VcpuParts { cell, index, bus, ram, features, watch, keep_last, parking, dirty, doubt } = parts;
         let number = watch.add(cell.clone());
         if keep_last {
             cell.fd().get_kvm_run().kvm_valid_regs = u64::from(b::KVM_SYNC_X86_REGS | b::KVM_SYNC_X86_SREGS);
@@ -96,6 +100,7 @@ impl KvmVcpu {
             index,
             parking,
             dirty,
+            doubt,
             bus,
             ram,
             features,
@@ -372,6 +377,9 @@ impl Vcpu for KvmVcpu {
         let mode = self.breakpoints.mode();
         let exit = if self.parked(&fd) { Exit::Stopped } else { self.run_loop(&mut fd, mode) };
         cell.leave();
+        if let (Exit::Internal(_), Some(doubt)) = (&exit, &self.doubt) {
+            doubt.raise();
+        }
         exit
     }
 

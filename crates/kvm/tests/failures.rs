@@ -22,6 +22,7 @@ mod request {
     pub const CREATE_VM: u64 = 0xae01;
     pub const CHECK_EXTENSION: u64 = 0xae03;
     pub const CREATE_VCPU: u64 = 0xae41;
+    pub const RUN: u64 = 0xae80;
     pub const CREATE_IRQCHIP: u64 = 0xae60;
     pub const SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
     pub const ENABLE_CAP: u64 = 0x4068_aea3;
@@ -67,9 +68,13 @@ fn start(host: &Host, cpus: u32) -> Result<(), String> {
 /// A name, what is to be said, and how it comes to that.
 type Case = (&'static str, &'static [&'static str], fn() -> Result<(), String>);
 
-const CASES: [Case; 15] = [
+const CASES: [Case; 16] = [
     ("no permission", &["this user may not open it", "usermod -aG", "udev"], || {
         fail(libc::SYS_openat, &[], libc::EACCES);
+        open().map(drop)
+    }),
+    ("no permission in a container", &["this user may not open it", "docker run --device /dev/kvm"], || {
+        fail(libc::SYS_openat, &[], libc::EPERM);
         open().map(drop)
     }),
     ("no device", &["there is no /dev/kvm: "], || {
@@ -139,6 +144,63 @@ const CASES: [Case; 15] = [
         start(&host, 1)
     }),
 ];
+
+/// What makes a monitor that has confined itself find that KVM does not do what it was found to do; the answer kept before is doubted.
+fn unlearn(break_it: fn(), use_it: fn(&Host) -> Result<(), String>) -> String {
+    let host = kvm::probe::usable().unwrap();
+    assert_eq!(kvm::probe::look(&host, true).took, None, "the answer is kept");
+    for call in [libc::SYS_unlink, libc::SYS_unlinkat, libc::SYS_rename, libc::SYS_ftruncate] {
+        fail(call, &[], libc::EACCES);
+    }
+    break_it();
+    let why = use_it(&host).unwrap_err();
+    assert!(kvm::probe::look(&host, true).took.is_some(), "the answer is still believed after: {why}");
+    why
+}
+
+/// Not a test by itself: each in a process of its own, which [`what_was_found_is_forgotten_when_it_proves_wrong`] starts.
+#[test]
+fn one_lesson() {
+    let said = match std::env::var(CASE).as_deref() {
+        Ok("lesson vm") => unlearn(|| fail_request(request::CREATE_IRQCHIP, libc::ENOTTY), |host| start(host, 1)),
+        Ok("lesson vcpu") => unlearn(|| fail_request(request::CREATE_VCPU, libc::EINVAL), |host| start(host, 1)),
+        Ok("lesson run") => unlearn(
+            || (),
+            |host| {
+                let ram = GuestRam::new(64 << 20).unwrap();
+                let engine = KvmEngine::new(host, ram, Options::new(CpuidModel::new(1, 1_000_000))).unwrap();
+                let mut vcpu = engine.create_vcpu(Nothing::setup()).unwrap();
+                fail_request(request::RUN, libc::EIO);
+                match vcpu.run() {
+                    cpu::Exit::Internal(why) => Err(why),
+                    _ => Ok(()),
+                }
+            },
+        ),
+        _ => return,
+    };
+    println!("said: {said}");
+}
+
+#[test]
+fn what_was_found_is_forgotten_when_it_proves_wrong() {
+    if let Err(why) = kvm::probe::usable() {
+        assert!(std::env::var("TIGHTROPE_TEST_ENGINE").as_deref() != Ok("kvm"), "{why}");
+        eprintln!("NOT TESTED: {why}");
+        return;
+    }
+    let cache = std::env::temp_dir().join(format!("kvm-lessons-{}", std::process::id()));
+    for lesson in ["lesson vm", "lesson vcpu", "lesson run"] {
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", "one_lesson", "--nocapture", "--test-threads=1"]).env(CASE, lesson);
+        let output = child.env("XDG_CACHE_HOME", &cache).output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text);
+        assert!(output.status.success() && text.contains("said: "), "{lesson}: {text}");
+        println!("{lesson}: {}", text.lines().find(|line| line.contains("said: ")).unwrap_or_default());
+    }
+    std::fs::remove_dir_all(&cache).unwrap();
+}
 
 /// Not a test by itself: what [`each_is_one_clear_line`] runs in processes of their own.
 #[test]

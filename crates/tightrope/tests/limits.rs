@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use common::{Code, Kernel, LIMIT, finish, run, runtime_dir, tightrope};
+use common::{Code, Kernel, finish, run, runtime_dir, tightrope, wait};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// A VM in the background, and the control groups that it has.
@@ -49,14 +49,6 @@ impl Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         let _ = tightrope(&["stop", "--force", &self.id]).stderr(Stdio::null()).status();
-    }
-}
-
-fn wait(what: &str, condition: impl Fn() -> bool) {
-    let end = Instant::now() + LIMIT;
-    while !condition() {
-        assert!(Instant::now() < end, "{what} did not come about");
-        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

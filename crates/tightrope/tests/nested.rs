@@ -17,6 +17,9 @@ const LIMIT: Duration = Duration::from_secs(600);
 /// Marks lines of ours on the console.
 const MARK: &str = "@@";
 
+/// Programs of the host that tests look at files with; those that are missing there are missing in the outer guest.
+const TOOLS: [&str; 4] = ["qemu-img", "mke2fs", "e2fsck", "debugfs"];
+
 /// The outer guest's first program. What it runs is in `/run-tests`.
 const INIT: &str = r#"#!/bin/sh
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TIGHTROPE_TEST_ENGINE=kvm
@@ -24,6 +27,7 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mkdir -p /dev/pts && mount -t devpts devpts /dev/pts
+mkdir -p /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup
 ip link set lo up 2>/dev/null || ifconfig lo up
 ulimit -c 0
 modprobe kvm_amd || echo "@@ failed modprobe"
@@ -84,6 +88,13 @@ fn libraries(program: &Path) -> BTreeSet<PathBuf> {
     let output = Command::new("ldd").arg(program).output().expect("ldd");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     text.split_ascii_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect()
+}
+
+/// Where the host has the program `name`.
+fn tool(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let dirs = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
+    dirs.map(|dir| dir.join(name)).find(|path| path.is_file())
 }
 
 /// A program without its debugging information, which would fill the outer guest's memory.
@@ -182,9 +193,16 @@ fn outer_guest(script: &str, command: &Path, programs: &[&Path], limit: Duration
     for program in programs {
         overlay.program(program);
     }
-    // The inner guests' image, as the command finds it in its cache.
-    let images = image.kernel.ancestors().nth(2).expect("images");
-    overlay.tree(images, Path::new("/var/cache/tightrope/images"));
+    for tool in TOOLS.iter().filter_map(|name| tool(name)) {
+        overlay.program(&tool);
+    }
+    // The inner guests' image, as the command finds it in its cache: no other of those that the cache may have.
+    let directory = image.kernel.parent().expect("the image's directory");
+    let (images, key) = (directory.parent().expect("images"), directory.file_name().expect("a name"));
+    let to = Path::new("/var/cache/tightrope/images");
+    overlay.tree(directory, &to.join(key));
+    let record = format!("{}-{}.json", image::DEFAULT_SUITE, Flavour::Cloud);
+    overlay.put(to.join(&record), 0o644, std::fs::read(images.join(&record)).expect("the image's record"));
     archive.extend(overlay.archive());
 
     let dir = tempfile::tempdir().expect("directory");
@@ -270,7 +288,7 @@ fn pass_with(command: &Path, before: &str, runs: &[(&str, &str)], limit: Duratio
 #[test]
 fn tiny_kernels_and_debian() {
     let debian = "boots_to_a_shell reboots";
-    pass(&[("engine", ""), ("toys", ""), ("footprint", ""), ("debian", debian)], LIMIT);
+    pass(&[("engine", ""), ("toys", ""), ("doctor", ""), ("footprint", ""), ("debian", debian)], LIMIT);
 }
 
 /// A VM moves from `kvm` to `bt` and back: a minute and a half, most of it because an emulated machine is slow to translate on.
@@ -285,25 +303,39 @@ fn several_vcpus() {
     pass(&[("debian", "several_vcpus_reboot"), ("paravirtual", ""), ("failures", "")], LIMIT);
 }
 
+/// What all whole-machine tests take, in one part of several.
+const LONG_LIMIT: Duration = Duration::from_secs(3600);
+
 #[test]
 #[ignore = "takes many minutes"]
-fn all_whole_machine_tests() {
-    let debian = "--skip generic --skip cloud";
+fn all_of_the_engine() {
     // Images are made without an engine.
     let errors = "--skip cache --skip first_run";
     let runs = [
         ("engine", ""),
         ("failures", ""),
         ("toys", ""),
+        ("doctor", ""),
         ("terminal", ""),
         ("footprint", ""),
         ("paravirtual", ""),
         ("moves", ""),
-        ("network", ""),
+        ("limits", ""),
         ("errors", errors),
-        ("debian", debian),
     ];
-    pass(&runs, Duration::from_secs(3600));
+    pass(&runs, LONG_LIMIT);
+}
+
+#[test]
+#[ignore = "takes many minutes"]
+fn all_of_debian() {
+    pass(&[("debian", "--skip generic --skip cloud"), ("network", ""), ("share", "")], LONG_LIMIT);
+}
+
+#[test]
+#[ignore = "takes many minutes"]
+fn all_of_devices() {
+    pass(&[("devices", ""), ("disks", ""), ("agent", "")], LONG_LIMIT);
 }
 
 /// What the monitor needs for itself, as users have it: built for release.
@@ -328,5 +360,5 @@ fn chosen() {
     let chosen = std::env::var("TIGHTROPE_NESTED").unwrap_or_default();
     let runs: Vec<_> =
         chosen.split(';').filter_map(|run| run.trim().split_once(' ').or(Some((run.trim(), "")))).collect();
-    pass(&runs, Duration::from_secs(3600));
+    pass(&runs, LONG_LIMIT);
 }

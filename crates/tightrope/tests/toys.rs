@@ -31,6 +31,23 @@ fn triple_fault_is_exit_code_3_with_registers() {
     }
 }
 
+/// A vector instruction on device memory, which KVM's emulator does not know: it says so, with what the CPU had. Translated code takes it.
+#[test]
+fn what_the_engine_cannot_run_is_exit_code_3_with_registers() {
+    // mov rax, cr4; or eax, 0x200 (OSFXSR); mov cr4, rax; mov ebx, 0xfed00000; paddd xmm0, [rbx]
+    let code = [0x0f, 0x20, 0xe0, 0x0d, 0, 2, 0, 0, 0x0f, 0x22, 0xe0, 0xbb, 0, 0, 0xd0, 0xfe, 0x66, 0x0f, 0xfe, 0x03];
+    let kernel = Kernel::new(Code::new().print("go").raw(&code).print("on").power_off());
+    let done = finish(kernel.run(&[]), b"");
+    if common::engine() == "kvm" {
+        assert_eq!((done.code(), done.out.as_str()), (Some(3), "go"), "{}", done.err);
+        for part in ["KVM cannot emulate an instruction", "on vCPU 0", "RBX: 00000000fed00000", "<66> 0f fe 03"] {
+            assert!(done.err.contains(part), "{part} is missing in {}", done.err);
+        }
+    } else {
+        assert_eq!((done.code(), done.out.as_str()), (Some(0), "goon"), "{}", done.err);
+    }
+}
+
 #[test]
 fn halting_for_good_is_exit_code_3() {
     let kernel = Kernel::new(Code::new().raw(&[0xfa]).stop());

@@ -3,10 +3,12 @@
 //! A `/dev/kvm` that opens may be one that cannot: inside a virtual machine whose hypervisor passes on no VT-x or AMD-V, some kernels
 //! still emulate 16-bit code. So a small guest of ours ([`guest`]) runs through the very engine: it pages, takes a page fault
 //! and an invalid opcode, uses SSE and BMI2, and sleeps until a timer interrupt of its local APIC. That takes some
-//! milliseconds; the answer is kept ([`cache`]) until the next boot.
+//! milliseconds; the answer is kept ([`cache`]) until the next boot, or until KVM does not do what it was found to do.
 
 mod cache;
 mod guest;
+
+pub(crate) use cache::Doubt;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, mpsc};
@@ -37,8 +39,10 @@ pub struct Found {
 /// # Errors
 /// [`Unusable`]
 pub fn usable() -> Result<Host, Unusable> {
-    let host = Host::open()?;
-    look(&host, true).verdict.map(|()| host)
+    let mut host = Host::open()?;
+    look(&host, true).verdict?;
+    host.doubt_with(Doubt::ready());
+    Ok(host)
 }
 
 /// Runs the guest, or remembers. With `cached`, an answer from this boot of the host is good enough.
@@ -58,13 +62,8 @@ pub fn look(host: &Host, cached: bool) -> Found {
     let took = started.elapsed();
     let verdict = match result {
         Ok(()) => Ok(()),
-        Err(Failure::Silent) => {
-            // Not kept: it may be a host under heavy load.
-            return Found {
-                verdict: Err(Unusable::CannotRun("a test guest did not come back".into())),
-                took: Some(took),
-            };
-        }
+        // Kept for a while only: it may be a host under heavy load.
+        Err(Failure::Silent) => Err(Unusable::Silent),
         Err(Failure::Refused(why)) => return Found { verdict: Err(Unusable::Refused(why)), took: Some(took) },
         Err(Failure::Wrong(why)) => Err(Unusable::CannotRun(why)),
     };
@@ -74,9 +73,9 @@ pub fn look(host: &Host, cached: bool) -> Found {
     Found { verdict, took: Some(took) }
 }
 
-/// Forgets what is known: KVM did not do what it was found to do.
+/// What is known is not believed any more: KVM did not do what it was found to do.
 pub fn forget() {
-    cache::forget();
+    Doubt::ready().raise();
 }
 
 #[derive(Debug, PartialEq, Eq)]

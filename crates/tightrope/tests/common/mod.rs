@@ -398,7 +398,7 @@ impl Drop for Vm {
 
 /// Waits until `condition` holds.
 pub fn wait(what: &str, condition: impl Fn() -> bool) {
-    let end = Instant::now() + LIMIT;
+    let end = Instant::now() + patient(LIMIT);
     while !condition() {
         assert!(Instant::now() < end, "{what} did not come about");
         std::thread::sleep(Duration::from_millis(20));
