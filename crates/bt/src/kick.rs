@@ -1,9 +1,10 @@
 //! Waking and interrupting a vCPU from other threads, and the memory that it takes.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 
 use cpu::Kick;
+use runner::Signaller;
 
 use crate::block::{CALL_STACK, MAX_SLOTS, VcpuBlock};
 use crate::world::Mail;
@@ -100,6 +101,8 @@ pub struct KickHandle {
     pub running: AtomicBool,
     pub mail: Mutex<Mail>,
     pub has_mail: AtomicBool,
+    /// Calls the program that runs directly, if there is a process for that.
+    program: OnceLock<Arc<Signaller>>,
 }
 
 impl KickHandle {
@@ -116,12 +119,32 @@ impl KickHandle {
             running: AtomicBool::new(false),
             mail: Mutex::new(Mail::default()),
             has_mail: AtomicBool::new(false),
+            program: OnceLock::new(),
         })
+    }
+
+    /// The process that this vCPU's programs may run in.
+    pub fn set_signaller(&self, signaller: Arc<Signaller>) {
+        let _ = self.program.set(signaller);
+    }
+
+    /// A program is about to run directly, or has stopped. Calls from before are in the kick word.
+    pub fn set_inside(&self, inside: bool) {
+        if let Some(program) = self.program.get() {
+            program.set_inside(inside);
+        }
+    }
+
+    fn call_program(&self) {
+        if let Some(program) = self.program.get() {
+            program.call();
+        }
     }
 
     /// Makes the vCPU look around soon, and wakes it if it sleeps.
     pub fn raise(&self) {
         self.memory.kick_word().store(1, Ordering::SeqCst);
+        self.call_program();
         if self.asleep.load(Ordering::SeqCst) {
             // Taking the lock makes sure that a sleeper has either seen the word or hears the notification.
             drop(self.sleep.lock().unwrap_or_else(PoisonError::into_inner));
@@ -132,6 +155,7 @@ impl KickHandle {
     /// Makes the vCPU look around soon if it runs; a sleeper looks when it wakes.
     pub fn nudge(&self) {
         self.memory.kick_word().store(1, Ordering::SeqCst);
+        self.call_program();
     }
 
     /// Sleeps until kicked.

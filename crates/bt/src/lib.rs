@@ -8,6 +8,7 @@
 //! * [`block`]: the vCPU block, all that translated code reaches besides guest memory.
 //! * [`vcpu`]: the dispatcher.
 //! * [`sampler`]: where the time goes. Code is translated to be short first, and again to be fast where it is hot.
+//! * [`direct`]: programs that compute for long are not translated, but run as they are in a process of their own.
 //! * [`tlb`]: software TLB, jump slots, indirect targets, and their flushes.
 //! * [`signals`]: faults of copied instructions.
 //!
@@ -19,6 +20,7 @@ mod analyze;
 mod asm;
 mod block;
 mod cache;
+mod direct;
 mod emit;
 mod groups;
 mod kick;
@@ -55,6 +57,9 @@ pub struct Options {
     pub fast_transitions: bool,
     /// Translate code to be short first, and to be fast where it turns out to be hot. Else it is all translated to be fast.
     pub tiers: bool,
+    /// Let programs that compute for long run as they are, in processes of their own, where the host and RAM (see
+    /// [`GuestRam::shareable`](::memory::GuestRam::shareable)) let them.
+    pub direct: bool,
     /// Count interpreted instructions by kind.
     pub step_histogram: bool,
     /// Run every block in the interpreter, too, and stop at the first difference. Slow; flags are precise then.
@@ -78,6 +83,7 @@ impl Options {
             precise_flags: false,
             fast_transitions: true,
             tiers: true,
+            direct: true,
             step_histogram: false,
             lockstep: false,
             parking: None,
@@ -167,6 +173,7 @@ impl Engine for BtEngine {
         vcpu.pv_unhalt = self.options.model.pv_unhalt;
         vcpu.fast_transitions = self.options.fast_transitions;
         vcpu.tamper = self.options.tamper;
+        vcpu.direct_wanted = self.options.direct && !self.options.lockstep && self.options.tamper.is_none();
         if self.options.step_histogram {
             vcpu.step_histogram = Some(Default::default());
         }

@@ -10,11 +10,15 @@ const INTERVAL: i64 = 1_000_000;
 const ROOM: usize = 64;
 /// So many make it look.
 const BATCH: u32 = 16;
+/// So many samples of a program one after the other show that it computes.
+const STEADY: u32 = 3;
 
 /// Samples of one vCPU. Written by the signal's handler, which runs on the vCPU's own thread.
 pub struct Sampler {
     count: AtomicU32,
     places: [AtomicU64; ROOM],
+    /// Samples one after the other that found a program, not the kernel.
+    programs: AtomicU32,
     /// The vCPU does not run guest code for now.
     asleep: AtomicBool,
     /// The timer is set.
@@ -30,6 +34,7 @@ impl Sampler {
         Self {
             count: AtomicU32::new(0),
             places: [const { AtomicU64::new(0) }; ROOM],
+            programs: AtomicU32::new(0),
             asleep: AtomicBool::new(true),
             armed: AtomicBool::new(false),
             timer: AtomicI32::new(-1),
@@ -98,14 +103,16 @@ impl Sampler {
         unsafe { libc::syscall(libc::SYS_timer_settime, timer, 0, &raw const once, std::ptr::null_mut::<u8>()) };
     }
 
-    /// The timer's signal; `place`: the thread was in translated code, at this host address. Returns whether the vCPU should look. Safe to call in a
-    /// signal's handler.
-    pub fn tick(&self, place: Option<u64>) -> bool {
+    /// The timer's signal; `place`: the thread was in translated code, at this host address; `program`: of a program. Returns whether the vCPU
+    /// should look. Safe to call in a signal's handler.
+    pub fn tick(&self, place: Option<u64>, program: bool) -> bool {
         self.armed.store(false, Ordering::Relaxed);
         if self.asleep.load(Ordering::Relaxed) {
             return false;
         }
         self.arm();
+        let programs = if program { self.programs.load(Ordering::Relaxed) + 1 } else { 0 };
+        self.programs.store(programs, Ordering::Relaxed);
         let count = self.count.load(Ordering::Relaxed);
         if let Some(place) = place
             && let Some(room) = self.places.get(count as usize)
@@ -113,7 +120,17 @@ impl Sampler {
             room.store(place, Ordering::Relaxed);
             self.count.store(count + 1, Ordering::Relaxed);
         }
-        count + 1 >= BATCH
+        count + 1 >= BATCH || programs >= STEADY
+    }
+
+    /// Has a program had the CPU for some time? Tells once each time.
+    #[inline]
+    pub fn steady(&self) -> bool {
+        if self.programs.load(Ordering::Relaxed) < STEADY {
+            return false;
+        }
+        self.programs.store(0, Ordering::Relaxed);
+        true
     }
 
     /// Are there enough samples to look at?
@@ -147,18 +164,35 @@ mod tests {
     #[test]
     fn ticks_are_kept_until_they_are_taken() {
         let sampler = Sampler::new();
-        assert!(!sampler.tick(Some(1)), "asleep");
+        assert!(!sampler.tick(Some(1), false), "asleep");
         sampler.wake();
         for n in 1..BATCH {
-            assert!(!sampler.tick(Some(u64::from(n))));
+            assert!(!sampler.tick(Some(u64::from(n)), false));
         }
         assert!(!sampler.ready());
-        assert!(sampler.tick(Some(99)) && sampler.ready());
+        assert!(sampler.tick(Some(99), false) && sampler.ready());
         for _ in 0..2 * ROOM {
-            sampler.tick(Some(7));
+            sampler.tick(Some(7), false);
         }
         assert_eq!(sampler.take().count(), ROOM);
-        sampler.tick(None);
+        sampler.tick(None, false);
         assert_eq!(sampler.take().count(), 0);
+    }
+
+    #[test]
+    fn programs_that_compute_are_told_of() {
+        let sampler = Sampler::new();
+        sampler.wake();
+        for _ in 0..5 {
+            for _ in 1..STEADY {
+                assert!(!sampler.tick(None, true));
+                assert!(!sampler.steady());
+            }
+            assert!(sampler.tick(None, true));
+            assert!(sampler.steady() && !sampler.steady());
+            sampler.tick(None, true);
+            sampler.tick(None, false);
+            sampler.take().count();
+        }
     }
 }

@@ -28,6 +28,8 @@ pub struct ThreadInfo {
     /// Who looks where the time goes.
     pub sampler: *const Sampler,
     pub kick: *const AtomicU32,
+    /// [`crate::block::VcpuBlock::user`].
+    pub user: *const u32,
 }
 
 thread_local! {
@@ -147,7 +149,7 @@ unsafe fn sample(thread: &ThreadInfo, pc: u64, stack: u64) {
     }
     // SAFETY: both live as long as the vCPU that this thread runs.
     unsafe {
-        if (*thread.sampler).tick(place) {
+        if (*thread.sampler).tick(place, thread.user.read_volatile() != 0) {
             (*thread.kick).store(1, Ordering::SeqCst);
         }
     }

@@ -402,6 +402,14 @@ impl Tlbs {
         }
     }
 
+    /// Forgets all indirect targets of programs.
+    pub fn forget_targets_of_programs(&mut self, block: &mut VcpuBlock) {
+        for (index, entry) in block.ibtc[1].iter_mut().enumerate() {
+            entry.target = never_target(index);
+        }
+        self.local_ibtc.retain(|&(number, _)| (number as usize) < IBTC_ENTRIES);
+    }
+
     fn note_jump(&mut self, target: u64) {
         self.jump_pages.insert(target & !0xfff);
         if target & 0xfff > 4096 - 15 {

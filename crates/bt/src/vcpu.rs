@@ -1,6 +1,7 @@
 //! One vCPU under binary translation: the dispatcher.
 
 mod contract;
+mod direct;
 mod find;
 mod flush;
 mod lockstep;
@@ -18,6 +19,7 @@ use crate::Parking;
 use crate::analyze::Mode;
 use crate::block::{BOUNCE, VcpuBlock, WRONG_PREDICTIONS, reason};
 use crate::cache::{BlockId, Cache, Hit, Place, STEP_ONLY, Sites, Slot};
+use crate::direct::Direct;
 use crate::emit::LinkKind;
 use crate::kick::KickHandle;
 use crate::sampler::Sampler;
@@ -162,6 +164,10 @@ pub struct BtVcpu {
     /// Check sites that shall stop predicting: number, position in the cache.
     unpredictable: Vec<(u16, u32)>,
     sampler: Box<Sampler>,
+    /// The process that programs run in directly, if there is one.
+    direct: Option<Box<Direct>>,
+    /// See [`crate::Options::direct`].
+    pub direct_wanted: bool,
     /// Low half of the code cache's address.
     code_start: u32,
     /// What [`Self::called_from`] found last: position, access, generation of the cache.
@@ -243,6 +249,8 @@ impl BtVcpu {
             page_fault: None,
             unpredictable: Vec::new(),
             sampler: Box::new(Sampler::new()),
+            direct: None,
+            direct_wanted: false,
             code_start,
             callers: Box::new([(0, u32::MAX, u64::MAX); CALLERS]),
         });
@@ -411,6 +419,9 @@ impl BtVcpu {
             if self.sampler.ready() && self.tamper.is_none() {
                 self.promote();
             }
+            if self.sampler.steady() {
+                self.consider_direct();
+            }
             let block = self.block();
             let state = &mut block.state;
             let status = self.setup.lapic.status();
@@ -523,6 +534,9 @@ impl BtVcpu {
     fn dispatch(&mut self, enter: extern "C" fn(u64)) -> Next {
         let Some(mode) = Self::current_mode(&self.block().state) else { return self.interpret(true) };
         self.set_mode(mode);
+        if mode.user && self.is_direct() {
+            return self.run_directly();
+        }
         let address = self.block().state.rip;
         let Some((mut id, _)) = self.find(address) else { return self.interpret(true) };
         // What to fill in once the block at the target is known.
@@ -587,6 +601,9 @@ impl BtVcpu {
                         return if self.undo_jump(argument) { self.interpret(false) } else { corrupt("exit") };
                     }
                     block.state.rip = target;
+                    if user && self.is_direct() {
+                        return Next::Run;
+                    }
                     let Some((next, global)) = self.find(target) else { return self.without_block(target) };
                     if next != STEP_ONLY {
                         let cache = self.shared.cache();
@@ -820,6 +837,7 @@ impl BtVcpu {
             stubs: cache.stubs.end,
             sampler: &raw const *self.sampler,
             kick: memory.kick_word(),
+            user: &raw const block.user,
         }
     }
 

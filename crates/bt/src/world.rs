@@ -26,7 +26,7 @@ const MAX_MAIL: usize = 64;
 /// What a parked vCPU must do to its own caches before it goes on.
 #[derive(Default)]
 pub struct Mail {
-    /// Host pages that hold translated code now: no write entries for them.
+    /// Guest-physical pages that hold translated code now: no write entries for them.
     pub protect: Vec<u64>,
     /// Translations that have gone.
     pub forgotten: Vec<Arc<Forgotten>>,
@@ -41,10 +41,10 @@ impl Mail {
         }
     }
 
-    /// The page at this host address holds code now.
-    pub fn protect(&mut self, host_page: u64) {
+    /// The page at this guest-physical address holds code now.
+    pub fn protect(&mut self, gpa: u64) {
         if !self.everything {
-            self.protect.push(host_page);
+            self.protect.push(gpa);
             self.limit();
         }
     }

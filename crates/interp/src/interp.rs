@@ -189,6 +189,11 @@ impl Interp {
         exceptions.chain(taken.map(|(vector, number)| (format!("interrupts.{vector:#04x}"), *number))).collect()
     }
 
+    /// CPU time of this process of the host is the vCPU's, too.
+    pub fn add_process(&mut self, pid: i32) {
+        self.steal.add_process(pid);
+    }
+
     /// The vCPU begins to run, or goes on after it was stopped or moved here. To be called before its first step.
     pub fn resumed(&mut self, state: &CpuState) {
         self.steal.resumed(&self.mmu.ram, state);

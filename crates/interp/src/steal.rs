@@ -21,13 +21,15 @@ const PREEMPTED: u64 = 16;
 pub(crate) struct StealClock {
     /// TSC and CPU time at the last look; `None`: not running.
     since: Option<(u64, u64)>,
+    /// Clock of a process that works for the vCPU, too.
+    process: Option<libc::clockid_t>,
 }
 
-/// CPU time of this thread in nanoseconds.
-fn cpu_time() -> u64 {
+/// CPU time by this clock, in nanoseconds.
+fn cpu_time(clock: libc::clockid_t) -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `time` is a valid place for the result.
-    let result = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    let result = unsafe { libc::clock_gettime(clock, &mut time) };
     if result == 0 { time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64 } else { 0 }
 }
 
@@ -37,6 +39,12 @@ pub(crate) fn valid(value: u64) -> bool {
 }
 
 impl StealClock {
+    /// CPU time of this process counts as the vCPU's.
+    pub fn add_process(&mut self, pid: i32) {
+        // CPUCLOCK_SCHED of a process, as clock_getcpuclockid(3) makes it.
+        self.process = Some((!pid << 3) | 2);
+    }
+
     /// The vCPU is halted, or stands still: what passes is nobody's.
     pub fn pause(&mut self) {
         self.since = None;
@@ -63,7 +71,7 @@ impl StealClock {
         if passed.is_some_and(|passed| passed < INTERVAL) {
             return;
         }
-        let used = cpu_time();
+        let used = cpu_time(libc::CLOCK_THREAD_CPUTIME_ID) + self.process.map_or(0, cpu_time);
         let before = self.since.replace((now, used));
         if let (Some(passed), Some((_, used_before))) = (passed, before) {
             let stolen = passed.saturating_sub(used.saturating_sub(used_before));

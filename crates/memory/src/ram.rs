@@ -1,11 +1,15 @@
 //! The VM's RAM and where it lies in the guest-physical address space.
 
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 
 use crate::{CodePages, WriteTracker};
 
@@ -51,20 +55,47 @@ impl std::fmt::Display for RamError {
 
 impl std::error::Error for RamError {}
 
+/// Where RAM at guest-physical `gpa` is in its file: pieces follow each other.
+const fn in_file(gpa: u64) -> u64 {
+    if gpa < layout::LOW_RAM_END { gpa } else { gpa - (layout::HIGH_RAM_START - layout::LOW_RAM_END) }
+}
+
 /// The RAM of one VM. Cheap to clone: clones are the same memory.
 #[derive(Clone, Debug)]
 pub struct GuestRam {
     memory: Arc<VmMemory>,
     code_pages: Arc<CodePages>,
     size: u64,
+    /// What it is a mapping of, where other processes are to have it, too.
+    file: Option<Arc<File>>,
 }
 
 impl GuestRam {
-    /// Maps `size` bytes of zeroed RAM, lazily backed by the host.
+    /// Maps `size` bytes of zeroed RAM, lazily backed by the host, for this process alone.
     ///
     /// # Errors
     /// [`RamError`] for an impossible size or when the host refuses the mapping.
     pub fn new(size: u64) -> Result<Self, RamError> {
+        Self::map(size, None)
+    }
+
+    /// As [`Self::new`], but of a file in memory, which other processes may map: see [`Self::file`].
+    ///
+    /// # Errors
+    /// As for [`Self::new`].
+    pub fn shareable(size: u64) -> Result<Self, RamError> {
+        // SAFETY: a plain system call; the new file descriptor belongs to the returned value.
+        let file = unsafe {
+            match libc::memfd_create(c"tightrope-ram".as_ptr(), libc::MFD_CLOEXEC) {
+                -1 => return Err(RamError::Host(std::io::Error::last_os_error().to_string())),
+                file => File::from_raw_fd(file),
+            }
+        };
+        file.set_len(size).map_err(|error| RamError::Host(error.to_string()))?;
+        Self::map(size, Some(Arc::new(file)))
+    }
+
+    fn map(size: u64, file: Option<Arc<File>>) -> Result<Self, RamError> {
         if !(layout::MIN_RAM..=layout::MAX_RAM).contains(&size) || !size.is_multiple_of(crate::PAGE_SIZE) {
             return Err(RamError::Size(size));
         }
@@ -77,18 +108,49 @@ impl GuestRam {
             if len == 0 {
                 continue;
             }
-            let mapping = MmapRegionBuilder::new_with_bitmap(len as usize, WriteTracker::new(base, code_pages.clone()))
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
-                .build()
-                .map_err(|e| RamError::Host(e.to_string()))?;
+            let builder = MmapRegionBuilder::new_with_bitmap(len as usize, WriteTracker::new(base, code_pages.clone()))
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+            let builder = match &file {
+                Some(file) => builder
+                    .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                    .with_file_offset(FileOffset::from_arc(file.clone(), in_file(base))),
+                None => builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
+            };
+            let mapping = builder.build().map_err(|e| RamError::Host(e.to_string()))?;
             // SAFETY: the range was just mapped by us and stays mapped as long as `mapping` lives; advice cannot
             // change its contents.
             unsafe { libc::madvise(mapping.as_ptr().cast(), len as usize, libc::MADV_HUGEPAGE) };
             regions.push(GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or(RamError::Size(size))?);
         }
         let memory = VmMemory::from_regions(regions).map_err(|e| RamError::Host(e.to_string()))?;
-        Ok(Self { memory: Arc::new(memory), code_pages, size })
+        Ok(Self { memory: Arc::new(memory), code_pages, size, file })
+    }
+
+    /// The file that all of RAM is in, if it was made [shareable](Self::shareable).
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(|file| file.as_fd())
+    }
+
+    /// Where guest-physical `gpa` is in that file, if it is RAM. Pages that follow each other there do so in the file, except at
+    /// [`layout::LOW_RAM_END`].
+    pub fn offset_in_file(&self, gpa: u64) -> Option<u64> {
+        self.file.as_ref()?;
+        self.host_page(gpa)?;
+        Some(in_file(gpa))
+    }
+
+    /// Makes a range of whole pages read as zeros, and gives its memory back.
+    ///
+    /// # Safety
+    /// The range is RAM.
+    unsafe fn drop_pages(&self, host: *mut u8, len: u64) -> std::io::Result<()> {
+        let how = if self.file.is_some() { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+        // SAFETY: the caller's: the range is a mapping of ours, which reads as zeros after this; nobody holds references into it (all access is by
+        // volatile or atomic operations).
+        match unsafe { libc::madvise(host.cast(), len as usize, how) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
     }
 
     /// The memory as `vm-memory` sees it.
@@ -147,11 +209,8 @@ impl GuestRam {
     /// The host refuses.
     pub fn clear(&self) -> std::io::Result<()> {
         for (_, host, len) in self.pieces() {
-            // SAFETY: the piece is an anonymous private mapping of ours, which reads as zeros after this; nobody holds references
-            // into it (all access is by volatile or atomic operations).
-            if unsafe { libc::madvise(host.cast(), len as usize, libc::MADV_DONTNEED) } != 0 {
-                return Err(std::io::Error::last_os_error());
-            }
+            // SAFETY: the piece is RAM.
+            unsafe { self.drop_pages(host, len)? };
         }
         Ok(())
     }
@@ -169,11 +228,8 @@ impl GuestRam {
         };
         let Some((start, len)) = whole() else { return Ok(0) };
         let Ok(slice) = self.memory.get_slice(GuestAddress(start), len as usize) else { return Ok(0) };
-        // SAFETY: the range is whole pages (regions start at pages and are some) of an anonymous private mapping of ours, which read as
-        // zeros after this; nobody holds references into it (all access is by volatile or atomic operations).
-        if unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), len as usize, libc::MADV_DONTNEED) } != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
+        // SAFETY: the range is RAM, and whole pages: regions start at pages and are some.
+        unsafe { self.drop_pages(slice.ptr_guard_mut().as_ptr(), len)? };
         slice.bitmap().mark_dirty(0, len as usize);
         Ok(len)
     }
@@ -206,8 +262,33 @@ mod tests {
     }
 
     #[test]
+    fn the_file_has_all_of_it() {
+        use std::os::unix::fs::FileExt;
+        let ram = GuestRam::shareable(4 << 30).unwrap();
+        assert_eq!(ram.offset_in_file(layout::LOW_RAM_END - 4096), Some(layout::LOW_RAM_END - 4096));
+        assert_eq!(ram.offset_in_file(layout::LOW_RAM_END), None);
+        assert_eq!(ram.offset_in_file(layout::HIGH_RAM_START + 4096), Some(layout::LOW_RAM_END + 4096));
+        assert!(ram.write(0x5000, &[1, 2]) && ram.write(layout::HIGH_RAM_START + 0x5000, &[3, 4]));
+        let file = File::from(ram.file().unwrap().try_clone_to_owned().unwrap());
+        let mut data = [0; 2];
+        file.read_exact_at(&mut data, 0x5000).unwrap();
+        assert_eq!(data, [1, 2]);
+        file.read_exact_at(&mut data, layout::LOW_RAM_END + 0x5000).unwrap();
+        assert_eq!(data, [3, 4]);
+        assert_eq!(ram.discard(0x5000, 4096).unwrap(), 4096);
+        file.read_exact_at(&mut data, 0x5000).unwrap();
+        assert_eq!(data, [0, 0]);
+        assert!(GuestRam::new(64 << 20).unwrap().file().is_none());
+    }
+
+    #[test]
     fn read_back() {
-        let ram = GuestRam::new(64 << 20).unwrap();
+        for ram in [GuestRam::new(64 << 20).unwrap(), GuestRam::shareable(64 << 20).unwrap()] {
+            reads_back(&ram);
+        }
+    }
+
+    fn reads_back(ram: &GuestRam) {
         assert!(ram.write(0x1ffe, &[1, 2, 3, 4]));
         let mut data = [0; 4];
         assert!(ram.read(0x1ffe, &mut data));
@@ -219,15 +300,21 @@ mod tests {
         assert_eq!(data, [0; 4]);
     }
 
+    struct Seen(std::sync::Mutex<Vec<(u64, u64)>>);
+    impl crate::CodeWriteListener for Seen {
+        fn code_written(&self, gpa: u64, len: u64) {
+            self.0.lock().unwrap().push((gpa, len));
+        }
+    }
+
     #[test]
     fn discard_gives_back_whole_pages_only() {
-        struct Seen(std::sync::Mutex<Vec<(u64, u64)>>);
-        impl crate::CodeWriteListener for Seen {
-            fn code_written(&self, gpa: u64, len: u64) {
-                self.0.lock().unwrap().push((gpa, len));
-            }
+        for ram in [GuestRam::new(64 << 20).unwrap(), GuestRam::shareable(64 << 20).unwrap()] {
+            discards_whole_pages(&ram);
         }
-        let ram = GuestRam::new(64 << 20).unwrap();
+    }
+
+    fn discards_whole_pages(ram: &GuestRam) {
         let seen = Arc::new(Seen(std::sync::Mutex::default()));
         ram.code_pages().set_listener(seen.clone());
         ram.code_pages().set(4);

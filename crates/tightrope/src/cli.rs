@@ -366,6 +366,10 @@ pub struct RunArgs {
     #[arg(long, hide = true)]
     pub lockstep: bool,
 
+    /// Translate all programs, also those that compute for long and could run directly on the CPU [engine bt]
+    #[arg(long, help_heading = "Debugging")]
+    pub no_direct: bool,
+
     /// Where SIGUSR2 saves the VM, which then ends
     #[arg(long, hide = true, value_name = "FILE")]
     pub save_to: Option<PathBuf>,

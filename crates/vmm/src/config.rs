@@ -78,6 +78,8 @@ pub struct VmConfig {
     pub sandbox: SandboxMode,
     /// Run the translator beside the interpreter and stop at the first difference.
     pub lockstep: bool,
+    /// Engine `bt` may run programs that compute for long directly, in processes of their own.
+    pub direct: bool,
     /// Where SIGUSR2 saves the VM, which then ends.
     pub save_to: Option<PathBuf>,
     /// A saved VM that goes on instead of a boot. Everything else must be as it was for that VM.
@@ -118,6 +120,7 @@ impl VmConfig {
             gdb: None,
             sandbox: SandboxMode::On,
             lockstep: false,
+            direct: true,
             save_to: None,
             restore: None,
             ready_marker: None,

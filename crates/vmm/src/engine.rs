@@ -52,6 +52,11 @@ fn needs_bt(config: &VmConfig) -> Option<&'static str> {
     (trace.interrupts || trace.blocks || trace.tlb).then_some("--trace int, blocks and tlb")
 }
 
+/// Is the guest going to run on engine `bt`?
+pub(crate) fn is_bt(config: &VmConfig, kvm: &KvmState) -> bool {
+    config.engine == EngineChoice::Bt || config.engine == EngineChoice::Auto && !matches!(kvm, KvmState::Works(_))
+}
+
 /// Can the engine that is asked for do what is asked of it?
 pub(crate) fn check(config: &VmConfig) -> Result<(), Error> {
     if config.cpus == 0 || config.cpus > MAX_CPUS {
@@ -232,6 +237,7 @@ fn bt(config: &VmConfig, ram: GuestRam, model: CpuidModel, trace: Option<TraceSi
     options.parking = (config.cpus > 1)
         .then_some(bt::Parking { code: machine::layout::PARKING_CODE, mailbox: machine::layout::MAILBOX });
     options.lockstep = config.lockstep;
+    options.direct = config.direct;
     if let (Some(kinds), Some(sink)) = (&config.trace, trace) {
         let mut trace = bt::Trace::new(sink);
         trace.interrupts = kinds.interrupts;

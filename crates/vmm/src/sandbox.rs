@@ -29,7 +29,7 @@ pub fn closed() -> bool {
 }
 
 /// What the VM needs beyond the usual.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Needs {
     /// Accepting connections on sockets that already listen, and talking on them.
     pub sockets: bool,
@@ -41,6 +41,8 @@ pub(crate) struct Needs {
     pub uring: bool,
     /// Other commands find this VM: they connect, and the guest's connections have Unix sockets at the host's end.
     pub instance: bool,
+    /// Processes that guest programs run in, traced by vCPUs' threads.
+    pub traced: Vec<u32>,
 }
 
 fn host(what: &str) -> impl FnOnce(std::io::Error) -> Error {
@@ -123,6 +125,8 @@ pub(crate) fn close(mode: SandboxMode, needs: Needs) -> Result<(), Error> {
 
 /// System calls that this process is told do not exist, instead of being killed for trying.
 const ABSENT: [i64; 3] = [libc::SYS_clone3, libc::SYS_statx, libc::SYS_newfstatat];
+
+const PTRACE_SYSEMU: u32 = 31;
 
 /// The allow-list.
 fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<Rule>>, seccompiler::BackendError> {
@@ -208,7 +212,24 @@ fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<Rule>>, seccompiler::Backen
     let thread = (libc::CLONE_THREAD | libc::CLONE_VM | libc::CLONE_SIGHAND) as u64;
     rules.insert(libc::SYS_clone, vec![masked(0, thread, thread)?]);
     let pid = u64::from(std::process::id());
-    rules.insert(libc::SYS_tgkill, vec![equals(0, pid)?]);
+    let traced: Vec<u64> = needs.traced.iter().copied().map(u64::from).collect();
+    rules.insert(libc::SYS_tgkill, one_of(0, &[&[pid][..], &traced].concat())?);
+    if !traced.is_empty() {
+        // Running the programs in them; reading and writing their registers. None starts or attaches to another.
+        let requests = [
+            libc::PTRACE_CONT,
+            PTRACE_SYSEMU,
+            libc::PTRACE_GETREGS,
+            libc::PTRACE_SETREGS,
+            libc::PTRACE_GETREGSET,
+            libc::PTRACE_SETREGSET,
+            libc::PTRACE_GETSIGINFO,
+        ];
+        rules.insert(libc::SYS_ptrace, one_of(0, &requests.map(u64::from))?);
+        rules.insert(libc::SYS_wait4, one_of(0, &traced)?);
+        // On the core that their vCPU's thread is on.
+        rules.insert(libc::SYS_sched_setaffinity, one_of(0, &[&[0][..], &traced].concat())?);
+    }
     rules.insert(libc::SYS_kill, vec![equals(0, pid)?]);
     // A thread's name, and how exact its timers are: threads that have just been started set them.
     rules.insert(libc::SYS_prctl, one_of(0, &[libc::PR_SET_NAME as u64, libc::PR_SET_TIMERSLACK as u64])?);
@@ -342,6 +363,7 @@ mod tests {
                 network: false,
                 uring: deed == "uring",
                 instance: false,
+                traced: Vec::new(),
             },
         )
         .unwrap();

@@ -25,6 +25,8 @@ pub(crate) struct VcpuThread {
     running: bool,
     stop_requested: bool,
     thread: Option<JoinHandle<()>>,
+    /// Processes that the thread traces.
+    processes: Vec<u32>,
 }
 
 impl VcpuThread {
@@ -32,7 +34,10 @@ impl VcpuThread {
     pub(crate) fn start(index: u32, mut vcpu: Box<dyn Vcpu>, events: Events) -> std::io::Result<Self> {
         let stop = vcpu.stop_handle();
         let (commands, receiver) = mpsc::channel();
+        let (attached, processes) = mpsc::channel();
         let thread = std::thread::Builder::new().name(format!("vcpu-{index}")).spawn(move || {
+            // The sandbox lets nobody start a process once it is closed.
+            let _ = attached.send(if crate::sandbox::closed() { Vec::new() } else { vcpu.attach_thread() });
             for command in receiver {
                 let exit = match command {
                     Command::Run => guarded(&mut *vcpu, |vcpu| vcpu.run()),
@@ -48,7 +53,14 @@ impl VcpuThread {
                 }
             }
         })?;
-        Ok(Self { index, commands: Some(commands), stop, running: false, stop_requested: false, thread: Some(thread) })
+        let processes = processes.recv().unwrap_or_default();
+        let (commands, thread) = (Some(commands), Some(thread));
+        Ok(Self { index, commands, stop, running: false, stop_requested: false, thread, processes })
+    }
+
+    /// Numbers of the processes that the thread traces.
+    pub(crate) fn processes(&self) -> &[u32] {
+        &self.processes
     }
 
     /// Number of the vCPU.

@@ -176,9 +176,13 @@ impl Vm {
             network: network.is_some(),
             uring: config.disks.iter().any(|disk| disk.io == disk::Io::Uring),
             instance: config.instance.is_some(),
+            traced: Vec::new(),
         };
         signals::restore_terminal_when_fatal();
-        let ram = GuestRam::new(config.memory).map_err(|error| Error::Host(error.to_string()))?;
+        // Other processes can have RAM only where it is a file, whose pages are small on most hosts.
+        let direct = config.direct && !config.lockstep && engine::is_bt(config, &kvm);
+        let ram = if direct { GuestRam::shareable(config.memory) } else { GuestRam::new(config.memory) };
+        let ram = ram.map_err(|error| Error::Host(error.to_string()))?;
         let tsc_khz = tsc.join().unwrap_or_else(|_| machine::clock::measure_tsc_khz());
         sandbox::before_threads(config.sandbox)?;
         let (engine, engine_line) = engine::choose(config, ram.clone(), tsc_khz, kvm, trace.clone(), model)?;
@@ -222,6 +226,7 @@ impl Vm {
                 rustix::stdio::dup2_stderr(null).map_err(|error| host(error.into()))?;
             }
         }
+        let needs = Needs { traced: vm.cpus.processes(), ..needs };
         sandbox::close(config.sandbox, needs)?;
         Ok(vm)
     }

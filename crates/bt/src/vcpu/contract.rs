@@ -34,9 +34,19 @@ impl Vcpu for BtVcpu {
         let _running = Running::new(self);
         self.interp.resumed(&self.block().state);
         let exit = self.run_guest();
+        if let Some(direct) = &mut self.direct {
+            direct.leave();
+        }
         self.sampler.sleep();
         self.counters.run_time += start.elapsed();
         exit
+    }
+
+    fn attach_thread(&mut self) -> Vec<u32> {
+        if !self.direct_wanted || self.direct.is_some() {
+            return Vec::new();
+        }
+        self.start_direct().into_iter().collect()
     }
 
     fn state(&mut self) -> CpuState {
@@ -124,6 +134,22 @@ impl Vcpu for BtVcpu {
             ("time.halted-us", c.halted_time.as_micros() as u64),
         ];
         out.extend(own.map(|(name, value)| (name.to_string(), value)));
+        if let Some(direct) = &self.direct {
+            let c = &direct.counters;
+            let own = [
+                ("direct.chosen", c.chosen),
+                ("direct.given-up", c.given_up),
+                ("direct.spaces", c.spaces),
+                ("direct.stops.called", c.called),
+                ("direct.stops.mapped", c.mapped),
+                ("direct.stops.system-call", c.system_calls),
+                ("direct.stops.instruction", c.instructions),
+                ("direct.stops.tells", c.tells),
+                ("direct.looked-again", c.looked_again),
+                ("time.direct-us", c.time.as_micros() as u64),
+            ];
+            out.extend(own.map(|(name, value)| (name.to_string(), value)));
+        }
         out.extend(self.interp.deliveries());
         if let Some(lockstep) = &self.lockstep {
             let names = ["lockstep.compared", "lockstep.not-compared", "lockstep.impossible"];

@@ -77,11 +77,11 @@ impl BtVcpu {
     /// From now on writes to the page are noticed. A safe point if they were not.
     pub(super) fn watch_page(&mut self, gpa: u64) -> Option<()> {
         if !self.shared.ram.code_pages().test(gpa >> 12) {
-            let host = self.shared.ram.host_page(gpa)? as u64;
+            self.shared.ram.host_page(gpa)?;
             self.exclusive(Cause::Protect, |vcpu| {
                 vcpu.shared.ram.code_pages().set(gpa >> 12);
-                vcpu.tlbs.protect(vcpu.block(), host);
-                vcpu.shared.world.send(&vcpu.handle, |mail| mail.protect(host));
+                vcpu.protect(gpa);
+                vcpu.shared.world.send(&vcpu.handle, |mail| mail.protect(gpa));
             });
         }
         Some(())

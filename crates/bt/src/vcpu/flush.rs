@@ -46,6 +46,9 @@ impl BtVcpu {
         let block = self.block();
         self.tlbs.flush_all(block, |slot| self.shared.thunk(slot));
         self.reset_call_stacks();
+        if let Some(direct) = &mut self.direct {
+            direct.flush();
+        }
     }
 
     pub(super) fn flush_local(&mut self) {
@@ -56,6 +59,9 @@ impl BtVcpu {
         let block = self.block();
         self.tlbs.flush_local(block, |slot| self.shared.thunk(slot));
         self.reset_call_stacks();
+        if let Some(direct) = &mut self.direct {
+            direct.flush();
+        }
     }
 
     /// From one process-context identifier to another; `keep`: with what was known of it.
@@ -69,12 +75,18 @@ impl BtVcpu {
         let kept = self.tlbs.switch(block, from, to, keep, |slot| self.shared.thunk(slot));
         self.counters.switches_kept += u64::from(kept);
         self.reset_call_stacks();
+        if let Some(direct) = &mut self.direct {
+            direct.switched(to, !keep);
+        }
     }
 
     pub(super) fn flush_page(&mut self, address: u64) {
         self.counters.flush_page += 1;
         if let Some(trace) = &self.trace {
             trace.line(format_args!("tlb cpu{} flush page {address:#x}", self.setup.index));
+        }
+        if let Some(direct) = &mut self.direct {
+            direct.flush_page(address);
         }
         let block = self.block();
         if self.tlbs.flush_page(block, address, |slot| self.shared.thunk(slot)) {
@@ -211,7 +223,7 @@ impl BtVcpu {
                 self.flush_all();
             }
             for page in mail.protect {
-                self.tlbs.protect(self.block(), page);
+                self.protect(page);
             }
             for forgotten in mail.forgotten {
                 self.forget(&forgotten);
@@ -219,6 +231,16 @@ impl BtVcpu {
         }
         if self.shared.generation.load(Ordering::Acquire) != self.generation {
             self.flush_everything();
+        }
+    }
+
+    /// The page at this guest-physical address holds translated code now: this vCPU must not write it unnoticed.
+    pub(super) fn protect(&mut self, gpa: u64) {
+        if let Some(host) = self.shared.ram.host_page(gpa) {
+            self.tlbs.protect(self.block(), host as u64);
+        }
+        if let Some(direct) = &mut self.direct {
+            direct.space.protect(gpa);
         }
     }
 

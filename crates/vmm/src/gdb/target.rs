@@ -40,6 +40,11 @@ pub(crate) fn tid(index: u32) -> Tid {
 }
 
 impl Cpus {
+    /// Numbers of the processes that vCPUs trace.
+    pub(crate) fn processes(&self) -> Vec<u32> {
+        self.threads.iter().flat_map(|thread| thread.processes()).copied().collect()
+    }
+
     /// These vCPUs, all stopped, instead of those before; breakpoints stay.
     pub(crate) fn replace(&mut self, threads: Vec<VcpuThread>) {
         self.threads = threads;

@@ -1,0 +1,306 @@
+//! Direct execution: a program that computes for long runs as it is on the CPU, in a host process whose memory is what the program can reach
+//! ([`runner`]). What is chatty stays in the translator: each system call, page fault or interrupt costs two switches between processes here,
+//! and nothing there.
+//!
+//! * [`tables`]: the guest's page tables, as they stand.
+//! * [`space`]: what the process has mapped.
+//!
+//! The process is one more TLB of the vCPU: it holds pages of one address space, and every flush of the software TLB tells it, too.
+
+pub mod space;
+mod tables;
+
+use std::time::Duration;
+
+use cpu::paging::PagingContext;
+use cpu::{CpuState, cr0, cr4, rflags};
+use memory::GuestRam;
+use runner::{Runner, STUB};
+
+use self::space::{Space, View};
+
+/// Flushed pages that are kept in mind one by one.
+const MAX_STALE: usize = 64;
+/// Stops until the first judgement, and between judgements.
+const GRACE: u32 = 256;
+const JUDGED: u32 = 64;
+/// Shortest and longest time in the translator after direct execution has not paid.
+const MIN_PAUSE: Duration = Duration::from_millis(8);
+const MAX_PAUSE: Duration = Duration::from_secs(1);
+
+/// Counters of one vCPU's direct execution.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counters {
+    /// Times that it was chosen.
+    pub chosen: u64,
+    /// Times that it was given up, as it did not pay.
+    pub given_up: u64,
+    /// Address spaces that it was done for.
+    pub spaces: u64,
+    /// Stops by kind: calls for attention, faults that were met by mapping a page, system calls, other instructions, pages that must not be executed.
+    pub called: u64,
+    pub mapped: u64,
+    pub system_calls: u64,
+    pub instructions: u64,
+    pub tells: u64,
+    /// Flushes after which everything was looked at again.
+    pub looked_again: u64,
+    /// In the process, switches included.
+    pub time: Duration,
+}
+
+/// One vCPU's direct execution.
+pub struct Direct {
+    pub runner: Runner,
+    pub space: Space,
+    pub counters: Counters,
+    /// The guest's programs run directly, for now.
+    pub active: bool,
+    /// The address space that the process has pages of: CR3 without the bit that keeps translations.
+    owner: Option<u64>,
+    /// The guest flushed everything of it, or these pages.
+    stale: bool,
+    stale_pages: Vec<u64>,
+    /// A page that the program is about to reach for: its page fault was the last thing that it did.
+    pub awaited: Option<u64>,
+    /// What switching to the process and back costs, at least.
+    switch: Duration,
+    /// Since the last judgement: stops, and time in the process.
+    stops: u32,
+    until_judged: u32,
+    spent: Duration,
+    /// Not before this.
+    not_before: Option<std::time::Instant>,
+    pause: Duration,
+    pins: Pins,
+}
+
+/// The address space that the state is in.
+fn space_of(state: &CpuState) -> u64 {
+    state.cr3 & !(1 << 63)
+}
+
+impl Direct {
+    /// Starts the process; to be called on the vCPU's thread. `None`: the host does not let it, or RAM is not shared.
+    pub fn new(ram: &GuestRam) -> Option<Box<Self>> {
+        let mut runner = Runner::start(ram.file()?).ok()?;
+        let mut switch = Duration::MAX;
+        for _ in 0..16 {
+            let start = std::time::Instant::now();
+            runner.change(&[runner::Change::Unmap { address: 0, length: 4096 }]).ok()?;
+            switch = switch.min(start.elapsed());
+        }
+        Some(Box::new(Self {
+            runner,
+            space: Space::default(),
+            counters: Counters::default(),
+            active: false,
+            owner: None,
+            stale: false,
+            stale_pages: Vec::new(),
+            awaited: None,
+            switch,
+            stops: 0,
+            until_judged: GRACE,
+            spent: Duration::ZERO,
+            not_before: None,
+            pause: MIN_PAUSE,
+            pins: Pins::new(),
+        }))
+    }
+
+    /// Can a program in this state run directly at all?
+    pub fn possible(state: &CpuState) -> bool {
+        state.cpl() == 3
+            && state.is_64bit_code()
+            && state.rflags & rflags::IF != 0
+            && state.cr0 & (cr0::TS | cr0::EM) == 0
+            && state.cr4 & (cr4::OSFXSR | cr4::OSXSAVE | cr4::FSGSBASE) == cr4::OSFXSR | cr4::OSXSAVE | cr4::FSGSBASE
+            && state.cr4 & (cr4::LA57 | cr4::PKE) == 0
+            && state.xcr0 == 7
+            && state.dr[7] & 0xff == 0
+            && !state.interrupt_shadow
+            && Runner::takes(state)
+    }
+
+    /// A program has computed for some time without being interrupted: shall it run directly from now on?
+    pub fn consider(&mut self, state: &CpuState) {
+        if self.active || !Self::possible(state) {
+            return;
+        }
+        let other = self.owner != Some(space_of(state));
+        if !other && self.not_before.is_some_and(|then| std::time::Instant::now() < then) {
+            return;
+        }
+        if other {
+            self.pause = MIN_PAUSE;
+        }
+        self.active = true;
+        self.counters.chosen += 1;
+        self.stops = 0;
+        self.spent = Duration::ZERO;
+        self.until_judged = if other { GRACE } else { JUDGED };
+        self.pins.pin(self.runner.pid());
+    }
+
+    /// Back to the translator.
+    pub fn leave(&mut self) {
+        if std::mem::take(&mut self.active) {
+            self.pins.unpin();
+        }
+    }
+
+    /// The process has run for `time` and stopped. Gives up where translated code would be faster.
+    pub fn account(&mut self, time: Duration) {
+        self.counters.time += time;
+        self.spent += time;
+        self.stops += 1;
+        if self.stops < self.until_judged {
+            return;
+        }
+        // A stop costs two switches of about the time of one change of the process's memory each, and translated code takes some three times as long.
+        if self.spent < self.switch * self.stops * 2 {
+            self.counters.given_up += 1;
+            self.not_before = Some(std::time::Instant::now() + self.pause);
+            self.pause = (self.pause * 2).min(MAX_PAUSE);
+            self.leave();
+        } else {
+            self.pause = (self.pause / 2).max(MIN_PAUSE);
+            self.pins.look(self.runner.pid());
+        }
+        self.stops = 0;
+        self.spent = Duration::ZERO;
+        self.until_judged = JUDGED;
+    }
+
+    /// The guest has flushed all translations, or those of its current address space.
+    pub fn flush(&mut self) {
+        self.stale = true;
+    }
+
+    /// The guest has gone to another address space; `flushed`: what was known of it is void.
+    pub fn switched(&mut self, to: u16, flushed: bool) {
+        if flushed && self.owner.is_some_and(|owner| owner as u16 & 0xfff == to) {
+            self.stale = true;
+        }
+    }
+
+    /// The guest has flushed the page of `address`.
+    pub fn flush_page(&mut self, address: u64) {
+        if self.stale_pages.len() == MAX_STALE {
+            self.stale = true;
+        } else if address < runner::END {
+            self.stale_pages.push(address);
+        }
+    }
+
+    /// Makes the process what the state's program is to find. `Ok(false)`: it cannot run here now.
+    pub fn prepare(&mut self, ram: &GuestRam, state: &CpuState) -> Result<bool, String> {
+        let view = View { ram, context: PagingContext::new(state) };
+        if self.owner != Some(space_of(state)) || self.space.is_full() {
+            self.owner = Some(space_of(state));
+            self.counters.spaces += 1;
+            self.clear()?;
+        } else if std::mem::take(&mut self.stale) {
+            self.counters.looked_again += 1;
+            self.space.look_again(&view);
+        } else {
+            for address in std::mem::take(&mut self.stale_pages) {
+                self.space.look_at(&view, address);
+            }
+        }
+        self.stale = false;
+        self.stale_pages.clear();
+        if let Some(address) = self.awaited.take() {
+            self.space.fault(&view, address, address & !0xfff == state.rip & !0xfff);
+        }
+        // The page of the process's own must not hide one of the program's.
+        if cpu::paging::probe(ram, &view.context, STUB, cpu::paging::Access::new(cpu::paging::Kind::Read, true)).is_ok()
+        {
+            return Ok(false);
+        }
+        self.make_changes()
+    }
+
+    /// Carries the space's changes out. `Ok(false)`: the host refuses.
+    pub fn make_changes(&mut self) -> Result<bool, String> {
+        let changes = self.space.take_changes();
+        if changes.is_empty() || self.runner.change(&changes)? {
+            return Ok(true);
+        }
+        self.clear()?;
+        Ok(false)
+    }
+
+    fn clear(&mut self) -> Result<(), String> {
+        self.space.clear();
+        self.runner.clear()
+    }
+
+    /// Leaves, and does not come back soon.
+    pub fn refuse(&mut self) {
+        self.not_before = Some(std::time::Instant::now() + MAX_PAUSE);
+        self.leave();
+    }
+}
+
+/// The process and the vCPU's thread on one core of the host: handing over to a core that sleeps costs ten times as much.
+struct Pins {
+    /// Where the thread may run.
+    all: libc::cpu_set_t,
+    /// Where it is bound to now, and since when.
+    bound: Option<(usize, std::time::Instant)>,
+    /// Where the process is bound to.
+    process: Option<usize>,
+}
+
+/// The choice of the core is looked at again after this time.
+const PINNED: Duration = Duration::from_millis(50);
+
+impl Pins {
+    fn new() -> Self {
+        // SAFETY: a set of bits, which the call fills in.
+        unsafe {
+            let mut all: libc::cpu_set_t = std::mem::zeroed();
+            libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut all);
+            Self { all, bound: None, process: None }
+        }
+    }
+
+    fn set(pid: i32, set: &libc::cpu_set_t) {
+        // SAFETY: reads the set. Where the host refuses, everything is slower, but right.
+        unsafe { libc::sched_setaffinity(pid, size_of::<libc::cpu_set_t>(), set) };
+    }
+
+    /// Binds both to the core that the thread is on.
+    fn pin(&mut self, pid: i32) {
+        // SAFETY: tells the number of the core; a set of bits.
+        let (core, mut set) = unsafe { (libc::sched_getcpu().max(0) as usize, std::mem::zeroed::<libc::cpu_set_t>()) };
+        if core >= 8 * size_of::<libc::cpu_set_t>() {
+            return;
+        }
+        // SAFETY: the number is in range.
+        unsafe { libc::CPU_SET(core, &mut set) };
+        Self::set(0, &set);
+        if self.process != Some(core) {
+            Self::set(pid, &set);
+            self.process = Some(core);
+        }
+        self.bound = Some((core, std::time::Instant::now()));
+    }
+
+    /// From time to time, lets the host choose another core.
+    fn look(&mut self, pid: i32) {
+        if self.bound.is_some_and(|(_, since)| since.elapsed() > PINNED) {
+            self.unpin();
+            std::thread::yield_now();
+            self.pin(pid);
+        }
+    }
+
+    fn unpin(&mut self) {
+        if self.bound.take().is_some() {
+            Self::set(0, &self.all);
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! What a program's process has mapped, kept in step with the guest's page tables like a TLB: entries are made when they are needed, and
+//! looked at again when the guest flushes.
+
+use std::collections::BTreeMap;
+
+use cpu::paging::{self, Access, Kind, PagingContext};
+use memory::GuestRam;
+use runner::{Change, Rights, scan};
+
+use super::tables::{PAGES, Page, REGION, Region};
+
+/// Pages around a fault that are mapped with it, if they may be.
+const AROUND: usize = 16;
+/// More mappings than this are too many for one process of the host, which may have 65,530: all are forgotten.
+const MAX_MAPPINGS: usize = 30_000;
+
+/// A page's entry: its number in guest-physical memory and its rights; 0: none.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Entry(u64);
+
+impl Entry {
+    const NONE: Self = Self(0);
+
+    fn new(gpa: u64, rights: Rights) -> Self {
+        Self(gpa & !0xfff | rights as u64 + 1)
+    }
+
+    fn gpa(self) -> u64 {
+        self.0 & !0xfff
+    }
+
+    fn rights(self) -> Option<Rights> {
+        [Rights::Read, Rights::Write, Rights::Execute].into_iter().find(|&rights| rights as u64 + 1 == self.0 & 0xfff)
+    }
+}
+
+/// How a fault is to be met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The page is mapped, once the changes are made.
+    Mapped,
+    /// The page must not be executed: it holds instructions that would tell of the host.
+    Tells,
+    /// It is the guest's own: somebody precise must do the instruction.
+    Guests,
+}
+
+/// The pages that a process has, or will have when [`Space::take_changes`] has been carried out.
+#[derive(Default)]
+pub struct Space {
+    regions: BTreeMap<u64, Box<[Entry; PAGES]>>,
+    changes: Vec<Change>,
+    mappings: usize,
+    /// Writable pages by a hash of their guest-physical address: a bit each.
+    wrote: Vec<u64>,
+}
+
+const WROTE_BITS: u64 = 1 << 15;
+
+/// Guest memory as a space looks at it.
+pub struct View<'a> {
+    pub ram: &'a GuestRam,
+    pub context: PagingContext,
+}
+
+impl View<'_> {
+    /// What the program gets of a page, if it reads or writes it, or if it executes it.
+    fn rights(&self, page: Page, address: u64, fetch: bool) -> Result<Rights, Answer> {
+        let code = self.ram.code_pages().test(page.gpa >> 12);
+        let write = page.writable && page.dirty && !code;
+        if fetch {
+            return if !page.executable {
+                Err(Answer::Guests)
+            } else if self.tells(page.gpa, address) {
+                Err(Answer::Tells)
+            } else {
+                Ok(Rights::Execute)
+            };
+        }
+        Ok(if write {
+            Rights::Write
+        } else if page.executable && !page.writable && !self.tells(page.gpa, address) {
+            Rights::Execute
+        } else {
+            Rights::Read
+        })
+    }
+
+    fn tells(&self, gpa: u64, address: u64) -> bool {
+        const BEYOND: usize = scan::BEYOND;
+        let mut page = [0; 4096];
+        let (mut before, mut after) = ([0; BEYOND], [0; BEYOND]);
+        let end_before = (address & !0xfff).wrapping_sub(BEYOND as u64);
+        let has_before = self.read(end_before, &mut before);
+        let has_after = self.read((address & !0xfff).wrapping_add(4096), &mut after);
+        let part = |has: bool, bytes| if has { bytes } else { &[][..] };
+        !self.ram.read(gpa & !0xfff, &mut page)
+            || scan::tells_of_host(&page, part(has_before, &before), part(has_after, &after))
+    }
+
+    /// Reads what the program could execute, within a page.
+    fn read(&self, address: u64, bytes: &mut [u8]) -> bool {
+        paging::probe(self.ram, &self.context, address, Access::new(Kind::Fetch, true))
+            .is_ok_and(|mapping| self.ram.read(mapping.gpa, bytes))
+    }
+
+    /// May the page still have these rights?
+    fn keeps(&self, page: Page, rights: Rights) -> bool {
+        match rights {
+            Rights::Read => true,
+            Rights::Write => page.writable && page.dirty && !self.ram.code_pages().test(page.gpa >> 12),
+            Rights::Execute => page.executable,
+        }
+    }
+}
+
+impl Space {
+    /// Forgets everything; the process is to be cleared.
+    pub fn clear(&mut self) {
+        self.regions.clear();
+        self.changes.clear();
+        self.wrote.clear();
+        self.mappings = 0;
+    }
+
+    /// Is there so much that it should be cleared?
+    pub fn is_full(&self) -> bool {
+        self.mappings > MAX_MAPPINGS
+    }
+
+    /// What must be done in the process for it to be as this says.
+    pub fn take_changes(&mut self) -> Vec<Change> {
+        std::mem::take(&mut self.changes)
+    }
+
+    /// The program reached for `address` in vain; `fetch`: it seems to execute there.
+    pub fn fault(&mut self, view: &View<'_>, address: u64, fetch: bool) -> Answer {
+        let region = Region::new(view.ram, &view.context, address);
+        let index = (address >> 12) as usize % PAGES;
+        let Some(page) = region.page(index) else { return Answer::Guests };
+        let rights = match view.rights(page, address, fetch) {
+            Ok(rights) => rights,
+            Err(answer) => return answer,
+        };
+        if view.ram.offset_in_file(page.gpa).is_none() {
+            return Answer::Guests;
+        }
+        let first = address & !(REGION - 1);
+        let entries = self.regions.entry(first).or_insert_with(|| Box::new([Entry::NONE; PAGES]));
+        if entries[index] == Entry::new(page.gpa, rights) {
+            // That was not it.
+            return Answer::Guests;
+        }
+        let around = if region.is_large() { PAGES } else { AROUND };
+        let start = index & !(around - 1);
+        let mut new = [None; PAGES];
+        for at in start..start + around {
+            if at != index && entries[at] != Entry::NONE {
+                continue;
+            }
+            new[at] = if at == index {
+                Some((page, rights))
+            } else {
+                region.page(at).filter(|page| view.ram.offset_in_file(page.gpa).is_some()).and_then(|page| {
+                    let rights = view.rights(page, first + at as u64 * 4096, fetch);
+                    rights.ok().map(|rights| (page, rights))
+                })
+            };
+        }
+        for at in start..start + around {
+            let Some((page, rights)) = new[at] else { continue };
+            entries[at] = Entry::new(page.gpa, rights);
+            if rights == Rights::Write {
+                note(&mut self.wrote, page.gpa);
+            }
+            let Some(offset) = view.ram.offset_in_file(page.gpa) else { continue };
+            let address = first + at as u64 * 4096;
+            if let Some(Change::Map { address: a, offset: o, length, rights: r }) = self.changes.last_mut()
+                && (*a + *length, *o + *length, *r) == (address, offset, rights)
+            {
+                *length += 4096;
+                continue;
+            }
+            self.mappings += 1;
+            self.changes.push(Change::Map { address, offset, length: 4096, rights });
+        }
+        Answer::Mapped
+    }
+
+    /// The guest has flushed: takes away what is no longer right.
+    pub fn look_again(&mut self, view: &View<'_>) {
+        let mut regions = std::mem::take(&mut self.regions);
+        regions.retain(|&first, entries| {
+            let region = Region::new(view.ram, &view.context, first);
+            let mut any = false;
+            for index in 0..PAGES {
+                if entries[index] != Entry::NONE {
+                    any |= self.check(view, &region, first, index, &mut entries[index]);
+                }
+            }
+            any
+        });
+        self.regions = regions;
+    }
+
+    /// The same for the page of `address`.
+    pub fn look_at(&mut self, view: &View<'_>, address: u64) {
+        let first = address & !(REGION - 1);
+        let Some(mut entries) = self.regions.remove(&first) else { return };
+        let region = Region::new(view.ram, &view.context, address);
+        // A large page goes as a whole.
+        let pages = if region.is_large() {
+            0..PAGES
+        } else {
+            (address >> 12) as usize % PAGES..(address >> 12) as usize % PAGES + 1
+        };
+        for index in pages {
+            if entries[index] != Entry::NONE {
+                self.check(view, &region, first, index, &mut entries[index]);
+            }
+        }
+        self.regions.insert(first, entries);
+    }
+
+    /// Takes an entry away if it is no longer right. Returns whether it is still there.
+    fn check(&mut self, view: &View<'_>, region: &Region<'_>, first: u64, index: usize, entry: &mut Entry) -> bool {
+        let good = entry.rights().is_some_and(|rights| {
+            region.page(index).is_some_and(|page| page.gpa == entry.gpa() && view.keeps(page, rights))
+        });
+        if !good {
+            *entry = Entry::NONE;
+            self.unmap(first + index as u64 * 4096);
+        }
+        good
+    }
+
+    fn unmap(&mut self, address: u64) {
+        if let Some(Change::Unmap { address: a, length }) = self.changes.last_mut()
+            && *a + *length == address
+        {
+            *length += 4096;
+            return;
+        }
+        self.mappings += 1;
+        self.changes.push(Change::Unmap { address, length: 4096 });
+    }
+
+    /// The page holds translated code now: the program must not write it.
+    pub fn protect(&mut self, gpa: u64) {
+        if !noted(&self.wrote, gpa) {
+            return;
+        }
+        let written = Entry::new(gpa, Rights::Write);
+        let mut regions = std::mem::take(&mut self.regions);
+        for (&first, entries) in &mut regions {
+            for (index, entry) in entries.iter_mut().enumerate().filter(|(_, entry)| **entry == written) {
+                *entry = Entry::NONE;
+                self.unmap(first + index as u64 * 4096);
+            }
+        }
+        self.regions = regions;
+    }
+}
+
+fn bit(gpa: u64) -> (usize, u64) {
+    let number = (gpa >> 12) % WROTE_BITS;
+    ((number / 64) as usize, 1 << (number % 64))
+}
+
+fn note(bits: &mut Vec<u64>, gpa: u64) {
+    bits.resize((WROTE_BITS / 64) as usize, 0);
+    let (word, bit) = bit(gpa);
+    bits[word] |= bit;
+}
+
+fn noted(bits: &[u64], gpa: u64) -> bool {
+    let (word, bit) = bit(gpa);
+    bits.get(word).is_some_and(|word| word & bit != 0)
+}

@@ -1,0 +1,131 @@
+//! The vCPU's part of direct execution: when it is chosen, and what happens at a stop.
+
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use cpu::Exit;
+use cpu::paging::{self, Access as PageAccess, Kind, PagingContext};
+use runner::Stop;
+
+use super::{BtVcpu, Next};
+use crate::direct::Direct;
+use crate::direct::space::{Answer, View};
+
+impl BtVcpu {
+    /// Starts the process that programs run in. On the vCPU's thread.
+    pub(super) fn start_direct(&mut self) -> Option<u32> {
+        let mut direct = Direct::new(&self.shared.ram)?;
+        let pid = direct.runner.pid();
+        self.handle.set_signaller(direct.runner.signaller());
+        self.interp.add_process(pid);
+        direct.leave();
+        self.direct = Some(direct);
+        u32::try_from(pid).ok()
+    }
+
+    /// Does the program run directly, if it is the program's turn?
+    #[inline]
+    pub(super) fn is_direct(&self) -> bool {
+        self.direct.as_ref().is_some_and(|direct| direct.active) && self.breakpoints.is_empty()
+    }
+
+    /// Programs have had the CPU for some time: chooses direct execution if it may pay.
+    #[cold]
+    pub(super) fn consider_direct(&mut self) {
+        let block = self.block();
+        let Some(direct) = &mut self.direct else { return };
+        direct.consider(&block.state);
+        if direct.active {
+            // Every way to the program leads here now.
+            self.tlbs.forget_targets_of_programs(block);
+        }
+    }
+
+    /// Runs the program directly until there is something else to do.
+    pub(super) fn run_directly(&mut self) -> Next {
+        let Some(mut direct) = self.direct.take() else { return Next::Run };
+        let result = self.run_in(&mut direct);
+        self.handle.set_inside(false);
+        self.direct = Some(direct);
+        match result {
+            Ok(Some(next)) => next,
+            // One instruction of the program that is not for it alone.
+            Ok(None) => self.interpret(true),
+            Err(why) => Next::Leave(Exit::Internal(why)),
+        }
+    }
+
+    /// `Ok(None)`: the interpreter is to go on.
+    fn run_in(&mut self, direct: &mut Direct) -> Result<Option<Next>, String> {
+        let shared = self.shared.clone();
+        if !Direct::possible(&self.block().state) || !direct.prepare(&shared.ram, &self.block().state)? {
+            direct.refuse();
+            return Ok(Some(Next::Run));
+        }
+        self.save_x87();
+        direct.runner.load(&self.block().state)?;
+        let view = View { ram: &shared.ram, context: PagingContext::new(&self.block().state) };
+        let result = loop {
+            self.handle.set_inside(true);
+            if self.handle.memory.kick_word().load(Ordering::SeqCst) != 0 {
+                break Some(Next::Events);
+            }
+            let start = Instant::now();
+            let stop = direct.runner.run()?;
+            self.handle.set_inside(false);
+            direct.account(start.elapsed());
+            match stop {
+                Stop::Called => {
+                    direct.counters.called += 1;
+                    break Some(Next::Events);
+                }
+                Stop::SystemCall => {
+                    direct.counters.system_calls += 1;
+                    break None;
+                }
+                Stop::Instruction => {
+                    direct.counters.instructions += 1;
+                    break None;
+                }
+                Stop::Fault { address } => match self.meet(direct, &view, address)? {
+                    Answer::Mapped if direct.active => {}
+                    Answer::Mapped => break Some(Next::Run),
+                    Answer::Tells => {
+                        direct.counters.tells += 1;
+                        direct.leave();
+                        break Some(Next::Run);
+                    }
+                    Answer::Guests => break None,
+                },
+            }
+        };
+        direct.runner.store(&mut self.block().state)?;
+        self.load_x87();
+        Ok(result)
+    }
+
+    /// The program has reached for `address` in vain.
+    fn meet(&mut self, direct: &mut Direct, view: &View<'_>, address: u64) -> Result<Answer, String> {
+        if address >= runner::END {
+            return Ok(Answer::Guests);
+        }
+        // The kernel tells where an access failed, not of what kind it was. An instruction may go on in the next page.
+        let ahead = address.wrapping_sub(direct.runner.rip());
+        let fetch = ahead == 0 || (ahead < 15 && address & 0xfff == 0);
+        let kind = if fetch { Kind::Fetch } else { Kind::Read };
+        // Sets the accessed bits that the CPU would set.
+        let allowed = paging::walk(view.ram, &view.context, address, PageAccess::new(kind, true)).is_ok();
+        let answer = if allowed { direct.space.fault(view, address, fetch) } else { Answer::Guests };
+        match answer {
+            Answer::Mapped => {
+                direct.counters.mapped += 1;
+                if !direct.make_changes()? {
+                    direct.refuse();
+                }
+            }
+            Answer::Guests => direct.awaited = Some(address),
+            Answer::Tells => {}
+        }
+        Ok(answer)
+    }
+}

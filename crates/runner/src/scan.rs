@@ -1,0 +1,164 @@
+//! Instructions that programs may execute, but that would tell of the host or do something to it that is not the guest's: a page that has one of
+//! them, at whatever offset, must not be executed in the process.
+//!
+//! RDTSC and RDTSCP need not be looked for, as they are caught (`PR_SET_TSC`), nor what faults in programs anyway.
+
+/// Longest sequence of bytes that is looked for, less one.
+pub const BEYOND: usize = 3;
+
+/// Does the page hold such an instruction, or a part of one? `before`: the last [`BEYOND`] bytes of the page before it, `after`: the first ones of the
+/// page behind it; empty where nothing is there to be executed (they are looked at with that page then).
+pub fn tells_of_host(page: &[u8; 4096], before: &[u8], after: &[u8]) -> bool {
+    let bytes = [before, page, after].concat();
+    let catches_cpuid = catches_cpuid();
+    let mut from = 0;
+    while let Some(at) = bytes[from..].iter().position(|&byte| byte == 0x0f) {
+        let at = from + at;
+        from = at + 1;
+        let tells = match tells(&bytes[at..], &bytes[..at]) {
+            Tells::No => false,
+            Tells::Yes => true,
+            Tells::Cpuid => !catches_cpuid,
+            Tells::IfExecuted => is_instruction(&bytes, at),
+        };
+        if tells {
+            return true;
+        }
+    }
+    false
+}
+
+/// Does CPUID stop the process, where `ARCH_SET_CPUID` says so?
+pub(crate) fn catches_cpuid() -> bool {
+    static CATCHES: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    const ARCH_SET_CPUID: i32 = 0x1012;
+    // SAFETY: lets this thread execute CPUID, which it may anyway; fails where it cannot be forbidden.
+    *CATCHES.get_or_init(|| unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_CPUID, 1_u64) } == 0)
+}
+
+/// Is there an instruction at `at`, and not the middle of one? Instructions are of many lengths, but who decodes from a wrong place soon gets to the right
+/// ones: most ways that start some bytes before come by.
+fn is_instruction(bytes: &[u8], at: usize) -> bool {
+    let starts = at.saturating_sub(32)..at;
+    let all = starts.len();
+    let come_by = starts
+        .filter(|&start| {
+            let mut decoder = iced_x86::Decoder::new(64, &bytes[start..], iced_x86::DecoderOptions::NONE);
+            let mut instruction = iced_x86::Instruction::default();
+            while start + decoder.position() < at && decoder.can_decode() {
+                decoder.decode_out(&mut instruction);
+            }
+            start + decoder.position() == at
+        })
+        .count();
+    come_by * 2 >= all
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Tells {
+    No,
+    Yes,
+    /// It is CPUID.
+    Cpuid,
+    /// It is frequent as a part of other instructions, and does no harm if a hostile program jumps there.
+    IfExecuted,
+}
+
+/// Does what starts with `code` (0F and what follows)? `before`: the bytes before.
+fn tells(code: &[u8], before: &[u8]) -> Tells {
+    let (Some(&second), third) = (code.get(1), code.get(2).copied()) else { return Tells::No };
+    let register = |byte: u8| byte >= 0xc0;
+    let extension = |byte: u8| byte >> 3 & 7;
+    let yes = match (second, third) {
+        (0xa2, _) => return Tells::Cpuid,
+        // SYSENTER, after which it is not known where it was.
+        (0x34, _) => return Tells::IfExecuted,
+        // LAR, LSL: of registers, as compilers and libraries write them (LSL tells the number of the CPU).
+        (0x02 | 0x03, Some(third)) if register(third) => return Tells::IfExecuted,
+        // XGETBV; MONITORX, MWAITX, RDPRU; hypercalls; RDPKRU, WRPKRU. What tells of descriptor tables (SGDT, SIDT, SMSW) the
+        // host's kernel hides (UMIP).
+        (0x01, Some(third)) => matches!(third, 0xd0 | 0xfa | 0xfb | 0xfd | 0xee | 0xef | 0xc1 | 0xd9),
+        // XSAVE, XRSTOR, XSAVEOPT: their areas would be as large as the host makes them.
+        (0xae, Some(third)) => !register(third) && matches!(extension(third), 4..=6),
+        // RDPID; XSAVEC, XRSTORS, XSAVES.
+        (0xc7, Some(third)) if register(third) => {
+            let rep = match before {
+                [.., 0xf3] => true,
+                [.., 0xf3, rex] => rex & 0xf0 == 0x40,
+                _ => false,
+            };
+            extension(third) == 7 && rep
+        }
+        (0xc7, Some(third)) => matches!(extension(third), 3..=5),
+        _ => false,
+    };
+    if yes { Tells::Yes } else { Tells::No }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn page(at: usize, bytes: &[u8]) -> [u8; 4096] {
+        let mut page = [0x90; 4096];
+        page[at..at + bytes.len()].copy_from_slice(bytes);
+        page
+    }
+
+    #[test]
+    fn what_tells_is_found() {
+        for bytes in [
+            &[0x0f, 0xa2][..],               // cpuid
+            &[0x0f, 0x0f, 0xa2],             // behind another 0f
+            &[0x0f, 0x34],                   // sysenter
+            &[0x0f, 0x01, 0xd0],             // xgetbv
+            &[0x0f, 0x01, 0xd9],             // vmmcall
+            &[0x0f, 0x03, 0xc0],             // lsl eax, eax
+            &[0x0f, 0xae, 0x24, 0x24],       // xsave [rsp]
+            &[0x0f, 0xae, 0x6c, 0x24, 0x40], // xrstor [rsp + 64]
+            &[0x0f, 0xc7, 0x64, 0x24, 0x40], // xsavec [rsp + 64]
+            &[0xf3, 0x0f, 0xc7, 0xf8],       // rdpid rax
+            &[0xf3, 0x41, 0x0f, 0xc7, 0xf8], // rdpid r8
+        ] {
+            for at in [0, 100, 4096 - bytes.len()] {
+                let found = tells_of_host(&page(at, bytes), &[], &[]);
+                assert_eq!(
+                    found,
+                    bytes != [0x0f, 0xa2] && bytes != [0x0f, 0x0f, 0xa2] || !catches_cpuid(),
+                    "{bytes:x?} at {at}"
+                );
+            }
+        }
+        // In two pages: either of them tells.
+        let (end, start) = (page(4094, &[0x0f, 0xae]), page(0, &[0x24, 0x24]));
+        assert!(tells_of_host(&end, &[], &start[..BEYOND]) && tells_of_host(&start, &end[4096 - BEYOND..], &[]));
+        assert!(
+            !tells_of_host(&end, &[], &[0xe8]) && !tells_of_host(&end, &[], &[]) && !tells_of_host(&start, &[], &[])
+        );
+    }
+
+    /// `mov ecx, 0xc0030f00`, and LSL for comparison.
+    #[test]
+    fn parts_of_instructions_are_told_from_instructions() {
+        assert!(!tells_of_host(&page(100, &[0xb9, 0x00, 0x0f, 0x03, 0xc0]), &[], &[]));
+        assert!(tells_of_host(&page(100, &[0xb9, 0x7b, 0, 0, 0, 0x0f, 0x03, 0xc1]), &[], &[]));
+    }
+
+    #[test]
+    fn what_does_not_tell_is_left_alone() {
+        for bytes in [
+            &[0x0f, 0x05][..],               // syscall
+            &[0x0f, 0x31],                   // rdtsc
+            &[0x0f, 0xae, 0xe8],             // lfence
+            &[0x0f, 0xae, 0x5c, 0x24, 0x04], // stmxcsr
+            &[0xf3, 0x0f, 0xae, 0xc0],       // rdfsbase
+            &[0x0f, 0xc7, 0x0f],             // cmpxchg8b
+            &[0x0f, 0xc7, 0xf8],             // rdseed
+            &[0x0f, 0xb6, 0xc0],             // movzx
+            &[0xb8, 0x0f, 0, 0, 0],          // mov eax, 15
+        ] {
+            assert!(!tells_of_host(&page(100, bytes), &[], &[]), "{bytes:x?}");
+        }
+        assert!(!tells_of_host(&[0; 4096], &[], &[]));
+    }
+}
