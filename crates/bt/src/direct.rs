@@ -56,6 +56,8 @@ pub struct Direct {
     pub counters: Counters,
     /// The guest's programs run directly, for now.
     pub active: bool,
+    /// But first some code that must not.
+    pub interlude: bool,
     /// The address space that the process has pages of: CR3 without the bit that keeps translations.
     owner: Option<u64>,
     /// The guest flushed everything of it, or these pages.
@@ -95,6 +97,7 @@ impl Direct {
             space: Space::default(),
             counters: Counters::default(),
             active: false,
+            interlude: false,
             owner: None,
             stale: false,
             stale_pages: Vec::new(),
@@ -118,6 +121,8 @@ impl Direct {
             && state.cr4 & (cr4::OSFXSR | cr4::OSXSAVE | cr4::FSGSBASE) == cr4::OSFXSR | cr4::OSXSAVE | cr4::FSGSBASE
             && state.cr4 & (cr4::LA57 | cr4::PKE) == 0
             && state.xcr0 == 7
+            && state.tsc_offset == 0
+            && state.cr4 & cr4::TSD == 0
             && state.dr[7] & 0xff == 0
             && !state.interrupt_shadow
             && Runner::takes(state)

@@ -534,7 +534,7 @@ impl BtVcpu {
     fn dispatch(&mut self, enter: extern "C" fn(u64)) -> Next {
         let Some(mode) = Self::current_mode(&self.block().state) else { return self.interpret(true) };
         self.set_mode(mode);
-        if mode.user && self.is_direct() {
+        if mode.user && self.enters_directly() {
             return self.run_directly();
         }
         let address = self.block().state.rip;

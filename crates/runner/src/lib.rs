@@ -263,7 +263,7 @@ impl Runner {
     pub fn change(&mut self, changes: &[Change]) -> Result<bool, String> {
         for part in changes.chunks(ENTRIES) {
             self.control.write(part, self.process.ram);
-            if !self.process.follow(&self.control)? {
+            if !self.process.follow()? {
                 self.away = true;
                 return Ok(false);
             }

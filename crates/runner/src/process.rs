@@ -26,11 +26,11 @@ pub const ENTRIES: usize = (4096 - LIST) / (WORDS * 8) - 1;
 /// What ends the list, in place of a number.
 const LAST: u64 = u64::MAX;
 
-/// RBX leads to the list. Stops by INT3 when it is done (RAX is negative) or when a call fails (RAX is negative, too, but [`LAST`] is not at RBX).
-const CODE: [u8; 46] = [
+/// RBX leads to the list. Stops by INT3 when it is done, by HLT when a call fails.
+const CODE: [u8; 47] = [
     0x48, 0x8b, 0x03, // mov rax, [rbx]
     0x48, 0x85, 0xc0, // test rax, rax
-    0x78, 0x25, // js done
+    0x78, 0x26, // js done
     0x48, 0x8b, 0x7b, 0x08, // mov rdi, [rbx + 8]
     0x48, 0x8b, 0x73, 0x10, // mov rsi, [rbx + 16]
     0x48, 0x8b, 0x53, 0x18, // mov rdx, [rbx + 24]
@@ -39,9 +39,10 @@ const CODE: [u8; 46] = [
     0x4c, 0x8b, 0x4b, 0x30, // mov r9, [rbx + 48]
     0x0f, 0x05, // syscall
     0x48, 0x85, 0xc0, // test rax, rax
-    0x78, 0x06, // js done
+    0x78, 0x06, // js failed
     0x48, 0x83, 0xc3, 0x38, // add rbx, 56
     0xeb, 0xd3, // jmp start
+    0xf4, // failed: hlt
     0xcc, // done: int3
 ];
 
@@ -49,8 +50,6 @@ const CODE: [u8; 46] = [
 pub struct Control {
     file: OwnedFd,
     page: *mut u64,
-    /// Entries on the list.
-    count: usize,
 }
 
 // SAFETY: the pointer is to a mapping of our own, used by whoever has the value.
@@ -76,7 +75,7 @@ impl Control {
             }
             let page: *mut u64 = page.cast();
             std::ptr::copy_nonoverlapping(CODE.as_ptr(), page.cast(), CODE.len());
-            let control = Self { file, page, count: 0 };
+            let control = Self { file, page };
             control.put(0, [LAST, 0, 0, 0, 0, 0, 0]);
             Ok(control)
         }
@@ -91,7 +90,7 @@ impl Control {
     }
 
     /// Writes the list; `ram` is the RAM's file in the process.
-    pub fn write(&mut self, changes: &[Change], ram: i32) {
+    pub fn write(&self, changes: &[Change], ram: i32) {
         for (entry, change) in changes.iter().enumerate() {
             self.put(
                 entry,
@@ -108,8 +107,7 @@ impl Control {
                 },
             );
         }
-        self.count = changes.len();
-        self.put(self.count, [LAST, 0, 0, 0, 0, 0, 0]);
+        self.put(changes.len(), [LAST, 0, 0, 0, 0, 0, 0]);
     }
 }
 
@@ -152,6 +150,8 @@ pub struct Process {
     /// The RAM's file, in the process.
     pub ram: i32,
     pub signaller: Arc<Signaller>,
+    /// Registers with which the stub starts.
+    at_stub: libc::user_regs_struct,
 }
 
 impl Process {
@@ -170,12 +170,22 @@ impl Process {
             return Err(format!("no process for a program: {}", std::io::Error::last_os_error()));
         }
         let signaller = Arc::new(Signaller { pid, inside: AtomicBool::new(false) });
-        let process = Self { pid, ram, signaller };
+        // SAFETY: plain numbers.
+        let at_stub = unsafe { std::mem::zeroed() };
+        let mut process = Self { pid, ram, signaller, at_stub };
         let status = process.wait()?;
         if libc::WSTOPSIG(status) != libc::SIGTRAP {
             return Err(format!("a program's process did not start: signal {}", libc::WSTOPSIG(status)));
         }
         ptrace::set_options(pid)?;
+        let registers = ptrace::registers(pid)?;
+        process.at_stub = libc::user_regs_struct {
+            rip: STUB,
+            rbx: STUB + LIST as u64,
+            orig_rax: u64::MAX,
+            eflags: 0x202,
+            ..registers
+        };
         Ok(process)
     }
 
@@ -207,24 +217,18 @@ impl Process {
     }
 
     /// Lets it make the system calls of the list. Returns whether all succeeded.
-    pub fn follow(&mut self, control: &Control) -> Result<bool, String> {
-        let mut registers = ptrace::registers(self.pid)?;
-        registers.rip = STUB;
-        registers.rbx = STUB + LIST as u64;
-        registers.orig_rax = u64::MAX;
-        registers.eflags &= !0x400;
-        ptrace::set_registers(self.pid, &registers)?;
+    pub fn follow(&mut self) -> Result<bool, String> {
+        ptrace::set_registers(self.pid, &self.at_stub)?;
         loop {
             self.resume(ptrace::CONT)?;
             match libc::WSTOPSIG(self.wait()?) {
-                libc::SIGTRAP => break,
+                libc::SIGTRAP => return Ok(true),
+                libc::SIGSEGV => return Ok(false),
                 // Whoever calls has left word where it is looked for before the program goes on.
                 CALL => {}
                 signal => return Err(format!("a program's process failed to change its memory: signal {signal}")),
             }
         }
-        let registers = ptrace::registers(self.pid)?;
-        Ok(registers.rbx == STUB + (LIST + control.count * WORDS * 8) as u64)
     }
 }
 
@@ -318,10 +322,7 @@ impl Birth {
                 call(libc::SYS_rseq, [address, length as u64, UNREGISTER as u64, RSEQ_SIGNATURE as u64, 0, 0]);
             }
             check(call(libc::SYS_prctl, [libc::PR_SET_NAME as u64, c"guest-program".as_ptr() as u64, 0, 0, 0, 0]));
-            // The guest's time is not the host's: RDTSC is for the engine.
-            const PR_TSC_SIGSEGV: i32 = 2;
-            check(call(libc::SYS_prctl, [libc::PR_SET_TSC as u64, PR_TSC_SIGSEGV as u64, 0, 0, 0, 0]));
-            // So is CPUID, where the CPU lets it be caught.
+            // The guest's CPU is not the host's: CPUID is for the engine, where the CPU lets it be caught.
             const ARCH_SET_CPUID: i32 = 0x1012;
             call(libc::SYS_arch_prctl, [ARCH_SET_CPUID as u64, 0, 0, 0, 0, 0]);
             check(call(libc::SYS_prctl, [libc::PR_SET_NO_NEW_PRIVS as u64, 1, 0, 0, 0, 0]));

@@ -106,7 +106,6 @@ fn faults_have_their_address() {
 fn what_is_not_for_programs_stops() {
     for (code, length) in [
         (&[0xf4][..], 0),                           // hlt
-        (&[0x0f, 0x31], 0),                         // rdtsc
         (&[0x0f, 0x0b], 0),                         // ud2
         (&[0xcc], 0),                               // int3
         (&[0x48, 0x31, 0xc9, 0x48, 0xf7, 0xf1], 3), // xor rcx, rcx; div rcx

@@ -29,6 +29,13 @@ impl BtVcpu {
         self.direct.as_ref().is_some_and(|direct| direct.active) && self.breakpoints.is_empty()
     }
 
+    /// The same for a program that is to be entered now. Not if it stopped at code that must be translated: that runs until it jumps
+    /// to somewhere that only the dispatcher knows, as all targets of programs were forgotten.
+    #[inline]
+    pub(super) fn enters_directly(&mut self) -> bool {
+        self.is_direct() && self.direct.as_mut().is_some_and(|direct| !std::mem::take(&mut direct.interlude))
+    }
+
     /// Programs have had the CPU for some time: chooses direct execution if it may pay.
     #[cold]
     pub(super) fn consider_direct(&mut self) {
@@ -92,7 +99,7 @@ impl BtVcpu {
                     Answer::Mapped => break Some(Next::Run),
                     Answer::Tells => {
                         direct.counters.tells += 1;
-                        direct.leave();
+                        direct.interlude = true;
                         break Some(Next::Run);
                     }
                     Answer::Guests => break None,
