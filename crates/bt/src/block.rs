@@ -108,6 +108,8 @@ pub struct VcpuBlock {
     pub exit_reason: u32,
     /// Argument of the reason.
     pub exit_arg: u32,
+    /// How often the guest's programs have entered its kernel, by system calls and faults.
+    pub entries: u32,
     /// Is the guest at privilege level 3? 0 or 1.
     pub user: u32,
     /// The host's MXCSR while the monitor runs.
@@ -195,6 +197,7 @@ pub mod off {
     pub const FLAGS: i32 = offset_of!(VcpuBlock, flags) as i32;
     pub const EXIT_REASON: i32 = offset_of!(VcpuBlock, exit_reason) as i32;
     pub const EXIT_ARG: i32 = offset_of!(VcpuBlock, exit_arg) as i32;
+    pub const ENTRIES: i32 = offset_of!(VcpuBlock, entries) as i32;
     pub const USER: i32 = offset_of!(VcpuBlock, user) as i32;
     pub const HOST_MXCSR: i32 = offset_of!(VcpuBlock, host_mxcsr) as i32;
     pub const HOST_FLAGS: i32 = offset_of!(VcpuBlock, host_flags) as i32;

@@ -18,12 +18,18 @@ use memory::GuestRam;
 use runner::{Runner, STUB};
 
 use self::space::{Space, View};
+use crate::sampler::STEADY_TIME;
 
 /// Flushed pages that are kept in mind one by one.
 const MAX_STALE: usize = 64;
 /// Stops until the first judgement, and between judgements.
-const GRACE: u32 = 256;
-const JUDGED: u32 = 64;
+const GRACE: u32 = 192;
+const JUDGED: u32 = 48;
+/// Direct execution pays if the process runs for so many times of what a switch to it and back costs, that included: translated code takes some
+/// three times as long, and what else there is to do at a stop costs as much again.
+const MIN_RUN: u32 = 2;
+/// The same for time in translated code.
+const STOP_COST: u32 = 4;
 /// Shortest and longest time in the translator after direct execution has not paid.
 const MIN_PAUSE: Duration = Duration::from_millis(8);
 const MAX_PAUSE: Duration = Duration::from_secs(1);
@@ -128,17 +134,18 @@ impl Direct {
             && Runner::takes(state)
     }
 
-    /// A program has computed for some time without being interrupted: shall it run directly from now on?
-    pub fn consider(&mut self, state: &CpuState) {
+    /// Programs have computed for [`STEADY_TIME`] in the translator, and entered the kernel `entries` times: shall they run directly from now on?
+    pub fn consider(&mut self, state: &CpuState, entries: u32) {
         if self.active || !Self::possible(state) {
             return;
         }
-        let other = self.owner != Some(space_of(state));
-        if !other && self.not_before.is_some_and(|then| std::time::Instant::now() < then) {
+        // Each would have been a stop.
+        if STEADY_TIME < self.switch * entries * STOP_COST {
             return;
         }
-        if other {
-            self.pause = MIN_PAUSE;
+        let other = self.owner != Some(space_of(state));
+        if self.not_before.is_some_and(|then| std::time::Instant::now() < then) {
+            return;
         }
         self.active = true;
         self.counters.chosen += 1;
@@ -163,14 +170,15 @@ impl Direct {
         if self.stops < self.until_judged {
             return;
         }
-        // A stop costs two switches of about the time of one change of the process's memory each, and translated code takes some three times as long.
-        if self.spent < self.switch * self.stops * 2 {
+        if self.spent < self.switch * self.stops * MIN_RUN {
             self.counters.given_up += 1;
             self.not_before = Some(std::time::Instant::now() + self.pause);
             self.pause = (self.pause * 2).min(MAX_PAUSE);
             self.leave();
         } else {
-            self.pause = (self.pause / 2).max(MIN_PAUSE);
+            if self.spent > self.switch * self.stops * MIN_RUN * 4 {
+                self.pause = MIN_PAUSE;
+            }
             self.pins.look(self.runner.pid());
         }
         self.stops = 0;
@@ -230,6 +238,12 @@ impl Direct {
     /// Carries the space's changes out. `Ok(false)`: the host refuses.
     pub fn make_changes(&mut self) -> Result<bool, String> {
         let changes = self.space.take_changes();
+        if let Some(addresses) = self.space.take_watched()
+            && !self.runner.watch(&addresses)
+        {
+            self.clear()?;
+            return Ok(false);
+        }
         if changes.is_empty() || self.runner.change(&changes)? {
             return Ok(true);
         }

@@ -3,6 +3,7 @@
 //! The timer is set anew by its own signal, and not while the vCPU sleeps: a guest that is idle costs nothing.
 
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Between two samples, in nanoseconds.
 const INTERVAL: i64 = 1_000_000;
@@ -12,6 +13,8 @@ const ROOM: usize = 64;
 const BATCH: u32 = 16;
 /// So many samples of a program one after the other show that it computes.
 const STEADY: u32 = 3;
+/// The time between the first and the last of them.
+pub const STEADY_TIME: Duration = Duration::from_nanos((STEADY as u64 - 1) * INTERVAL as u64);
 
 /// Samples of one vCPU. Written by the signal's handler, which runs on the vCPU's own thread.
 pub struct Sampler {
@@ -19,6 +22,8 @@ pub struct Sampler {
     places: [AtomicU64; ROOM],
     /// Samples one after the other that found a program, not the kernel.
     programs: AtomicU32,
+    /// Number of the programs' entries into the kernel at the first of them.
+    entries: AtomicU32,
     /// The vCPU does not run guest code for now.
     asleep: AtomicBool,
     /// The timer is set.
@@ -35,6 +40,7 @@ impl Sampler {
             count: AtomicU32::new(0),
             places: [const { AtomicU64::new(0) }; ROOM],
             programs: AtomicU32::new(0),
+            entries: AtomicU32::new(0),
             asleep: AtomicBool::new(true),
             armed: AtomicBool::new(false),
             timer: AtomicI32::new(-1),
@@ -103,15 +109,25 @@ impl Sampler {
         unsafe { libc::syscall(libc::SYS_timer_settime, timer, 0, &raw const once, std::ptr::null_mut::<u8>()) };
     }
 
-    /// The timer's signal; `place`: the thread was in translated code, at this host address; `program`: of a program. Returns whether the vCPU
+    /// The timer's signal; `place`: the thread was in translated code, at this host address; `program`: of a program, with the number of
+    /// entries into the kernel up to now. Returns whether the vCPU
     /// should look. Safe to call in a signal's handler.
-    pub fn tick(&self, place: Option<u64>, program: bool) -> bool {
+    pub fn tick(&self, place: Option<u64>, program: Option<u32>) -> bool {
         self.armed.store(false, Ordering::Relaxed);
         if self.asleep.load(Ordering::Relaxed) {
             return false;
         }
         self.arm();
-        let programs = if program { self.programs.load(Ordering::Relaxed) + 1 } else { 0 };
+        let programs = match program {
+            Some(entries) => {
+                let before = self.programs.load(Ordering::Relaxed);
+                if before == 0 {
+                    self.entries.store(entries, Ordering::Relaxed);
+                }
+                before + 1
+            }
+            None => 0,
+        };
         self.programs.store(programs, Ordering::Relaxed);
         let count = self.count.load(Ordering::Relaxed);
         if let Some(place) = place
@@ -123,14 +139,14 @@ impl Sampler {
         count + 1 >= BATCH || programs >= STEADY
     }
 
-    /// Has a program had the CPU for some time? Tells once each time.
+    /// Have programs had the CPU for [`STEADY_TIME`]? Tells once each time, and what the number of entries into the kernel was at its start.
     #[inline]
-    pub fn steady(&self) -> bool {
+    pub fn steady(&self) -> Option<u32> {
         if self.programs.load(Ordering::Relaxed) < STEADY {
-            return false;
+            return None;
         }
         self.programs.store(0, Ordering::Relaxed);
-        true
+        Some(self.entries.load(Ordering::Relaxed))
     }
 
     /// Are there enough samples to look at?
@@ -164,18 +180,18 @@ mod tests {
     #[test]
     fn ticks_are_kept_until_they_are_taken() {
         let sampler = Sampler::new();
-        assert!(!sampler.tick(Some(1), false), "asleep");
+        assert!(!sampler.tick(Some(1), None), "asleep");
         sampler.wake();
         for n in 1..BATCH {
-            assert!(!sampler.tick(Some(u64::from(n)), false));
+            assert!(!sampler.tick(Some(u64::from(n)), None));
         }
         assert!(!sampler.ready());
-        assert!(sampler.tick(Some(99), false) && sampler.ready());
+        assert!(sampler.tick(Some(99), None) && sampler.ready());
         for _ in 0..2 * ROOM {
-            sampler.tick(Some(7), false);
+            sampler.tick(Some(7), None);
         }
         assert_eq!(sampler.take().count(), ROOM);
-        sampler.tick(None, false);
+        sampler.tick(None, None);
         assert_eq!(sampler.take().count(), 0);
     }
 
@@ -183,15 +199,15 @@ mod tests {
     fn programs_that_compute_are_told_of() {
         let sampler = Sampler::new();
         sampler.wake();
-        for _ in 0..5 {
+        for round in 0..5 {
             for _ in 1..STEADY {
-                assert!(!sampler.tick(None, true));
-                assert!(!sampler.steady());
+                assert!(!sampler.tick(None, Some(round)));
+                assert_eq!(sampler.steady(), None);
             }
-            assert!(sampler.tick(None, true));
-            assert!(sampler.steady() && !sampler.steady());
-            sampler.tick(None, true);
-            sampler.tick(None, false);
+            assert!(sampler.tick(None, Some(round)));
+            assert_eq!((sampler.steady(), sampler.steady()), (Some(round), None));
+            sampler.tick(None, Some(round));
+            sampler.tick(None, None);
             sampler.take().count();
         }
     }

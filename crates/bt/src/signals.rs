@@ -30,6 +30,8 @@ pub struct ThreadInfo {
     pub kick: *const AtomicU32,
     /// [`crate::block::VcpuBlock::user`].
     pub user: *const u32,
+    /// [`crate::block::VcpuBlock::entries`].
+    pub entries: *const u32,
 }
 
 thread_local! {
@@ -149,7 +151,8 @@ unsafe fn sample(thread: &ThreadInfo, pc: u64, stack: u64) {
     }
     // SAFETY: both live as long as the vCPU that this thread runs.
     unsafe {
-        if (*thread.sampler).tick(place, thread.user.read_volatile() != 0) {
+        let program = (thread.user.read_volatile() != 0).then(|| thread.entries.read_volatile());
+        if (*thread.sampler).tick(place, program) {
             (*thread.kick).store(1, Ordering::SeqCst);
         }
     }

@@ -512,6 +512,7 @@ fn transitions(asm: &mut Asm, stubs: &mut Stubs) {
     asm.pop(R11);
     asm.cmp32_mem_imm8(Mem::gs(off::FAST_SYSCALL), 0);
     let slow = asm.jcc(cc::E);
+    asm.rm(false, &[0xff], 0, Mem::gs(off::ENTRIES)); // inc
     asm.mov(RCX, R10);
     asm.load(R10, Mem::gs(off::RFLAGS));
     asm.lea(R11, Mem::sum(R11, R10, -0x202));

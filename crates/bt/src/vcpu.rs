@@ -336,6 +336,7 @@ impl BtVcpu {
         }
         // Something may wait for the end of this instruction that nobody will kick for any more.
         let held_off = block.state.interrupt_shadow || block.state.nmi_blocked;
+        let user = block.state.cpl() == 3;
         let before = (block.state.star, block.state.sfmask, block.state.efer);
         let mut outcome = self.interp.step(&mut block.state, &mut flushes);
         if outcome == Outcome::NotAlone {
@@ -346,6 +347,7 @@ impl BtVcpu {
                 outcome
             });
         }
+        block.entries = block.entries.wrapping_add(u32::from(user && block.state.cpl() != 3));
         if before != (block.state.star, block.state.sfmask, block.state.efer) {
             self.update_fast();
         }
@@ -385,6 +387,8 @@ impl BtVcpu {
 
     /// Delivers the page fault of an instruction that has done nothing yet.
     fn deliver_page_fault(&mut self, fault: PageFault) -> Next {
+        let block = self.block();
+        block.entries = block.entries.wrapping_add(u32::from(self.mode.user));
         match self.interp.deliver_exception(&mut self.block().state, fault.into()) {
             Ok(()) if self.is_quiet() => Next::Run,
             Ok(()) => Next::Events,
@@ -419,8 +423,8 @@ impl BtVcpu {
             if self.sampler.ready() && self.tamper.is_none() {
                 self.promote();
             }
-            if self.sampler.steady() {
-                self.consider_direct();
+            if let Some(since) = self.sampler.steady() {
+                self.consider_direct(since);
             }
             let block = self.block();
             let state = &mut block.state;
@@ -838,6 +842,7 @@ impl BtVcpu {
             sampler: &raw const *self.sampler,
             kick: memory.kick_word(),
             user: &raw const block.user,
+            entries: &raw const block.entries,
         }
     }
 

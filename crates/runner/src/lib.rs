@@ -29,6 +29,9 @@ pub use crate::process::{STUB, Signaller};
 /// Programs' addresses are below.
 pub const END: u64 = (1 << 47) - 4096;
 
+/// So many instructions can be watched.
+pub const WATCHED: usize = 4;
+
 /// What a program may do with pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rights {
@@ -203,9 +206,12 @@ impl Runner {
                 }
             }
             libc::SIGTRAP => {
-                // INT3 and INT1 are told of when they are done.
-                registers.rip = registers.rip.wrapping_sub(1);
-                self.away = true;
+                const TRAP_HWBKPT: i32 = 4;
+                if ptrace::signal(self.process.pid)?.si_code != TRAP_HWBKPT {
+                    // INT3 and INT1 are told of when they are done.
+                    registers.rip = registers.rip.wrapping_sub(1);
+                    self.away = true;
+                }
             }
             libc::SIGSYS => {
                 // The filter refused a call of the vsyscall page, and the kernel has made it return (with the call's number in RAX, which the
@@ -270,6 +276,12 @@ impl Runner {
         }
         self.away = true;
         Ok(true)
+    }
+
+    /// From now on the program stops before the instructions at these addresses, [`WATCHED`] at most, with [`Stop::Instruction`]. `false`: the host
+    /// refuses.
+    pub fn watch(&mut self, addresses: &[u64]) -> bool {
+        ptrace::watch(self.process.pid, addresses).is_ok()
     }
 
     /// Takes all memory away.

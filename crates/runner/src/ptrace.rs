@@ -58,6 +58,22 @@ pub fn signal(pid: i32) -> Result<libc::siginfo_t, String> {
     }
 }
 
+/// Stops the process before the instructions at these addresses, by the CPU's debug registers (SDM volume 3, 18.2).
+pub fn watch(pid: i32, addresses: &[u64]) -> Result<(), String> {
+    let register = |number: usize| std::mem::offset_of!(libc::user, u_debugreg) + 8 * number;
+    let set = |number, value: u64| {
+        // SAFETY: the value is passed as such.
+        unsafe { request(libc::PTRACE_POKEUSER as _, pid, register(number), value as usize) }
+    };
+    set(7, 0)?;
+    let mut enabled = 0;
+    for (number, &address) in addresses.iter().take(crate::WATCHED).enumerate() {
+        set(number, address)?;
+        enabled |= 1 << (2 * number);
+    }
+    set(7, enabled)
+}
+
 /// The area of the process, as long as this kernel makes it.
 pub fn extended(pid: i32) -> Result<Vec<u8>, String> {
     let mut area = vec![0; LARGEST];

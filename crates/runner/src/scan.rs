@@ -1,5 +1,5 @@
 //! Instructions that programs may execute, but that would tell of the host or do something to it that is not the guest's: a page that has one of
-//! them, at whatever offset, must not be executed in the process.
+//! them, at whatever offset, must not be executed in the process, unless the process is made to stop there ([`Runner::watch`](crate::Runner::watch)).
 //!
 //! RDTSC is not looked for: it is the engine's to see that the guest's time stamps are the host's. (The kernel would catch it, `PR_SET_TSC`, but
 //! that makes each switch between processes twice as slow in a virtual machine.) Nor is what faults in programs anyway.
@@ -7,11 +7,12 @@
 /// Longest sequence of bytes that is looked for, less one.
 pub const BEYOND: usize = 3;
 
-/// Does the page hold such an instruction, or a part of one? `before`: the last [`BEYOND`] bytes of the page before it, `after`: the first ones of the
+/// Where such instructions, or parts of them, are on the page: offsets, which may be somewhat below 0. `before`: the last [`BEYOND`] bytes of the page before it, `after`: the first ones of the
 /// page behind it; empty where nothing is there to be executed (they are looked at with that page then).
-pub fn tells_of_host(page: &[u8; 4096], before: &[u8], after: &[u8]) -> bool {
+pub fn find(page: &[u8; 4096], before: &[u8], after: &[u8]) -> Vec<i64> {
     let bytes = [before, page, after].concat();
     let catches_cpuid = catches_cpuid();
+    let mut found = Vec::new();
     let mut from = 0;
     while let Some(at) = bytes[from..].iter().position(|&byte| byte == 0x0f) {
         let at = from + at;
@@ -23,10 +24,16 @@ pub fn tells_of_host(page: &[u8; 4096], before: &[u8], after: &[u8]) -> bool {
             Tells::IfExecuted => is_instruction(&bytes, at),
         };
         if tells {
-            return true;
+            found.push(start(&bytes, at) as i64 - before.len() as i64);
         }
     }
-    false
+    found
+}
+
+/// Where the instruction starts whose code is at `at`: a prefix may be before it.
+fn start(bytes: &[u8], at: usize) -> usize {
+    let prefixed = |before: usize| is_instruction(bytes, at - before) && !is_instruction(bytes, at);
+    (1..=2).find(|&before| before <= at && prefixed(before)).map_or(at, |before| at - before)
 }
 
 /// Does CPUID stop the process, where `ARCH_SET_CPUID` says so?
@@ -40,7 +47,8 @@ pub(crate) fn catches_cpuid() -> bool {
 /// Is there an instruction at `at`, and not the middle of one? Instructions are of many lengths, but who decodes from a wrong place soon gets to the right
 /// ones: most ways that start some bytes before come by.
 fn is_instruction(bytes: &[u8], at: usize) -> bool {
-    let starts = at.saturating_sub(32)..at;
+    // Those that start close by may not be right yet.
+    let starts = at.saturating_sub(80)..at.saturating_sub(32).max(at.min(1));
     let all = starts.len();
     let come_by = starts
         .filter(|&start| {
@@ -52,7 +60,7 @@ fn is_instruction(bytes: &[u8], at: usize) -> bool {
             start + decoder.position() == at
         })
         .count();
-    come_by * 2 >= all
+    come_by * 2 > all || all == 0
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -102,6 +110,18 @@ fn tells(code: &[u8], before: &[u8]) -> Tells {
 mod tests {
     use super::*;
 
+    fn tells_of_host(page: &[u8; 4096], before: &[u8], after: &[u8]) -> bool {
+        !find(page, before, after).is_empty()
+    }
+
+    #[test]
+    fn places_are_those_of_instructions() {
+        let code =
+            [0xb9, 0x7b, 0, 0, 0, 0x0f, 0x03, 0xc1, 0x48, 0x0f, 0xc7, 0x64, 0x24, 0x40, 0xf3, 0x41, 0x0f, 0xc7, 0xf8];
+        assert_eq!(find(&page(100, &code), &[], &[]), [105, 108, 114]);
+        assert_eq!(find(&page(0, &[0x24, 0x24]), &[0x90, 0x0f, 0xae], &[]), [-2]);
+    }
+
     fn page(at: usize, bytes: &[u8]) -> [u8; 4096] {
         let mut page = [0x90; 4096];
         page[at..at + bytes.len()].copy_from_slice(bytes);
@@ -140,10 +160,12 @@ mod tests {
         );
     }
 
-    /// `mov ecx, 0xc0030f00`, and LSL for comparison.
+    /// `mov edi, 0x20f3530` and a call, as in programs at fixed addresses; LSL for comparison.
     #[test]
     fn parts_of_instructions_are_told_from_instructions() {
-        assert!(!tells_of_host(&page(100, &[0xb9, 0x00, 0x0f, 0x03, 0xc0]), &[], &[]));
+        let calls = [0xbf, 0x30, 0x35, 0x0f, 0x02, 0xe8, 0xb1, 0xf1, 0xff, 0xff].repeat(20);
+        assert!(!tells_of_host(&page(100, &calls), &[], &[]));
+        assert!(!tells_of_host(&page(0, &calls), &[], &[]));
         assert!(tells_of_host(&page(100, &[0xb9, 0x7b, 0, 0, 0, 0x0f, 0x03, 0xc1]), &[], &[]));
     }
 

@@ -117,6 +117,27 @@ fn what_is_not_for_programs_stops() {
     }
 }
 
+/// CPUID, and what comes behind it.
+#[test]
+fn watched_instructions_stop() {
+    // cpuid; inc rax; syscall
+    let (_memory, mut runner, mut state) = started(&[0x0f, 0xa2, 0x48, 0xff, 0xc0, 0x0f, 0x05]);
+    assert!(runner.watch(&[CODE + 0x100, CODE]));
+    assert_eq!(runner.run().unwrap(), Stop::Instruction);
+    runner.store(&mut state).unwrap();
+    assert_eq!((state.rip, state.rflags & rflags::RF), (CODE, 0));
+    state.rip += 2;
+    state.gpr[0] = 41;
+    runner.load(&state).unwrap();
+    assert_eq!(runner.run().unwrap(), Stop::SystemCall);
+    runner.store(&mut state).unwrap();
+    assert_eq!((state.rip, state.gpr[0]), (CODE + 5, 42));
+    assert!(runner.watch(&[]));
+    state.rip = CODE;
+    runner.load(&state).unwrap();
+    assert_eq!(runner.run().unwrap(), Stop::SystemCall, "no longer");
+}
+
 /// A program that jumps to the stub, with a system call of its own in the registers or on the list, gets nothing done.
 #[test]
 fn the_stub_is_of_no_use_to_the_program() {

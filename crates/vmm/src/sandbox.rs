@@ -224,6 +224,7 @@ fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<Rule>>, seccompiler::Backen
             libc::PTRACE_GETREGSET,
             libc::PTRACE_SETREGSET,
             libc::PTRACE_GETSIGINFO,
+            libc::PTRACE_POKEUSER,
         ];
         rules.insert(libc::SYS_ptrace, one_of(0, &requests.map(u64::from))?);
         rules.insert(libc::SYS_wait4, one_of(0, &traced)?);

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use cpu::paging::{self, Access, Kind, PagingContext};
 use memory::GuestRam;
-use runner::{Change, Rights, scan};
+use runner::{Change, Rights, WATCHED, scan};
 
 use super::tables::{PAGES, Page, REGION, Region};
 
@@ -51,6 +51,9 @@ pub struct Space {
     regions: BTreeMap<u64, Box<[Entry; PAGES]>>,
     changes: Vec<Change>,
     mappings: usize,
+    /// Executable pages with instructions that would tell of the host, the last one at the end: the process stops there.
+    watched: Vec<(u64, Vec<u64>)>,
+    watched_changed: bool,
     /// Writable pages by a hash of their guest-physical address: a bit each.
     wrote: Vec<u64>,
 }
@@ -69,24 +72,19 @@ impl View<'_> {
         let code = self.ram.code_pages().test(page.gpa >> 12);
         let write = page.writable && page.dirty && !code;
         if fetch {
-            return if !page.executable {
-                Err(Answer::Guests)
-            } else if self.tells(page.gpa, address) {
-                Err(Answer::Tells)
-            } else {
-                Ok(Rights::Execute)
-            };
+            return if !page.executable { Err(Answer::Guests) } else { Ok(Rights::Execute) };
         }
         Ok(if write {
             Rights::Write
-        } else if page.executable && !page.writable && !self.tells(page.gpa, address) {
+        } else if page.executable && !page.writable && self.telling(page.gpa, address).is_empty() {
             Rights::Execute
         } else {
             Rights::Read
         })
     }
 
-    fn tells(&self, gpa: u64, address: u64) -> bool {
+    /// Addresses of instructions on the page that would tell of the host.
+    fn telling(&self, gpa: u64, address: u64) -> Vec<u64> {
         const BEYOND: usize = scan::BEYOND;
         let mut page = [0; 4096];
         let (mut before, mut after) = ([0; BEYOND], [0; BEYOND]);
@@ -94,8 +92,10 @@ impl View<'_> {
         let has_before = self.read(end_before, &mut before);
         let has_after = self.read((address & !0xfff).wrapping_add(4096), &mut after);
         let part = |has: bool, bytes| if has { bytes } else { &[][..] };
-        !self.ram.read(gpa & !0xfff, &mut page)
-            || scan::tells_of_host(&page, part(has_before, &before), part(has_after, &after))
+        // Without RAM there is nothing that tells, and nothing to be mapped.
+        let _ = self.ram.read(gpa & !0xfff, &mut page);
+        let found = scan::find(&page, part(has_before, &before), part(has_after, &after));
+        found.into_iter().map(|offset| (address & !0xfff).wrapping_add_signed(offset)).collect()
     }
 
     /// Reads what the program could execute, within a page.
@@ -121,6 +121,34 @@ impl Space {
         self.changes.clear();
         self.wrote.clear();
         self.mappings = 0;
+        self.watched_changed |= !self.watched.is_empty();
+        self.watched.clear();
+    }
+
+    /// Where the process must stop, if that has changed.
+    pub fn take_watched(&mut self) -> Option<Vec<u64>> {
+        std::mem::take(&mut self.watched_changed)
+            .then(|| self.watched.iter().flat_map(|(_, addresses)| addresses).copied().collect())
+    }
+
+    /// Makes room for the page's instructions among those watched, by taking other pages away. Returns whether there can be any.
+    fn watch(&mut self, page: u64, addresses: Vec<u64>) -> bool {
+        if addresses.len() > WATCHED {
+            return false;
+        }
+        self.watched.retain(|(other, _)| *other != page);
+        while self.watched.iter().map(|(_, addresses)| addresses.len()).sum::<usize>() + addresses.len() > WATCHED {
+            let (other, _) = self.watched.remove(0);
+            if let Some(entries) = self.regions.get_mut(&(other & !(REGION - 1))) {
+                let entry = &mut entries[(other >> 12) as usize % PAGES];
+                if std::mem::replace(entry, Entry::NONE) != Entry::NONE {
+                    self.unmap(other);
+                }
+            }
+        }
+        self.watched.push((page, addresses));
+        self.watched_changed = true;
+        true
     }
 
     /// Is there so much that it should be cleared?
@@ -145,6 +173,12 @@ impl Space {
         if view.ram.offset_in_file(page.gpa).is_none() {
             return Answer::Guests;
         }
+        if rights == Rights::Execute {
+            let telling = view.telling(page.gpa, address);
+            if !telling.is_empty() && !self.watch(address & !0xfff, telling) {
+                return Answer::Tells;
+            }
+        }
         let first = address & !(REGION - 1);
         let entries = self.regions.entry(first).or_insert_with(|| Box::new([Entry::NONE; PAGES]));
         if entries[index] == Entry::new(page.gpa, rights) {
@@ -162,8 +196,11 @@ impl Space {
                 Some((page, rights))
             } else {
                 region.page(at).filter(|page| view.ram.offset_in_file(page.gpa).is_some()).and_then(|page| {
-                    let rights = view.rights(page, first + at as u64 * 4096, fetch);
-                    rights.ok().map(|rights| (page, rights))
+                    let address = first + at as u64 * 4096;
+                    let rights = view.rights(page, address, fetch).ok()?;
+                    // Code that must be watched waits until it is needed.
+                    let waits = fetch && !view.telling(page.gpa, address).is_empty();
+                    (!waits).then_some((page, rights))
                 })
             };
         }

@@ -36,12 +36,12 @@ impl BtVcpu {
         self.is_direct() && self.direct.as_mut().is_some_and(|direct| !std::mem::take(&mut direct.interlude))
     }
 
-    /// Programs have had the CPU for some time: chooses direct execution if it may pay.
+    /// Programs have had the CPU for some time, since `entries` stood at `since`: chooses direct execution if it may pay.
     #[cold]
-    pub(super) fn consider_direct(&mut self) {
+    pub(super) fn consider_direct(&mut self, since: u32) {
         let block = self.block();
         let Some(direct) = &mut self.direct else { return };
-        direct.consider(&block.state);
+        direct.consider(&block.state, block.entries.wrapping_sub(since));
         if direct.active {
             // Every way to the program leads here now.
             self.tlbs.forget_targets_of_programs(block);
