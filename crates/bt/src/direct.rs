@@ -64,6 +64,8 @@ pub struct Direct {
     pub active: bool,
     /// But first some code that must not.
     pub interlude: bool,
+    /// They always do, for tests.
+    pub at_once: bool,
     /// The address space that the process has pages of: CR3 without the bit that keeps translations.
     owner: Option<u64>,
     /// The guest flushed everything of it, or these pages.
@@ -104,6 +106,7 @@ impl Direct {
             counters: Counters::default(),
             active: false,
             interlude: false,
+            at_once: false,
             owner: None,
             stale: false,
             stale_pages: Vec::new(),
@@ -167,7 +170,7 @@ impl Direct {
         self.counters.time += time;
         self.spent += time;
         self.stops += 1;
-        if self.stops < self.until_judged {
+        if self.stops < self.until_judged || self.at_once {
             return;
         }
         if self.spent < self.switch * self.stops * MIN_RUN {
@@ -225,7 +228,7 @@ impl Direct {
         self.stale = false;
         self.stale_pages.clear();
         if let Some(address) = self.awaited.take() {
-            self.space.fault(&view, address, address & !0xfff == state.rip & !0xfff);
+            self.space.fault(&view, address, state.rip, address & !0xfff == state.rip & !0xfff);
         }
         // The page of the process's own must not hide one of the program's.
         if cpu::paging::probe(ram, &view.context, STUB, cpu::paging::Access::new(cpu::paging::Kind::Read, true)).is_ok()
@@ -259,6 +262,7 @@ impl Direct {
     /// Leaves, and does not come back soon.
     pub fn refuse(&mut self) {
         self.not_before = Some(std::time::Instant::now() + MAX_PAUSE);
+        self.interlude = true;
         self.leave();
     }
 }

@@ -60,6 +60,9 @@ pub struct Options {
     /// Let programs that compute for long run as they are, in processes of their own, where the host and RAM (see
     /// [`GuestRam::shareable`](::memory::GuestRam::shareable)) let them.
     pub direct: bool,
+    /// For tests: programs run directly from their first instruction on, whether it pays or not.
+    #[doc(hidden)]
+    pub direct_at_once: bool,
     /// Count interpreted instructions by kind.
     pub step_histogram: bool,
     /// Run every block in the interpreter, too, and stop at the first difference. Slow; flags are precise then.
@@ -84,6 +87,7 @@ impl Options {
             fast_transitions: true,
             tiers: true,
             direct: true,
+            direct_at_once: false,
             step_histogram: false,
             lockstep: false,
             parking: None,
@@ -173,6 +177,7 @@ impl Engine for BtEngine {
         vcpu.pv_unhalt = self.options.model.pv_unhalt;
         vcpu.fast_transitions = self.options.fast_transitions;
         vcpu.tamper = self.options.tamper;
+        vcpu.direct_at_once = self.options.direct_at_once;
         vcpu.direct_wanted = self.options.direct && !self.options.lockstep && self.options.tamper.is_none();
         if self.options.step_histogram {
             vcpu.step_histogram = Some(Default::default());

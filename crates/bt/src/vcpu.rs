@@ -168,6 +168,8 @@ pub struct BtVcpu {
     direct: Option<Box<Direct>>,
     /// See [`crate::Options::direct`].
     pub direct_wanted: bool,
+    /// See [`crate::Options::direct_at_once`].
+    pub direct_at_once: bool,
     /// Low half of the code cache's address.
     code_start: u32,
     /// What [`Self::called_from`] found last: position, access, generation of the cache.
@@ -251,6 +253,7 @@ impl BtVcpu {
             sampler: Box::new(Sampler::new()),
             direct: None,
             direct_wanted: false,
+            direct_at_once: false,
             code_start,
             callers: Box::new([(0, u32::MAX, u64::MAX); CALLERS]),
         });

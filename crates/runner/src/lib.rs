@@ -78,6 +78,10 @@ pub enum Stop {
     },
     /// At an instruction that must be done by somebody else: it is not for programs, or raises an exception.
     Instruction,
+    /// Behind INT3, of one byte or of two. It is to be done by somebody else.
+    Breakpoint,
+    /// Behind INT1, or at it: hypervisors differ. It is to be done by somebody else.
+    DebugTrap,
     /// Somebody has called for attention. Between two instructions.
     Called,
 }
@@ -207,10 +211,11 @@ impl Runner {
             }
             libc::SIGTRAP => {
                 const TRAP_HWBKPT: i32 = 4;
-                if ptrace::signal(self.process.pid)?.si_code != TRAP_HWBKPT {
-                    // INT3 and INT1 are told of when they are done.
-                    registers.rip = registers.rip.wrapping_sub(1);
-                    self.away = true;
+                const SI_KERNEL: i32 = 0x80;
+                match ptrace::signal(self.process.pid)?.si_code {
+                    TRAP_HWBKPT => {}
+                    SI_KERNEL => return Ok(Stop::Breakpoint),
+                    _ => return Ok(Stop::DebugTrap),
                 }
             }
             libc::SIGSYS => {

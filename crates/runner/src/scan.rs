@@ -14,7 +14,7 @@ pub fn find(page: &[u8; 4096], before: &[u8], after: &[u8]) -> Vec<i64> {
     let catches_cpuid = catches_cpuid();
     let mut found = Vec::new();
     let mut from = 0;
-    while let Some(at) = bytes[from..].iter().position(|&byte| byte == 0x0f) {
+    while let Some(at) = memchr::memchr(0x0f, &bytes[from..]) {
         let at = from + at;
         from = at + 1;
         let tells = match tells(&bytes[at..], &bytes[..at]) {

@@ -107,7 +107,6 @@ fn what_is_not_for_programs_stops() {
     for (code, length) in [
         (&[0xf4][..], 0),                           // hlt
         (&[0x0f, 0x0b], 0),                         // ud2
-        (&[0xcc], 0),                               // int3
         (&[0x48, 0x31, 0xc9, 0x48, 0xf7, 0xf1], 3), // xor rcx, rcx; div rcx
         (&[0xcd, 0x90], 0),                         // int 0x90
     ] {
@@ -115,6 +114,18 @@ fn what_is_not_for_programs_stops() {
         assert_eq!(runner.run().unwrap(), Stop::Instruction, "{code:x?}");
         assert_eq!(runner.rip(), CODE + length, "{code:x?}");
     }
+}
+
+#[test]
+fn traps_stop_behind() {
+    for code in [&[0xcc][..], &[0xcd, 3]] {
+        let (_memory, mut runner, _) = started(code);
+        assert_eq!(runner.run().unwrap(), Stop::Breakpoint, "{code:x?}");
+        assert_eq!(runner.rip(), CODE + code.len() as u64, "{code:x?}");
+    }
+    let (_memory, mut runner, _) = started(&[0xf1, 0x90]);
+    assert_eq!(runner.run().unwrap(), Stop::DebugTrap);
+    assert!((CODE..=CODE + 1).contains(&runner.rip()));
 }
 
 /// CPUID, and what comes behind it.

@@ -13,6 +13,8 @@ use super::tables::{PAGES, Page, REGION, Region};
 const AROUND: usize = 16;
 /// More mappings than this are too many for one process of the host, which may have 65,530: all are forgotten.
 const MAX_MAPPINGS: usize = 30_000;
+/// Bytes of the longest instruction.
+const LONGEST: u64 = 15;
 
 /// A page's entry: its number in guest-physical memory and its rights; 0: none.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -161,8 +163,8 @@ impl Space {
         std::mem::take(&mut self.changes)
     }
 
-    /// The program reached for `address` in vain; `fetch`: it seems to execute there.
-    pub fn fault(&mut self, view: &View<'_>, address: u64, fetch: bool) -> Answer {
+    /// The program reached for `address` in vain, at the instruction at `rip`; `fetch`: it seems to execute there.
+    pub fn fault(&mut self, view: &View<'_>, address: u64, rip: u64, fetch: bool) -> Answer {
         let region = Region::new(view.ram, &view.context, address);
         let index = (address >> 12) as usize % PAGES;
         let Some(page) = region.page(index) else { return Answer::Guests };
@@ -181,8 +183,19 @@ impl Space {
         }
         let first = address & !(REGION - 1);
         let entries = self.regions.entry(first).or_insert_with(|| Box::new([Entry::NONE; PAGES]));
-        if entries[index] == Entry::new(page.gpa, rights) {
-            // That was not it.
+        let before = entries[index].rights();
+        if fetch && before == Some(Rights::Execute) || !fetch && before.is_some() && rights != Rights::Write {
+            // It had what it can have: reading is allowed everywhere, so it writes.
+            return Answer::Guests;
+        }
+        let of_instruction = [rip, rip.wrapping_add(LONGEST - 1)].iter().any(|at| at & !0xfff == address & !0xfff);
+        if !fetch && before == Some(Rights::Execute) && of_instruction {
+            // The instruction writes a page that it is on itself, which the process cannot both execute and write. Once written, it is to be looked at again.
+            entries[index] = Entry::NONE;
+            self.unmap(address & !0xfff);
+            return Answer::Guests;
+        }
+        if before == Some(rights) {
             return Answer::Guests;
         }
         let around = if region.is_large() { PAGES } else { AROUND };
@@ -263,12 +276,19 @@ impl Space {
     fn check(&mut self, view: &View<'_>, region: &Region<'_>, first: u64, index: usize, entry: &mut Entry) -> bool {
         let good = entry.rights().is_some_and(|rights| {
             region.page(index).is_some_and(|page| page.gpa == entry.gpa() && view.keeps(page, rights))
+                && (rights != Rights::Execute || self.still_tells(view, entry.gpa(), first + index as u64 * 4096))
         });
         if !good {
             *entry = Entry::NONE;
             self.unmap(first + index as u64 * 4096);
         }
         good
+    }
+
+    /// Does an executable page have no other instructions that would tell of the host than when it was mapped?
+    fn still_tells(&self, view: &View<'_>, gpa: u64, page: u64) -> bool {
+        let telling = view.telling(gpa, page);
+        telling.is_empty() || self.watched.iter().any(|(other, watched)| *other == page && *watched == telling)
     }
 
     fn unmap(&mut self, address: u64) {

@@ -15,10 +15,10 @@ impl BtVcpu {
     /// Starts the process that programs run in. On the vCPU's thread.
     pub(super) fn start_direct(&mut self) -> Option<u32> {
         let mut direct = Direct::new(&self.shared.ram)?;
+        direct.at_once = self.direct_at_once;
         let pid = direct.runner.pid();
         self.handle.set_signaller(direct.runner.signaller());
         self.interp.add_process(pid);
-        direct.leave();
         self.direct = Some(direct);
         u32::try_from(pid).ok()
     }
@@ -33,6 +33,11 @@ impl BtVcpu {
     /// to somewhere that only the dispatcher knows, as all targets of programs were forgotten.
     #[inline]
     pub(super) fn enters_directly(&mut self) -> bool {
+        let block = self.block();
+        let Some(direct) = &mut self.direct else { return false };
+        if direct.at_once {
+            direct.active = Direct::possible(&block.state);
+        }
         self.is_direct() && self.direct.as_mut().is_some_and(|direct| !std::mem::take(&mut direct.interlude))
     }
 
@@ -72,6 +77,7 @@ impl BtVcpu {
         self.save_x87();
         direct.runner.load(&self.block().state)?;
         let view = View { ram: &shared.ram, context: PagingContext::new(&self.block().state) };
+        let mut trapped = None;
         let result = loop {
             self.handle.set_inside(true);
             if self.handle.memory.kick_word().load(Ordering::SeqCst) != 0 {
@@ -94,6 +100,11 @@ impl BtVcpu {
                     direct.counters.instructions += 1;
                     break None;
                 }
+                Stop::Breakpoint | Stop::DebugTrap => {
+                    direct.counters.instructions += 1;
+                    trapped = Some(stop);
+                    break None;
+                }
                 Stop::Fault { address } => match self.meet(direct, &view, address)? {
                     Answer::Mapped if direct.active => {}
                     Answer::Mapped => break Some(Next::Run),
@@ -106,7 +117,22 @@ impl BtVcpu {
                 },
             }
         };
-        direct.runner.store(&mut self.block().state)?;
+        let state = &mut self.block().state;
+        direct.runner.store(state)?;
+        if let Some(stop) = trapped {
+            // Back to before it.
+            let byte_at = |address| {
+                let mut byte = [0];
+                self.interp.debug_read(state, address, &mut byte);
+                byte[0]
+            };
+            let length = match stop {
+                Stop::DebugTrap => u64::from(byte_at(state.rip) != 0xf1),
+                _ if byte_at(state.rip.wrapping_sub(1)) == 0xcc => 1,
+                _ => 2,
+            };
+            state.rip = state.rip.wrapping_sub(length);
+        }
         self.load_x87();
         Ok(result)
     }
@@ -122,7 +148,8 @@ impl BtVcpu {
         let kind = if fetch { Kind::Fetch } else { Kind::Read };
         // Sets the accessed bits that the CPU would set.
         let allowed = paging::walk(view.ram, &view.context, address, PageAccess::new(kind, true)).is_ok();
-        let answer = if allowed { direct.space.fault(view, address, fetch) } else { Answer::Guests };
+        let answer =
+            if allowed { direct.space.fault(view, address, direct.runner.rip(), fetch) } else { Answer::Guests };
         match answer {
             Answer::Mapped => {
                 direct.counters.mapped += 1;

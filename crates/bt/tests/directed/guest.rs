@@ -73,9 +73,12 @@ pub enum Kind {
     Slow,
     /// The translator with each block compared with the interpreter.
     Lockstep,
+    /// The translator for the kernel only: programs run directly.
+    Direct,
 }
 
-pub const KINDS: [Kind; 6] = [Kind::Interp, Kind::Bt, Kind::Fast, Kind::Precise, Kind::Slow, Kind::Lockstep];
+pub const KINDS: [Kind; 7] =
+    [Kind::Interp, Kind::Bt, Kind::Fast, Kind::Precise, Kind::Slow, Kind::Lockstep, Kind::Direct];
 
 /// Runs a test under every engine; what is printed shows which one failed.
 pub fn each(test: impl Fn(Kind)) {
@@ -224,7 +227,8 @@ pub type Build = fn(&mut CodeAssembler) -> Built;
 
 impl Guest {
     pub fn new(kind: Kind) -> Self {
-        let ram = GuestRam::new(64 << 20).unwrap();
+        let direct = kind == Kind::Direct;
+        let ram = if direct { GuestRam::shareable(64 << 20) } else { GuestRam::new(64 << 20) }.unwrap();
         let options = || {
             let mut options = Options::new(Arc::new(CpuidModel::new(1, 1_000_000)));
             options.code_cache = 16 << 20;
@@ -232,6 +236,8 @@ impl Guest {
             options.tiers = !matches!(kind, Kind::Fast | Kind::Precise);
             options.fast_transitions = kind != Kind::Slow;
             options.lockstep = kind == Kind::Lockstep;
+            options.direct = direct;
+            options.direct_at_once = direct;
             options
         };
         let engine: Box<dyn Engine> = match kind {
@@ -244,7 +250,8 @@ impl Guest {
     pub fn with_engine(kind: Kind, ram: GuestRam, engine: &dyn Engine) -> Self {
         let fixture = Arc::new(Fixture::default());
         let board = Arc::new(Board(fixture.clone()));
-        let vcpu = engine.create_vcpu(VcpuSetup { index: 0, lapic: board.clone(), bus: board }).unwrap();
+        let mut vcpu = engine.create_vcpu(VcpuSetup { index: 0, lapic: board.clone(), bus: board }).unwrap();
+        assert_eq!(vcpu.attach_thread().len(), usize::from(kind == Kind::Direct));
         assert!(fixture.kick.set(vcpu.kick_handle()).is_ok());
         assert!(fixture.stop.set(vcpu.stop_handle()).is_ok());
         let mut guest = Self { kind, ram, fixture, vcpu };

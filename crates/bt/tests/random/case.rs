@@ -34,7 +34,7 @@ pub struct Counts {
     pub cases: u64,
     pub runs: u64,
     /// Instructions that surely ran, by guest.
-    pub executed: [u64; 5],
+    pub executed: [u64; 6],
     pub faults: [u64; 32],
     /// Runs that did not end on the CPU, or strayed into a system call.
     pub useless: u64,

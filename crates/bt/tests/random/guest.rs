@@ -74,7 +74,16 @@ pub struct Guest {
 impl Guest {
     /// A guest under the engine that `make` returns.
     pub fn new(name: &str, precise_flags: bool, make: impl FnOnce(GuestRam) -> Box<dyn Engine>) -> Self {
-        let ram = GuestRam::new(64 << 20).unwrap();
+        Self::with_ram(name, precise_flags, GuestRam::new(64 << 20).unwrap(), make)
+    }
+
+    /// The same over `ram` of 64 MiB.
+    pub fn with_ram(
+        name: &str,
+        precise_flags: bool,
+        ram: GuestRam,
+        make: impl FnOnce(GuestRam) -> Box<dyn Engine>,
+    ) -> Self {
         let mut tables = Tables { ram: ram.clone(), next: PML4 };
         for layout in LAYOUTS {
             for page in 0..SLOTS * SLOT / PAGE {
@@ -125,7 +134,8 @@ impl Guest {
             assert!(ram.write(kernel(handler), &[0xf4]));
         }
         let engine = make(ram.clone());
-        let vcpu = engine.create_vcpu(Nothing::setup()).unwrap();
+        let mut vcpu = engine.create_vcpu(Nothing::setup()).unwrap();
+        vcpu.attach_thread();
         let mut template = CpuState {
             cr0: cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::PG,
             cr3: PML4,

@@ -56,6 +56,16 @@ fn translator(name: &str, precise_flags: bool, tiers: bool) -> Guest {
     })
 }
 
+/// Programs run directly; the translator is for the kernel.
+fn direct() -> Guest {
+    let mut options = Options::new(Arc::new(CpuidModel::new(1, 1_000_000)));
+    options.code_cache = 16 << 20;
+    options.precise_flags = true;
+    options.direct_at_once = true;
+    let ram = memory::GuestRam::shareable(64 << 20).unwrap();
+    Guest::with_ram("direct", true, ram, |ram| Box::new(BtEngine::new(ram, options).unwrap()))
+}
+
 fn run(count: u64, seed: u64) {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let count = variable("BT_RANDOM_COUNT").unwrap_or(count);
@@ -67,6 +77,7 @@ fn run(count: u64, seed: u64) {
         translator("bt, fast", false, false),
         translator("bt, short, with precise flags", true, true),
         translator("bt, fast, with precise flags", true, false),
+        direct(),
         interpreter,
     ];
     let mut bench = Bench::new(guests);
@@ -86,11 +97,12 @@ fn run(count: u64, seed: u64) {
         }
         let c = &bench.counts;
         println!(
-            "{} cases, {} runs, at least {} instructions translated and {} interpreted in {:.1} s; {} useless, {} incomparable; faults: {}",
+            "{} cases, {} runs, at least {} instructions translated and {} run directly and {} interpreted in {:.1} s; {} useless, {} incomparable; faults: {}",
             c.cases,
             c.runs,
             c.executed[..4].iter().sum::<u64>(),
             c.executed[4],
+            c.executed[5],
             begin.elapsed().as_secs_f64(),
             c.useless,
             c.incomparable,
