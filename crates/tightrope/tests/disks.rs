@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use common::{PROMPT, Session, finish, run, tightrope};
+use common::{PROMPT, Session, finish, left_out, run, tightrope};
 use disk::{Create, Disk, DiskConfig, Format, Slice, check, convert, create};
 /// Bytes of a record.
 const RECORD: u64 = 4096;
@@ -31,7 +31,7 @@ fn program(name: &str) -> Option<Command> {
     let found = Command::new(name).arg("--help").output().is_ok();
     assert!(found || std::env::var_os("CI").is_none(), "CI needs {name}");
     if !found {
-        eprintln!("no {name} here: not checked with it");
+        left_out(&format!("there is no {name} to check with"));
     }
     found.then(|| Command::new(name))
 }
@@ -271,7 +271,7 @@ fn a_guest_cannot_make_its_disk_a_qcow2_image() {
 fn a_full_host() {
     let namespaces = Command::new("unshare").args(["-rm", "mount", "-t", "tmpfs", "none", "/mnt"]).status();
     if !namespaces.is_ok_and(|status| status.success()) {
-        eprintln!("no file system can be mounted here: not tested");
+        left_out("no file system can be mounted here");
         return;
     }
     for name in ["a.qcow2", "a.img"] {

@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use common::{Code, Finished, Kernel, engine, finish, tightrope};
+use common::{Code, Finished, Kernel, engine, finish, left_out, tightrope};
 
 fn report(done: &Finished) -> serde_json::Value {
     serde_json::from_str(&done.out).unwrap_or_else(|error| panic!("{error}: {done:?}"))
@@ -81,7 +81,7 @@ fn without_permission() {
     const NOBODY: u32 = 65534;
     let closed = std::fs::metadata("/dev/kvm").is_ok_and(|device| device.mode() & 0o006 == 0 && device.gid() != NOBODY);
     if !closed || !rustix::process::geteuid().is_root() {
-        eprintln!("left out: there is no /dev/kvm that others may not open, or this is not root");
+        left_out("there is no /dev/kvm that others may not open, or this is not root");
         return;
     }
     let kernel = Kernel::new(Code::new().print("up").power_off());

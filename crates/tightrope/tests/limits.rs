@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use common::{Code, Kernel, finish, run, runtime_dir, tightrope, wait};
+use common::{Code, Kernel, finish, left_out, run, runtime_dir, tightrope, wait};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// A VM in the background, and the control groups that it has.
@@ -22,7 +22,8 @@ impl Vm {
     /// `None`: limits cannot be had here.
     fn start(options: &[&str]) -> Option<(Self, Kernel)> {
         let limits = limits::Limits { memory: Some(1 << 40), cpu_limit: "100%".parse().ok(), ..Default::default() };
-        if limits::Groups::make(&limits, &limits::Host::read()).is_err() {
+        if let Err(why) = limits::Groups::make(&limits, &limits::Host::read()) {
+            left_out(&why.to_string());
             return None;
         }
         let kernel = Kernel::new(Code::new().print("up").spin());

@@ -17,12 +17,14 @@ const LIMIT: Duration = Duration::from_secs(600);
 /// Marks lines of ours on the console.
 const MARK: &str = "@@";
 
-/// Programs of the host that tests look at files with; those that are missing there are missing in the outer guest.
-const TOOLS: [&str; 4] = ["qemu-img", "mke2fs", "e2fsck", "debugfs"];
+/// Programs of the host's that tests use (a shell too: BusyBox's takes its own commands for these). Where one is missing on the host, so it is in the outer guest,
+/// and the tests that need it fail.
+const TOOLS: [&str; 8] = ["qemu-img", "mke2fs", "e2fsck", "debugfs", "ip", "unshare", "cp", "sh"];
 
 /// The outer guest's first program. What it runs is in `/run-tests`.
 const INIT: &str = r#"#!/bin/sh
-export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TIGHTROPE_TEST_ENGINE=kvm
+# The host's own tools before BusyBox's.
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TIGHTROPE_TEST_ENGINE=kvm TIGHTROPE_TEST_ALL=1
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
@@ -30,6 +32,7 @@ mkdir -p /dev/pts && mount -t devpts devpts /dev/pts
 mkdir -p /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup
 ip link set lo up 2>/dev/null || ifconfig lo up
 ulimit -c 0
+modprobe tun
 modprobe kvm_amd || echo "@@ failed modprobe"
 [ -c /dev/kvm ] || echo "@@ failed no /dev/kvm"
 . /run-tests
@@ -174,14 +177,15 @@ fn packages(image: &image::GuestImage, options: &image::Options) -> [PathBuf; 2]
 /// Where test programs look for the command.
 const COMMAND: &str = env!("CARGO_BIN_EXE_tightrope");
 
-/// Boots the outer guest, which runs the shell script `script`; returns all it printed. In it `command` is at the place of [`COMMAND`].
-fn outer_guest(script: &str, command: &Path, programs: &[&Path], limit: Duration) -> String {
+/// Boots the outer guest, which runs the shell script `script`; returns all it printed. In it `command` is at the place of [`COMMAND`], and
+/// `disk` at `/dev/vda`.
+fn outer_guest(script: &str, command: &Path, programs: &[&Path], disk: Option<&Path>, limit: Duration) -> String {
     let options = image::Options { progress: image::Progress::Quiet, ..image::Options::default() };
     let image =
         image::default_image(image::DEFAULT_SUITE, Flavour::Cloud, &options).unwrap_or_else(|error| panic!("{error}"));
     let [kernel_deb, busybox_deb] = packages(&image, &options);
     let kernel = initramfs::Kernel::read(&kernel_deb).unwrap_or_else(|error| panic!("{error}"));
-    let extra = ["kvm_amd".to_string()];
+    let extra = ["kvm_amd", "tun"].map(String::from);
     let mut archive =
         initramfs::build(&kernel, &kernel_deb, &busybox_deb, &extra).unwrap_or_else(|error| panic!("{error}"));
     let mut overlay = Overlay::default();
@@ -220,6 +224,9 @@ fn outer_guest(script: &str, command: &Path, programs: &[&Path], limit: Duration
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null());
+    if let Some(disk) = disk {
+        qemu.arg("-drive").arg(format!("if=virtio,format=raw,file={}", disk.display()));
+    }
     let mut child = qemu.spawn().expect("QEMU");
     let output = child.stdout.take().expect("piped");
     let (to, lines) = std::sync::mpsc::channel();
@@ -255,12 +262,12 @@ fn outer_guest(script: &str, command: &Path, programs: &[&Path], limit: Duration
 /// Runs test programs with filters, `(name, arguments)`, in the outer guest; all must pass.
 fn pass(runs: &[(&str, &str)], limit: Duration) {
     if qemu_is_there() {
-        pass_with(Path::new(COMMAND), "", runs, limit);
+        pass_with(Path::new(COMMAND), "", runs, None, limit);
     }
 }
 
-/// The same with a command built otherwise, after the shell commands `before`.
-fn pass_with(command: &Path, before: &str, runs: &[(&str, &str)], limit: Duration) {
+/// The same with a command built otherwise, after the shell commands `before`, and with a disk.
+fn pass_with(command: &Path, before: &str, runs: &[(&str, &str)], disk: Option<&Path>, limit: Duration) {
     let names: BTreeSet<&str> = runs.iter().map(|(name, _)| *name).collect();
     let programs = test_programs(&names.into_iter().collect::<Vec<_>>());
     let mut script = format!(
@@ -277,7 +284,7 @@ fn pass_with(command: &Path, before: &str, runs: &[(&str, &str)], limit: Duratio
         }
     }
     let paths: Vec<&Path> = programs.values().map(PathBuf::as_path).collect();
-    let seen = outer_guest(&script, command, &paths, limit);
+    let seen = outer_guest(&script, command, &paths, disk, limit);
     let exits: Vec<&str> = seen.lines().filter(|line| line.starts_with(MARK) && line.contains("exit=")).collect();
     assert_eq!(exits.len(), runs.len() + 1, "{exits:?}");
     assert!(exits.iter().all(|line| line.ends_with("exit=0")), "{exits:?}");
@@ -350,7 +357,35 @@ fn release_footprint() {
     cargo.args(["build", "--release", "--package", "tightrope", "--target-dir"]).arg(target);
     assert!(cargo.stdin(Stdio::null()).status().expect("cargo").success(), "the command cannot be built");
     let command = target.join("release/tightrope");
-    pass_with(&command, "export TIGHTROPE_TEST_RELEASE=1\n", &[("footprint", "")], LIMIT);
+    pass_with(&command, "export TIGHTROPE_TEST_RELEASE=1\n", &[("footprint", "")], None, LIMIT);
+}
+
+/// Whole Debians to their prompts, with no failed unit, and off again.
+#[test]
+#[ignore = "takes many minutes, and needs the images: tightrope pull debian:12, tightrope pull debian:13"]
+fn whole_systems() {
+    if !qemu_is_there() {
+        return;
+    }
+    let home = || std::env::home_dir().map(|home| home.join(".local/share"));
+    let data = std::env::var_os("XDG_DATA_HOME").map(PathBuf::from).or_else(home).expect("a home directory");
+    let dir = tempfile::tempdir().expect("directory");
+    let (store, disk) = (dir.path().join("store"), dir.path().join("disk"));
+    std::fs::create_dir_all(store.join("tightrope")).expect("directory");
+    let run = |command: &mut Command| assert!(command.status().is_ok_and(|status| status.success()), "{command:?}");
+    let images = data.join("tightrope/images");
+    run(Command::new("cp").args(["-r", "--sparse=always"]).arg(images).arg(store.join("tightrope")));
+    let mke2fs = tool("mke2fs").expect("mke2fs (Debian package e2fsprogs)");
+    run(Command::new(mke2fs).args(["-q", "-F", "-t", "ext4", "-d"]).arg(store).arg(&disk).arg("8G"));
+    let before =
+        "modprobe virtio_blk; modprobe ext4; mkdir /data; mount -t ext4 /dev/vda /data; export XDG_DATA_HOME=/data\n";
+    pass_with(
+        Path::new(COMMAND),
+        before,
+        &[("real_work", "--ignored --nocapture systemd_boots")],
+        Some(&disk),
+        LONG_LIMIT,
+    );
 }
 
 /// What `TIGHTROPE_NESTED` names, for whoever works on the engine: `engine steps; debian boots` are two programs with arguments.

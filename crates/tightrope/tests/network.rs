@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 
-use common::{PROMPT, Session, done, emulated, power_off, run, tightrope};
+use common::{PROMPT, Session, done, emulated, left_out, power_off, run, tightrope};
 use sha2::{Digest, Sha256};
 
 /// A server of one page, for as many clients as come; returns its port.
@@ -186,6 +186,7 @@ fn a_tap_device() {
     let make = "ip tuntap add tapt mode tap && ip addr add 10.9.9.1/24 dev tapt && ip link set tapt up";
     let can = Command::new("unshare").args(["-Urn", "sh", "-c", make]).output();
     if !can.is_ok_and(|output| output.status.success()) {
+        left_out("this user makes no TAP devices in a network namespace");
         return;
     }
     let mut command = Command::new("unshare");

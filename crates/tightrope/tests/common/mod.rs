@@ -24,6 +24,12 @@ fn patient(limit: Duration) -> Duration {
     if emulated() { limit * 5 } else { limit }
 }
 
+/// Says that this host lacks what a test needs. Where all is there, in the machine of the nested tests, that is a failure.
+pub fn left_out(why: &str) {
+    assert!(std::env::var_os("TIGHTROPE_TEST_ALL").is_none(), "left out: {why}");
+    eprintln!("left out: {why}");
+}
+
 /// What the default guest's shell shows when it waits for a line.
 pub const PROMPT: &str = "tightrope:";
 
