@@ -33,7 +33,7 @@ mkdir -p /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup
 ip link set lo up 2>/dev/null || ifconfig lo up
 ulimit -c 0
 modprobe tun
-modprobe kvm_amd || echo "@@ failed modprobe"
+modprobe kvm_amd 2>/dev/null || modprobe kvm_intel || echo "@@ failed modprobe"
 [ -c /dev/kvm ] || echo "@@ failed no /dev/kvm"
 . /run-tests
 echo "@@ end"
@@ -177,22 +177,46 @@ fn packages(image: &image::GuestImage, options: &image::Options) -> [PathBuf; 2]
 /// Where test programs look for the command.
 const COMMAND: &str = env!("CARGO_BIN_EXE_tightrope");
 
-/// Boots the outer guest, which runs the shell script `script`; returns all it printed. In it `command` is at the place of [`COMMAND`], and
-/// `disk` at `/dev/vda`.
-fn outer_guest(script: &str, command: &Path, programs: &[&Path], disk: Option<&Path>, limit: Duration) -> String {
+/// The outer guest, and what it has beside test programs.
+struct Outer<'a> {
+    /// What is at the place of [`COMMAND`].
+    command: &'a Path,
+    /// Shell commands that come before the test programs.
+    before: &'a str,
+    /// What is `/dev/vda`.
+    disk: Option<&'a Path>,
+    /// Images of Debian that inner guests boot, beside the default one.
+    images: &'a [(&'a str, Flavour)],
+    /// How long it may take.
+    limit: Duration,
+}
+
+impl Outer<'_> {
+    fn new(limit: Duration) -> Self {
+        Self { command: Path::new(COMMAND), before: "", disk: None, images: &[], limit }
+    }
+}
+
+/// An image of Debian, from the cache or made.
+fn debian(suite: &str, flavour: Flavour) -> image::GuestImage {
     let options = image::Options { progress: image::Progress::Quiet, ..image::Options::default() };
-    let image =
-        image::default_image(image::DEFAULT_SUITE, Flavour::Cloud, &options).unwrap_or_else(|error| panic!("{error}"));
+    image::default_image(suite, flavour, &options).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Boots the outer guest, which runs the shell script `script`; returns all it printed.
+fn outer_guest(outer: &Outer<'_>, script: &str, programs: &[&Path]) -> String {
+    let options = image::Options { progress: image::Progress::Quiet, ..image::Options::default() };
+    let image = debian(image::DEFAULT_SUITE, Flavour::Cloud);
     let [kernel_deb, busybox_deb] = packages(&image, &options);
     let kernel = initramfs::Kernel::read(&kernel_deb).unwrap_or_else(|error| panic!("{error}"));
-    let extra = ["kvm_amd", "tun"].map(String::from);
+    let extra = ["kvm_amd", "kvm_intel", "tun"].map(String::from);
     let mut archive =
         initramfs::build(&kernel, &kernel_deb, &busybox_deb, &extra).unwrap_or_else(|error| panic!("{error}"));
     let mut overlay = Overlay::default();
     overlay.put("/init", 0o755, INIT.into());
     overlay.put("/run-tests", 0o644, script.into());
-    overlay.program(command);
-    let (_, program) = overlay.files.remove(command).expect("the command");
+    overlay.program(outer.command);
+    let (_, program) = overlay.files.remove(outer.command).expect("the command");
     overlay.put(COMMAND, 0o755, program);
     for program in programs {
         overlay.program(program);
@@ -200,13 +224,16 @@ fn outer_guest(script: &str, command: &Path, programs: &[&Path], disk: Option<&P
     for tool in TOOLS.iter().filter_map(|name| tool(name)) {
         overlay.program(&tool);
     }
-    // The inner guests' image, as the command finds it in its cache: no other of those that the cache may have.
-    let directory = image.kernel.parent().expect("the image's directory");
-    let (images, key) = (directory.parent().expect("images"), directory.file_name().expect("a name"));
-    let to = Path::new("/var/cache/tightrope/images");
-    overlay.tree(directory, &to.join(key));
-    let record = format!("{}-{}.json", image::DEFAULT_SUITE, Flavour::Cloud);
-    overlay.put(to.join(&record), 0o644, std::fs::read(images.join(&record)).expect("the image's record"));
+    // The inner guests' images, as the command finds them in its cache: no other of those that the cache may have.
+    for (suite, flavour) in outer.images.iter().copied().chain([(image::DEFAULT_SUITE, Flavour::Cloud)]) {
+        let image = debian(suite, flavour);
+        let directory = image.kernel.parent().expect("the image's directory");
+        let (images, key) = (directory.parent().expect("images"), directory.file_name().expect("a name"));
+        let to = Path::new("/var/cache/tightrope/images");
+        overlay.tree(directory, &to.join(key));
+        let record = format!("{suite}-{flavour}.json");
+        overlay.put(to.join(&record), 0o644, std::fs::read(images.join(&record)).expect("the image's record"));
+    }
     archive.extend(overlay.archive());
 
     let dir = tempfile::tempdir().expect("directory");
@@ -222,9 +249,8 @@ fn outer_guest(script: &str, command: &Path, programs: &[&Path], disk: Option<&P
         .arg("-initrd")
         .arg(&initrd)
         .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null());
-    if let Some(disk) = disk {
+        .stdout(Stdio::piped());
+    if let Some(disk) = outer.disk {
         qemu.arg("-drive").arg(format!("if=virtio,format=raw,file={}", disk.display()));
     }
     let mut child = qemu.spawn().expect("QEMU");
@@ -237,7 +263,7 @@ fn outer_guest(script: &str, command: &Path, programs: &[&Path], disk: Option<&P
             }
         }
     });
-    let deadline = Instant::now() + limit;
+    let deadline = Instant::now() + outer.limit;
     let mut seen = String::new();
     let end = loop {
         match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
@@ -252,7 +278,7 @@ fn outer_guest(script: &str, command: &Path, programs: &[&Path], disk: Option<&P
     if end == std::sync::mpsc::RecvTimeoutError::Timeout {
         let _ = child.kill();
         let _ = child.wait();
-        panic!("the outer guest does not end within {} s:\n{seen}", limit.as_secs());
+        panic!("the outer guest does not end within {} s:\n{seen}", outer.limit.as_secs());
     }
     let _ = child.wait();
     assert!(seen.contains("@@ end"), "the outer guest ended early:\n{seen}");
@@ -261,22 +287,25 @@ fn outer_guest(script: &str, command: &Path, programs: &[&Path], disk: Option<&P
 
 /// Runs test programs with filters, `(name, arguments)`, in the outer guest; all must pass.
 fn pass(runs: &[(&str, &str)], limit: Duration) {
-    if qemu_is_there() {
-        pass_with(Path::new(COMMAND), "", runs, None, limit);
-    }
+    pass_in(&Outer::new(limit), runs);
 }
 
-/// The same with a command built otherwise, after the shell commands `before`, and with a disk.
-fn pass_with(command: &Path, before: &str, runs: &[(&str, &str)], disk: Option<&Path>, limit: Duration) {
+/// The same in an outer guest with more in it.
+fn pass_in(outer: &Outer<'_>, runs: &[(&str, &str)]) {
+    if !qemu_is_there() {
+        return;
+    }
     let names: BTreeSet<&str> = runs.iter().map(|(name, _)| *name).collect();
     let programs = test_programs(&names.into_iter().collect::<Vec<_>>());
     let mut script = format!(
-        "{before}export XDG_CACHE_HOME=/var/cache\n{COMMAND} doctor --json >/tmp/doctor; echo \"{MARK} doctor exit=$?\"; cat /tmp/doctor\n"
+        "{}export XDG_CACHE_HOME=/var/cache\n{COMMAND} doctor --json >/tmp/doctor; echo \"{MARK} doctor exit=$?\"; cat /tmp/doctor\n",
+        outer.before
     );
     for (name, arguments) in runs {
         let program = programs[*name].display();
+        let threads = if arguments.contains("--test-threads") { "" } else { "--test-threads=2" };
         script.push_str(&format!(
-            "cd {}; {program} --test-threads=2 {arguments}; echo \"{MARK} {name} exit=$?\"\n",
+            "cd {}; {program} {threads} {arguments}; echo \"{MARK} {name} exit=$?\"\n",
             env!("CARGO_MANIFEST_DIR")
         ));
         for dir in [env!("CARGO_MANIFEST_DIR"), env!("CARGO_TARGET_TMPDIR")] {
@@ -284,7 +313,7 @@ fn pass_with(command: &Path, before: &str, runs: &[(&str, &str)], disk: Option<&
         }
     }
     let paths: Vec<&Path> = programs.values().map(PathBuf::as_path).collect();
-    let seen = outer_guest(&script, command, &paths, disk, limit);
+    let seen = outer_guest(outer, &script, &paths);
     let exits: Vec<&str> = seen.lines().filter(|line| line.starts_with(MARK) && line.contains("exit=")).collect();
     assert_eq!(exits.len(), runs.len() + 1, "{exits:?}");
     assert!(exits.iter().all(|line| line.ends_with("exit=0")), "{exits:?}");
@@ -336,7 +365,9 @@ fn all_of_the_engine() {
 #[test]
 #[ignore = "takes many minutes"]
 fn all_of_debian() {
-    pass(&[("debian", "--skip generic --skip cloud"), ("network", ""), ("share", "")], LONG_LIMIT);
+    let images = [("trixie", Flavour::Generic), ("bookworm", Flavour::Cloud)];
+    let outer = Outer { images: &images, ..Outer::new(LONG_LIMIT) };
+    pass_in(&outer, &[("debian", ""), ("network", ""), ("share", "")]);
 }
 
 #[test]
@@ -357,7 +388,8 @@ fn release_footprint() {
     cargo.args(["build", "--release", "--package", "tightrope", "--target-dir"]).arg(target);
     assert!(cargo.stdin(Stdio::null()).status().expect("cargo").success(), "the command cannot be built");
     let command = target.join("release/tightrope");
-    pass_with(&command, "export TIGHTROPE_TEST_RELEASE=1\n", &[("footprint", "")], None, LIMIT);
+    let outer = Outer { command: &command, before: "export TIGHTROPE_TEST_RELEASE=1\n", ..Outer::new(LIMIT) };
+    pass_in(&outer, &[("footprint", "--nocapture --test-threads=1")]);
 }
 
 /// Whole Debians to their prompts, with no failed unit, and off again.
@@ -379,13 +411,8 @@ fn whole_systems() {
     run(Command::new(mke2fs).args(["-q", "-F", "-t", "ext4", "-d"]).arg(store).arg(&disk).arg("8G"));
     let before =
         "modprobe virtio_blk; modprobe ext4; mkdir /data; mount -t ext4 /dev/vda /data; export XDG_DATA_HOME=/data\n";
-    pass_with(
-        Path::new(COMMAND),
-        before,
-        &[("real_work", "--ignored --nocapture systemd_boots")],
-        Some(&disk),
-        LONG_LIMIT,
-    );
+    let outer = Outer { before, disk: Some(&disk), ..Outer::new(LONG_LIMIT) };
+    pass_in(&outer, &[("real_work", "--ignored --nocapture systemd_boots")]);
 }
 
 /// What `TIGHTROPE_NESTED` names, for whoever works on the engine: `engine steps; debian boots` are two programs with arguments.

@@ -136,13 +136,7 @@ pub(crate) fn choose(
     saved: Option<CpuidModel>,
 ) -> Result<(Box<dyn Engine>, String), Error> {
     let saved = saved.map(executable).transpose()?;
-    let make_kvm = |ram: GuestRam, host: &kvm::Host| {
-        self::kvm(config, ram, tsc_khz, host, saved.as_ref()).inspect_err(|error| {
-            if matches!(error, Error::Engine(_)) {
-                kvm::probe::forget();
-            }
-        })
-    };
+    let make_kvm = |ram: GuestRam, host: &kvm::Host| self::kvm(config, ram, tsc_khz, host, saved.as_ref());
     let why_bt = match (config.engine, kvm) {
         (EngineChoice::Interp, _) => {
             let model = model(config, interp::tsc::khz().into(), saved.as_ref(), Vendor::Intel);

@@ -73,11 +73,6 @@ pub fn look(host: &Host, cached: bool) -> Found {
     Found { verdict, took: Some(took) }
 }
 
-/// What is known is not believed any more: KVM did not do what it was found to do.
-pub fn forget() {
-    Doubt::ready().raise();
-}
-
 #[derive(Debug, PartialEq, Eq)]
 enum Failure {
     /// No VM or vCPU can be made.
