@@ -106,7 +106,7 @@ fn bochs(boot: &Boot<'_>) -> (Child, Box<dyn Read + Send>) {
         "romimage: file={BIOS}\nvgaromimage: file={VGA_BIOS}\nmegs: 2048\n\
          cpu: model=corei7_haswell_4770, count=1, ips=200000000, reset_on_triple_fault=0, ignore_bad_msrs=1\n\
          ata0-master: type=cdrom, path={}, status=inserted\nboot: cdrom\ncom1: enabled=1, mode=file, dev={}\nlog: {}\n\
-         display_library: rfb, options=\"timeout=0\"\nclock: sync=none\npanic: action=fatal\nerror: action=ignore\ninfo: action=ignore\n",
+         speaker: enabled=0\nsound: driver=dummy\ndisplay_library: rfb, options=\"timeout=0\"\nclock: sync=none\npanic: action=fatal\nerror: action=ignore\ninfo: action=ignore\n",
         iso.display(),
         serial.display(),
         boot.dir.join("log").display()
@@ -119,7 +119,7 @@ fn bochs(boot: &Boot<'_>) -> (Child, Box<dyn Read + Send>) {
     let mut bochs = Command::new("unshare");
     let [option, rc] = ["-qf", "-rc"].map(OsString::from);
     bochs.args(["-rn", "bochs-bin"]).args([&option, settings_file.as_os_str(), &rc, commands.as_os_str()]);
-    let child = bochs.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("Bochs");
+    let child = bochs.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("Bochs");
     // Both ends wait for each other.
     (child, Box::new(File::open(&serial).expect("pipe")))
 }
