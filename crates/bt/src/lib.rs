@@ -45,6 +45,9 @@ use crate::cache::Cache;
 use crate::vcpu::{BtVcpu, Shared};
 
 pub use crate::trace::Trace;
+/// For tests: where the process of programs that run directly has a page of its own.
+#[doc(hidden)]
+pub use runner::STUB as OWN_PAGE;
 
 /// Settings of the engine.
 #[derive(Clone, Debug)]

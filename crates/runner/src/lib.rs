@@ -274,12 +274,13 @@ impl Runner {
     pub fn change(&mut self, changes: &[Change]) -> Result<bool, String> {
         for part in changes.chunks(ENTRIES) {
             self.control.write(part, self.process.ram);
-            if !self.process.follow()? {
-                self.away = true;
+            self.away = true;
+            let done = self.process.follow();
+            self.control.clear(part.len());
+            if !done? {
                 return Ok(false);
             }
         }
-        self.away = true;
         Ok(true)
     }
 

@@ -89,6 +89,13 @@ impl Control {
         }
     }
 
+    /// The list is done: the program, which may read the page, learns nothing of where its memory is.
+    pub fn clear(&self, entries: usize) {
+        for entry in (0..=entries).rev() {
+            self.put(entry, [LAST, 0, 0, 0, 0, 0, 0]);
+        }
+    }
+
     /// Writes the list; `ram` is the RAM's file in the process.
     pub fn write(&self, changes: &[Change], ram: i32) {
         for (entry, change) in changes.iter().enumerate() {

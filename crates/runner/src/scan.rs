@@ -14,7 +14,7 @@ pub fn find(page: &[u8; 4096], before: &[u8], after: &[u8]) -> Vec<i64> {
     let catches_cpuid = catches_cpuid();
     let mut found = Vec::new();
     let mut from = 0;
-    while let Some(at) = memchr::memchr(0x0f, &bytes[from..]) {
+    while let Some(at) = memchr::memchr2(0x0f, 0xcd, &bytes[from..]) {
         let at = from + at;
         from = at + 1;
         let tells = match tells(&bytes[at..], &bytes[..at]) {
@@ -48,7 +48,7 @@ pub(crate) fn catches_cpuid() -> bool {
 /// ones: most ways that start some bytes before come by.
 fn is_instruction(bytes: &[u8], at: usize) -> bool {
     // Those that start close by may not be right yet.
-    let starts = at.saturating_sub(80)..at.saturating_sub(32).max(at.min(1));
+    let starts = (at.saturating_sub(58)..at.saturating_sub(32).max(at.min(1))).step_by(3);
     let all = starts.len();
     let come_by = starts
         .filter(|&start| {
@@ -73,9 +73,13 @@ enum Tells {
     IfExecuted,
 }
 
-/// Does what starts with `code` (0F and what follows)? `before`: the bytes before.
+/// Does what starts with `code` (0F or CD, and what follows)? `before`: the bytes before.
 fn tells(code: &[u8], before: &[u8]) -> Tells {
     let (Some(&second), third) = (code.get(1), code.get(2).copied()) else { return Tells::No };
+    if code[0] == 0xcd {
+        // INT 4, which the host's kernel tells of as of a fault, but when it is done.
+        return if second == 4 { Tells::IfExecuted } else { Tells::No };
+    }
     let register = |byte: u8| byte >= 0xc0;
     let extension = |byte: u8| byte >> 3 & 7;
     let yes = match (second, third) {
@@ -84,10 +88,14 @@ fn tells(code: &[u8], before: &[u8]) -> Tells {
         (0x34, _) => return Tells::IfExecuted,
         // RDTSCP.
         (0x01, Some(0xf9)) => return Tells::IfExecuted,
-        // LAR, LSL: of registers, as compilers and libraries write them (LSL tells the number of the CPU).
-        (0x02 | 0x03, Some(third)) if register(third) => return Tells::IfExecuted,
-        // XGETBV; MONITORX, MWAITX, RDPRU; hypercalls; RDPKRU, WRPKRU. What tells of descriptor tables (SGDT, SIDT, SMSW) the
-        // host's kernel hides (UMIP).
+        // SLDT, STR, VERR, VERW, LAR, LSL (which tells the number of the CPU), and SGDT, SIDT, SMSW: of the host's tables and registers, or made up by
+        // its kernel.
+        (0x00, Some(third)) if matches!(extension(third), 0 | 1 | 4 | 5) => return Tells::IfExecuted,
+        (0x02 | 0x03, _) => return Tells::IfExecuted,
+        (0x01, Some(third)) if extension(third) == 4 || !register(third) && extension(third) < 2 => {
+            return Tells::IfExecuted;
+        }
+        // XGETBV; MONITORX, MWAITX, RDPRU; hypercalls; RDPKRU, WRPKRU.
         (0x01, Some(third)) => matches!(third, 0xd0 | 0xfa | 0xfb | 0xfd | 0xee | 0xef | 0xc1 | 0xd9),
         // XSAVE, XRSTOR, XSAVEOPT: their areas would be as large as the host makes them.
         (0xae, Some(third)) => !register(third) && matches!(extension(third), 4..=6),
@@ -133,10 +141,15 @@ mod tests {
         for bytes in [
             &[0x0f, 0xa2][..],               // cpuid
             &[0x0f, 0x0f, 0xa2],             // behind another 0f
+            &[0xcd, 0x04],                   // int 4
             &[0x0f, 0x34],                   // sysenter
             &[0x0f, 0x01, 0xd0],             // xgetbv
             &[0x0f, 0x01, 0xd9],             // vmmcall
             &[0x0f, 0x03, 0xc0],             // lsl eax, eax
+            &[0x0f, 0x02, 0x00],             // lar eax, [rax]
+            &[0x0f, 0x01, 0x08],             // sidt [rax]
+            &[0x0f, 0x01, 0xe0],             // smsw eax
+            &[0x0f, 0x00, 0xc8],             // str eax
             &[0x0f, 0xae, 0x24, 0x24],       // xsave [rsp]
             &[0x0f, 0xae, 0x6c, 0x24, 0x40], // xrstor [rsp + 64]
             &[0x0f, 0xc7, 0x64, 0x24, 0x40], // xsavec [rsp + 64]

@@ -210,3 +210,20 @@ fn a_process_that_is_killed_is_told_of() {
     });
     assert!(runner.run().unwrap_err().contains("ended by the host (signal 9)"));
 }
+
+#[test]
+fn four_instructions_are_watched() {
+    // Four times CPUID, and a system call.
+    let (_memory, mut runner, mut state) = started(&[0x0f, 0xa2, 0x0f, 0xa2, 0x0f, 0xa2, 0x0f, 0xa2, 0x0f, 0x05]);
+    for _ in 0..3 {
+        assert!(runner.watch(&[CODE, CODE + 2, CODE + 4, CODE + 6]));
+    }
+    for n in 0..4 {
+        assert_eq!(runner.run().unwrap(), Stop::Instruction);
+        runner.store(&mut state).unwrap();
+        assert_eq!(state.rip, CODE + 2 * n);
+        state.rip += 2;
+        runner.load(&state).unwrap();
+    }
+    assert_eq!(runner.run().unwrap(), Stop::SystemCall);
+}

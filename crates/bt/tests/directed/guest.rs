@@ -469,4 +469,8 @@ pub fn user_segments(state: &mut CpuState) {
     let flat = |selector, attributes| Segment { base: 0, limit: u32::MAX, attributes, selector };
     state.segments[SegmentIndex::Cs as usize] = flat(0x33, 0xa0fb);
     state.segments[SegmentIndex::Ss as usize] = flat(0x2b, 0xc0f3);
+    // What an IRET to level 3 leaves of the kernel's.
+    for segment in [SegmentIndex::Es, SegmentIndex::Ds, SegmentIndex::Fs, SegmentIndex::Gs] {
+        state.segments[segment as usize] = flat(0, 0);
+    }
 }

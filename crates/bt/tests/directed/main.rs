@@ -6,6 +6,7 @@
 mod across;
 mod contexts;
 mod debug;
+mod direct;
 mod guest;
 mod interrupts;
 mod lockstep;

@@ -1,0 +1,203 @@
+//! Programs that run directly on the CPU: what they must not see of it, and what the kernel sees of them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bt::{BtEngine, Options};
+use cpu::cpuid::CpuidModel;
+use iced_x86::code_asm::*;
+use memory::GuestRam;
+
+use crate::guest::{Built, CODE, Guest, Kind, NX, PRESENT, STOP, TABLES, USER, USER_CODE, USER_DATA, WRITE, each};
+
+const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
+
+fn counter(guest: &Guest, name: &str) -> u64 {
+    guest.vcpu.counters().iter().find(|(counter, _)| counter == name).map_or(0, |(_, value)| *value)
+}
+
+/// A guest whose kernel stops the engine at `int 0x80`, with a program at [`USER_CODE`] that finds [`USER_DATA`] in RBX.
+fn start(mut guest: Guest, program: impl FnOnce(&mut CodeAssembler) -> Built) -> Guest {
+    let stop = CODE + 0x8000;
+    guest.code(stop, |a| {
+        a.out(STOP, al)?;
+        a.iretq()
+    });
+    guest.gate(0x80, stop, 0xee);
+    guest.code(USER_CODE, program);
+    guest.enter_user(USER_CODE);
+    guest.set(|state| state.gpr[3] = USER_DATA);
+    guest
+}
+
+/// Nobody says that it shall run directly: that it computes is found out.
+#[test]
+fn a_program_that_computes_is_chosen() {
+    let ram = GuestRam::shareable(64 << 20).unwrap();
+    let mut options = Options::new(Arc::new(CpuidModel::new(1, 1_000_000)));
+    options.code_cache = 16 << 20;
+    let engine = BtEngine::new(ram.clone(), options).unwrap();
+    let mut guest = start(Guest::with_engine(Kind::Direct, ram, &engine), |a| {
+        let (mut round, mut top) = (a.create_label(), a.create_label());
+        a.set_label(&mut round)?;
+        a.mov(ecx, 3_000_000)?;
+        a.set_label(&mut top)?;
+        a.inc(qword_ptr(rbx))?;
+        a.vpaddq(ymm3, ymm3, ymmword_ptr(rbx + 32))?;
+        a.dec(ecx)?;
+        a.jne(top)?;
+        a.vmovdqu(ymmword_ptr(rbx + 64), ymm3)?;
+        a.int(0x80)?;
+        a.jmp(round)
+    });
+    guest.put(USER_DATA + 32, &[1, 2, 3, 4]);
+    let mut rounds = 0;
+    while counter(&guest, "direct.stops.system-call") < 5 {
+        guest.stop();
+        rounds += 1;
+        assert_eq!(guest.word(USER_DATA), rounds * 3_000_000);
+        for lane in 0..4 {
+            assert_eq!(guest.word(USER_DATA + 64 + lane * 8), rounds * 3_000_000 * (lane + 1), "round {rounds}");
+        }
+        assert!(rounds < 300, "was never chosen");
+    }
+    assert!(counter(&guest, "direct.chosen") > 0);
+}
+
+/// CPUID, LSL and XGETBV answer as everywhere; those of a page with more of them than the CPU can watch, too.
+#[test]
+fn what_would_tell_of_the_host_does_not() {
+    for many in [1, 7] {
+        let first = std::cell::OnceCell::new();
+        each(|kind| {
+            let mut guest = start(Guest::new(kind), |a| {
+                for n in 0..many {
+                    a.mov(r14, rbx)?;
+                    a.mov(eax, if n == 0 { 1 } else { 0x8000_0000_u32 + n })?;
+                    a.xor(ecx, ecx)?;
+                    a.cpuid()?;
+                    a.xchg(r14, rbx)?;
+                    // The address in bits 24 to 31 of leaf 1 is the same, what stands for the host's state is not compared.
+                    a.mov(dword_ptr(rbx + 16 * n), eax)?;
+                    a.mov(dword_ptr(rbx + 16 * n + 4), r14d)?;
+                    a.mov(dword_ptr(rbx + 16 * n + 8), ecx)?;
+                    a.mov(dword_ptr(rbx + 16 * n + 12), edx)?;
+                }
+                a.xor(ecx, ecx)?;
+                a.xgetbv()?;
+                a.mov(dword_ptr(rbx + 256), eax)?;
+                a.mov(ecx, 0x38)?;
+                a.lsl(eax, ecx)?;
+                a.setz(byte_ptr(rbx + 264))?;
+                a.mov(ecx, 0x2b)?;
+                a.lsl(eax, ecx)?;
+                a.mov(dword_ptr(rbx + 272), eax)?;
+                a.int(0x80)
+            });
+            guest.stop();
+            let words: Vec<u64> = (0..40).map(|n| guest.word(USER_DATA + n * 8)).collect();
+            assert_eq!(words[32], 7, "XCR0");
+            assert_eq!(*first.get_or_init(|| words.clone()), words, "{kind:?}, {many} on the page");
+            if kind == Kind::Direct {
+                let (stops, tells) =
+                    (counter(&guest, "direct.stops.instruction"), counter(&guest, "direct.stops.tells"));
+                assert!(if many == 1 { stops >= 3 } else { tells >= 1 }, "{stops} {tells}");
+            }
+        });
+    }
+}
+
+/// The bits of page-table entries tell what the program did, and only that.
+#[test]
+fn accessed_and_dirty_bits_are_those_of_its_accesses() {
+    const NEAR: u64 = USER_DATA + 0x1000;
+    let entry = |page: u64| TABLES + (page >> 12) * 8;
+    each(|kind| {
+        let mut guest = start(Guest::new(kind), |a| {
+            for _ in 0..2 {
+                a.mov(rax, qword_ptr(rbx))?;
+                a.int(0x80)?;
+                a.mov(rax, qword_ptr(rbx))?;
+                a.inc(qword_ptr(rbx))?;
+                a.int(0x80)?;
+            }
+            Ok(())
+        });
+        for page in [USER_DATA, NEAR] {
+            guest.map(page, page | PRESENT | WRITE | USER | NX);
+        }
+        for _ in 0..2 {
+            guest.stop();
+            assert_eq!(guest.word(entry(USER_DATA)) & (ACCESSED | DIRTY), ACCESSED, "{kind:?}: it has read");
+            guest.stop();
+            assert_eq!(guest.word(entry(USER_DATA)) & (ACCESSED | DIRTY), ACCESSED | DIRTY, "{kind:?}: it has written");
+            assert_eq!(guest.word(entry(NEAR)) & (ACCESSED | DIRTY), 0, "{kind:?}: nobody was there");
+            // The kernel looks for pages that are not used, and flushes.
+            guest.map(USER_DATA, USER_DATA | PRESENT | WRITE | USER | NX);
+            guest.set(|_| {});
+        }
+        assert_eq!(guest.word(USER_DATA), 2);
+    });
+}
+
+/// The guest's page at the address where the process has one of its own.
+#[test]
+fn a_page_where_the_process_has_its_own() {
+    each(|kind| {
+        let mut guest = start(Guest::new(kind), |a| {
+            a.mov(rdx, bt::OWN_PAGE)?;
+            a.mov(rax, qword_ptr(rdx))?;
+            a.int(0x80)?;
+            a.mov(rax, qword_ptr(rdx))?;
+            a.int(0x80)
+        });
+        // It is not there: a fault. What runs directly sees the process's page instead, as there is no place for it that programs cannot reach.
+        if kind != Kind::Direct {
+            let trap = guest.trap();
+            assert_eq!((trap.vector, trap.state.cr2), (14, bt::OWN_PAGE), "{kind:?}");
+        }
+        let (mut table, all) = (crate::guest::CR3, PRESENT | WRITE | USER);
+        for (shift, next) in [(39, 0xb0_0000), (30, 0xb0_1000), (21, 0xb0_2000), (12, 0xb0_3000)] {
+            guest.put(table + ((bt::OWN_PAGE >> shift) & 0x1ff) * 8, &[next | all]);
+            table = next;
+        }
+        guest.put(0xb0_3000, &[0x1234_5678_9abc]);
+        guest.enter_user(USER_CODE);
+        assert_eq!(guest.stop().gpr[0], 0x1234_5678_9abc, "{kind:?}");
+        guest.put(0xb0_3000, &[77]);
+        assert_eq!(guest.stop().gpr[0], 77, "{kind:?}");
+    });
+}
+
+/// A program that never enters the kernel by itself is interrupted, and goes on where it was.
+#[test]
+fn it_is_called() {
+    each(|kind| {
+        if kind == Kind::Lockstep {
+            // It may not get as far as one instruction in so short a time.
+            return;
+        }
+        let mut guest = start(Guest::new(kind), |a| {
+            let mut top = a.create_label();
+            a.set_label(&mut top)?;
+            a.inc(rsi)?;
+            a.mov(qword_ptr(rbx), rsi)?;
+            a.jmp(top)
+        });
+        let mut last = 0;
+        for round in 0..20 {
+            let fixture = guest.fixture.clone();
+            let raiser = std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(2));
+                fixture.raise(0x40);
+            });
+            let trap = guest.trap();
+            raiser.join().unwrap();
+            assert_eq!((trap.vector, trap.cs), (0x40, 0x33), "{kind:?}, round {round}");
+            assert!(trap.state.gpr[6] > last, "{kind:?}: it stands still");
+            last = trap.state.gpr[6];
+            assert!(last - guest.word(USER_DATA) <= 1, "{kind:?}");
+        }
+    });
+}
