@@ -245,6 +245,20 @@ fn each_is_one_clear_line() {
     }
 }
 
+/// On CPUs with no more than 40 address bits, as that of the nested tests.
+#[test]
+fn more_memory_than_guests_can_address() {
+    let bits = std::arch::x86_64::__cpuid(0x8000_0008).eax & 0xff;
+    if bits > 40 || kvm::probe::usable().is_err() {
+        eprintln!("NOT TESTED: this CPU has {bits} address bits, or no KVM");
+        return;
+    }
+    let ram = GuestRam::new(memory::layout::MAX_RAM).unwrap();
+    let engine = KvmEngine::new(&Host::open().unwrap(), ram, Options::new(CpuidModel::new(1, 1_000_000)));
+    let why = engine.err().unwrap();
+    assert!(why.contains(&format!("{bits} address bits")) && why.contains("--memory") && !why.contains('\n'), "{why}");
+}
+
 #[test]
 fn told_apart() {
     let error = Host::open_at(std::path::Path::new("/dev/null")).err().unwrap();

@@ -208,21 +208,33 @@ fn meminfo(text: &str, name: &str) -> Option<u64> {
     line.split_ascii_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The memory limit of this process's control group, in bytes.
-fn cgroup_limit() -> Option<u64> {
-    let groups = read("/proc/self/cgroup")?;
-    let group = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
-    // Limits of outer groups count as well.
-    std::path::Path::new(group)
-        .ancestors()
-        .filter_map(|group| read(&format!("/sys/fs/cgroup{}/memory.max", group.display()))?.parse().ok())
-        .min()
+/// The least limit of a control group that this process is in: in the file `two` of version 2, or the file `one` of version 1's hierarchy
+/// `controller`. `groups` is `/proc/self/cgroup`.
+fn cgroup_limit(groups: &str, controller: &str, two: &str, one: &str) -> Option<u64> {
+    let files = groups.lines().filter_map(|line| {
+        let (controllers, group) = line.split_once(':')?.1.split_once(':')?;
+        let (hierarchy, file) = match controllers {
+            "" => (String::new(), two),
+            _ if controllers.split(',').any(|one| one == controller) => (format!("/{controller}"), one),
+            _ => return None,
+        };
+        // Limits of outer groups count as well.
+        let groups = std::path::Path::new(group).ancestors();
+        Some(groups.map(move |group| format!("/sys/fs/cgroup{hierarchy}{}/{file}", group.display())))
+    });
+    // A file that has the word `max` has no limit.
+    files.flatten().filter_map(|file| read(&file)?.parse().ok()).min()
+}
+
+/// The same for this process.
+fn own_cgroup_limit(controller: &str, two: &str, one: &str) -> Option<u64> {
+    cgroup_limit(&read("/proc/self/cgroup")?, controller, two, one)
 }
 
 fn memory_check() -> Check {
     let text = read("/proc/meminfo").unwrap_or_default();
     let available = meminfo(&text, "MemAvailable").unwrap_or_default();
-    let (usable, limit) = match cgroup_limit() {
+    let (usable, limit) = match own_cgroup_limit("memory", "memory.max", "memory.limit_in_bytes") {
         Some(limit) if limit < available => (limit, ", limited by the control group"),
         _ => (available, ""),
     };
@@ -276,7 +288,7 @@ fn mappings_check() -> Check {
 
 fn threads_check() -> Check {
     let processes = limit(libc::RLIMIT_NPROC);
-    let pids = read("/sys/fs/cgroup/pids.max").and_then(|text| text.parse().ok());
+    let pids = own_cgroup_limit("pids", "pids.max", "pids.max");
     match processes.into_iter().chain(pids).min() {
         Some(count) if count < 64 => check(
             "threads",
@@ -370,6 +382,15 @@ mod tests {
         );
         (c.enforces_pv_features, c.tsc_offset) = (true, true);
         assert_eq!(kvm_features(&c).verdict, Verdict::Good);
+    }
+
+    /// Whatever this host has: the hierarchy's root has no limit, and a group that does not exist none either.
+    #[test]
+    fn limits_of_control_groups() {
+        for groups in ["0::/no-such/group", "4:cpu,memory:/no-such/group\n0::/", "nonsense", "1:cpu:/x"] {
+            let limit = cgroup_limit(groups, "memory", "memory.max", "memory.limit_in_bytes");
+            assert!(limit.is_none_or(|limit| limit > 1 << 20), "{groups}: {limit:?}");
+        }
     }
 
     #[test]

@@ -120,6 +120,17 @@ fn bochs(boot: &Boot<'_>) -> (Child, Box<dyn Read + Send>) {
     let [option, rc] = ["-qf", "-rc"].map(OsString::from);
     bochs.args(["-rn", "bochs-bin"]).args([&option, settings_file.as_os_str(), &rc, commands.as_os_str()]);
     let child = bochs.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("Bochs");
-    // Both ends wait for each other.
-    (child, Box::new(File::open(&serial).expect("pipe")))
+    (child, Box::new(Late(serial, None)))
+}
+
+/// A pipe that is opened when it is first read: both ends wait for each other, and the other may never come.
+struct Late(PathBuf, Option<File>);
+
+impl Read for Late {
+    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
+        if self.1.is_none() {
+            self.1 = Some(File::open(&self.0)?);
+        }
+        self.1.as_mut().map_or(Ok(0), |file| file.read(bytes))
+    }
 }
