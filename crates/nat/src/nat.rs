@@ -137,7 +137,7 @@ impl Nat {
                     }
                     from_guest |= flags.intersects(Flags::IN | Flags::HUP | Flags::ERR);
                 }
-                Token::Tcp(id) => self.tcp.event(id, flags, &mut self.link),
+                Token::Tcp(id) => self.tcp.event(id, flags, &mut self.link, &self.poll),
                 Token::Udp(id) => self.udp_ready(id, now),
                 Token::Echo(id) => self.echoes.ready(id, &mut self.link, &mut self.buffer),
                 Token::Forward(number) => self.forward_ready(number, now),

@@ -12,9 +12,19 @@ pub struct Target {
     address: SocketAddr,
     /// It is outside, so it must not turn out to be the host itself if the host is off limits.
     check_host: bool,
+    /// It is the host itself by its loopback address: what listens on that of the other family is meant as well.
+    either: bool,
 }
 
 impl Target {
+    /// Where else it may be, if nobody is there: programs of the host that are reached by a name may listen on IPv4 or IPv6 alone.
+    pub fn otherwise(self) -> Option<Self> {
+        let address: IpAddr =
+            if self.address.is_ipv4() { Ipv6Addr::LOCALHOST.into() } else { Ipv4Addr::LOCALHOST.into() };
+        let other = Self { address: SocketAddr::new(address, self.address.port()), either: false, ..self };
+        self.either.then_some(other)
+    }
+
     /// The address.
     pub fn address(self) -> SocketAddr {
         self.address
@@ -48,7 +58,7 @@ pub fn decide(config: &NatConfig, to: SocketAddr) -> Verdict {
     if ip == GATEWAY || ip == GATEWAY6 {
         let loopback: IpAddr = if ip.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
         return if config.host && !config.isolated {
-            Verdict::Pass(Target { address: SocketAddr::new(loopback, to.port()), check_host: false })
+            Verdict::Pass(Target { address: SocketAddr::new(loopback, to.port()), check_host: false, either: true })
         } else {
             Verdict::Refuse
         };
@@ -59,12 +69,12 @@ pub fn decide(config: &NatConfig, to: SocketAddr) -> Verdict {
     if config.isolated || is_local(ip) || !is_global_enough(ip) {
         return Verdict::Refuse;
     }
-    Verdict::Pass(Target { address: to, check_host: !config.host })
+    Verdict::Pass(Target { address: to, check_host: !config.host, either: false })
 }
 
 /// One of the configured name servers: the user chose it, so it may be anywhere.
 pub fn resolver(address: SocketAddr) -> Target {
-    Target { address, check_host: false }
+    Target { address, check_host: false, either: false }
 }
 
 fn is_group(ip: IpAddr) -> bool {

@@ -343,6 +343,18 @@ fn tcp_both_ways_over_all_kinds_of_lines() {
     }
 }
 
+/// The host has one name and two addresses; a server may listen on one of them only.
+#[test]
+fn the_hosts_servers_are_reached_by_either_address() {
+    for (gateway, listen) in [(IpAddr::from(GATEWAY6), "127.0.0.1:0"), (GATEWAY.into(), "[::1]:0")] {
+        let mut world = World::open(config());
+        let (port, server) = server(listen, both_ways(1000, 1000));
+        let handle = world.connect((gateway, port), 1234, 2000);
+        assert!(world.exchange(handle, &pattern(1000)) == pattern(1000), "{gateway}");
+        world.join(server);
+    }
+}
+
 #[test]
 fn a_closed_port_refuses() {
     let mut world = World::open(config());

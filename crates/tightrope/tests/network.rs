@@ -86,6 +86,8 @@ fn the_guest_reaches_out() {
     // The address is tried out first.
     done(&mut session, "until ping -c 1 -W 1 fd74:6967:6874::2; do :; done");
     done(&mut session, &format!("wget -q -O - 'http://[fd74:6967:6874::2]:{six}/' | grep 'by IPv6'"));
+    // Who listens by IPv4 alone is reached by either of the host's addresses: its name has both.
+    done(&mut session, &format!("wget -q -O - 'http://[fd74:6967:6874::2]:{big}/' | head -c 10 | wc -c | grep 10"));
     // Nobody there: told at once.
     done(&mut session, &format!("! wget -q -O - -T 20 http://host:{}/", free_port()));
     power_off(session);

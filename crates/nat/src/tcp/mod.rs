@@ -61,6 +61,8 @@ struct Entry {
     queued: bool,
     /// The sequence number of the guest's SYN, for errors about it.
     first: u32,
+    /// Where to connect to if nobody is at the first address.
+    otherwise: Option<Target>,
 }
 
 /// All connections.
@@ -131,7 +133,10 @@ impl Table {
         let end = Connection::held(syn, self.sequence_number(key, now), own_mss(key, mtu), self.buffer());
         let first = syn.seq_number.0 as u32;
         let made = self.entries.insert_with(|id| {
-            let socket = open(target)?;
+            let (socket, otherwise) = match (open(target), target.otherwise()) {
+                (Err(Why::Port | Why::Host), Some(other)) => (open(other)?, None),
+                (socket, other) => (socket?, other),
+            };
             poll.add(&socket, Token::Tcp(id), flags()).map_err(|_| Why::Host)?;
             Ok(Entry {
                 key,
@@ -143,6 +148,7 @@ impl Table {
                 shut: false,
                 queued: false,
                 first,
+                otherwise,
             })
         });
         let id = made.unwrap_or(Err(Why::Port))?;
@@ -183,6 +189,7 @@ impl Table {
                     shut: false,
                     queued: false,
                     first: 0,
+                    otherwise: None,
                 })
             });
             if let Some(Ok(id)) = made {
@@ -194,7 +201,7 @@ impl Table {
     }
 
     /// Something happened to a connection's socket.
-    pub fn event(&mut self, id: Id, flags: Flags, link: &mut Link) {
+    pub fn event(&mut self, id: Id, flags: Flags, link: &mut Link, poll: &Poll) {
         let Some(entry) = self.entries.get_mut(id) else { return };
         entry.readable |= flags.intersects(Flags::IN | Flags::RDHUP | Flags::HUP | Flags::ERR);
         entry.writable |= flags.intersects(Flags::OUT | Flags::HUP | Flags::ERR);
@@ -205,6 +212,7 @@ impl Table {
                     entry.end.host_connected();
                 }
                 Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) if entry.goes_on_otherwise(id, poll) => return,
                 Ok(Err(Errno::CONNREFUSED | Errno::CONNRESET)) => entry.end.abort(),
                 Ok(Err(error)) | Err(error) => {
                     let why = if matches!(error, Errno::ACCESS | Errno::PERM) { Why::Prohibited } else { Why::Host };
@@ -324,6 +332,16 @@ fn open(target: Target) -> Result<OwnedFd, Why> {
 }
 
 impl Entry {
+    /// Nobody is where it was to be connected to: connects to the other address, if there is one.
+    fn goes_on_otherwise(&mut self, id: Id, poll: &Poll) -> bool {
+        let Some(Ok(socket)) = self.otherwise.take().map(open) else { return false };
+        if poll.add(&socket, Token::Tcp(id), flags()).is_err() {
+            return false;
+        }
+        (self.socket, self.readable, self.writable) = (socket, false, false);
+        true
+    }
+
     /// Moves data in both directions; `true` when there is more to do for which nothing must be waited for.
     fn turn(&mut self, link: &mut Link, now: Instant) -> bool {
         if self.connected && !self.end.is_half_open() {
