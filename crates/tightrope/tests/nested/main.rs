@@ -41,6 +41,8 @@ modprobe kvm_amd 2>/dev/null || modprobe kvm_intel || echo "@@ failed modprobe"
 [ -c /dev/kvm ] || echo "@@ failed no /dev/kvm"
 . /run-tests
 echo "@@ end"
+# A serial port with the speed of one has still much to send.
+[ -z "$TIGHTROPE_TEST_EMULATED" ] || sleep 3
 poweroff -f
 "#;
 
@@ -413,8 +415,8 @@ fn vt_x() {
     let before = "export TIGHTROPE_TEST_EMULATED=1\n";
     let outer = Outer { emulator: Emulator::Bochs, before, ..Outer::new(2 * LONG_LIMIT) };
     let runs = std::env::var("TIGHTROPE_NESTED");
-    // Guests that are debugged by their host stop Bochs's CPU altogether.
-    let usual = "engine --skip steps; failures; toys --skip gdb; debian boots_to_a_shell; moves not_lost";
+    // Bochs 2.7 has no way out of a guest that spins with interrupts off, and none for single steps and breakpoints.
+    let usual = "engine --skip steps --skip stopped_again; failures; toys --skip gdb --skip signal; debian boots_to_a_shell; moves not_lost";
     pass_in(&outer, &parse(runs.as_deref().unwrap_or(usual)));
 }
 
