@@ -29,7 +29,7 @@ const MOUNTS: [(&str, &str, MountFlags, &str); 7] = [
 /// Runs the machine. With `command`, runs that on the console and switches the machine off when it has ended.
 pub fn run(command: &[OsString]) -> ! {
     if let Err(error) = start(command) {
-        eprintln!("tightrope-agent: {error}");
+        crate::complain(&error.to_string());
     }
     // Process 1 must not end.
     loop {
@@ -129,7 +129,7 @@ fn main_command(command: &[OsString], network: &Coming) -> io::Result<OwnedFd> {
                     (None, signal) => [1, signal.unwrap_or(9) as u8],
                 }
             }
-            Err(error) => eprintln!("tightrope-agent: {}: {error}", program.display()),
+            Err(error) => crate::complain(&format!("{}: {error}", program.display())),
         }
     }
     let _ = rustix::io::write(&to, &how);

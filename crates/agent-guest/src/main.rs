@@ -35,7 +35,12 @@ fn main() {
         _ => Err(std::io::Error::other("usage: tightrope-agent daemon, or: tightrope-agent install ROOT")),
     };
     if let Err(error) = done {
-        eprintln!("tightrope-agent: {error}");
+        complain(&error.to_string());
         exit(1);
     }
+}
+
+/// One line on the guest's console about what did not work.
+fn complain(why: &str) {
+    eprintln!("tightrope-agent: {}", agent_protocol::without_numbers(why));
 }

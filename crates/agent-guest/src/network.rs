@@ -113,7 +113,7 @@ fn serve(name: &str, done: OwnedFd) -> ! {
     let mut done = Some(done);
     let failed = served(name, &mut done);
     if let Err(error) = failed {
-        eprintln!("tightrope-agent: network card {name}: {error}");
+        crate::complain(&format!("network card {name}: {error}"));
     }
     std::process::exit(0)
 }

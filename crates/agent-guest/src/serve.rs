@@ -72,7 +72,7 @@ impl Agent {
                     }
                     Err(error) => {
                         if !std::mem::replace(&mut told, true) && self.init.is_none() {
-                            eprintln!("tightrope-agent: waiting for a vsock device: {error}");
+                            crate::complain(&format!("waiting for a vsock device: {error}"));
                         }
                     }
                 }

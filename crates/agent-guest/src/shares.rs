@@ -16,7 +16,7 @@ pub fn mount_all() {
         let _ = fs::create_dir_all(share.dir);
         let flags = if share.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
         if let Err(error) = mount(share.tag, share.dir, "virtiofs", flags, None::<&std::ffi::CStr>) {
-            eprintln!("tightrope-agent: cannot mount the shared directory {} at {}: {error}", share.tag, share.dir);
+            crate::complain(&format!("cannot mount the shared directory {} at {}: {error}", share.tag, share.dir));
         }
     }
 }

@@ -169,10 +169,7 @@ pub fn reason(error: &io::Error) -> String {
         io::ErrorKind::IsADirectory => "is a directory".into(),
         io::ErrorKind::StorageFull => "no space left".into(),
         io::ErrorKind::ReadOnlyFilesystem => "the file system is read-only".into(),
-        _ => {
-            let text = error.to_string();
-            text.split(" (os error").next().unwrap_or_default().to_owned()
-        }
+        _ => crate::without_numbers(&error.to_string()),
     }
 }
 

@@ -7,7 +7,7 @@
 pub mod exec;
 mod session;
 
-pub use agent_protocol::{Exec, Exit};
+pub use agent_protocol::{Exec, Exit, without_numbers};
 pub use session::{Problem, Session};
 
 /// The agent: a static program for any x86-64 Linux guest.
