@@ -416,6 +416,28 @@ mod tests {
         bus.mmio_write(layout::IOAPIC_BASE + 0x10, &value.to_le_bytes());
     }
 
+    /// Its timers' thread ends with it, whatever it has been through.
+    #[test]
+    fn a_machine_that_is_dropped_leaves_no_thread() {
+        for restored in [false, true] {
+            let config = PcConfig { watchdog: Some(Arc::new(|| ())), ..config(2, Arc::default()) };
+            let pc = Pc::new(config).unwrap();
+            if restored {
+                pc.restore(&pc.save().unwrap()).unwrap();
+            }
+            let (bus, lapic) = (pc.vcpu_bus(0).unwrap(), pc.local_apic(0).unwrap());
+            bus.pio_write(0x70, &[0]);
+            let timers = Arc::downgrade(pc.timers());
+            drop((bus, lapic, pc));
+            // The thread itself may hold a device for a moment.
+            let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+            while timers.strong_count() > 0 {
+                assert!(std::time::Instant::now() < end, "restored: {restored}: {} still", timers.strong_count());
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+        }
+    }
+
     /// Timer through the PIC, then through the IOAPIC, as Linux's check_timer and after it.
     #[test]
     fn timer_interrupt_both_ways() {

@@ -100,6 +100,13 @@ impl fmt::Debug for Lapics {
     }
 }
 
+impl Drop for Lapics {
+    /// They know each other, so they have to be told to let go.
+    fn drop(&mut self) {
+        self.shared.lapics.write().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
 impl Lapics {
     /// One for each of `count` vCPUs; ids from 0. At most 255.
     pub fn new(count: u8, queue: &Arc<TimerQueue>) -> Self {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use serde::{Deserialize, Serialize};
 
@@ -77,7 +77,8 @@ struct Slot {
 
 impl Slot {
     /// Makes the bus follow the BARs. The lock makes concurrent configuration writes agree on the last state.
-    fn place_bars(&self, bus: &IoBus) {
+    fn place_bars(&self, bus: &Weak<IoBus>) {
+        let Some(bus) = bus.upgrade() else { return };
         let mut windows = lock(&self.windows);
         let mappings = self.device.config().mappings();
         let wanted = |bar| mappings.iter().find(|m| m.bar == bar && m.enabled).map(|m| m.base);
@@ -120,7 +121,8 @@ impl PciDevice for Bridge {
 
 /// The root of PCI: add devices with [`PciHost::add`], then let the bus reach it with [`PciHost::connect`].
 pub struct PciHost {
-    bus: Arc<IoBus>,
+    /// Not held: the bus holds this.
+    bus: Weak<IoBus>,
     irq: Arc<dyn IrqSink>,
     msi: Arc<dyn MsiSink>,
     slots: Mutex<Vec<Arc<Slot>>>,
@@ -149,7 +151,7 @@ impl PciHost {
         let identity = PciIdentity { vendor: 0x1b36, device: 0x0008, class: 0x06, ..Default::default() };
         let bridge = Slot { device: Arc::new(Bridge(PciConfig::new(identity))), windows: Mutex::default() };
         Arc::new(Self {
-            bus,
+            bus: Arc::downgrade(&bus),
             irq,
             msi,
             slots: Mutex::new(vec![Arc::new(bridge)]),
@@ -164,8 +166,9 @@ impl PciHost {
     /// # Errors
     /// Something else is there.
     pub fn connect(self: &Arc<Self>) -> Result<(), crate::bus::BusError> {
-        self.bus.add_mmio("pci-ecam", layout::ECAM_START, layout::ECAM_SIZE, self.clone())?;
-        self.bus.add_pio("pci-config", 0xcf8, 8, self.clone())
+        let Some(bus) = self.bus.upgrade() else { return Ok(()) };
+        bus.add_mmio("pci-ecam", layout::ECAM_START, layout::ECAM_SIZE, self.clone())?;
+        bus.add_pio("pci-config", 0xcf8, 8, self.clone())
     }
 
     /// Global system interrupt of a slot's INTA#: slots are dealt out over IOAPIC pins 16 to 23.
