@@ -386,7 +386,8 @@ impl Mmu {
             let len = rest.len().min((8 - gpa % 8) as usize);
             let (part, tail) = rest.split_at_mut(len);
             self.bus.mmio_read(gpa, part);
-            gpa += len as u64;
+            // A state that no CPU can be in, without paging in 64-bit mode, has addresses up to the last.
+            gpa = gpa.wrapping_add(len as u64);
             rest = tail;
         }
     }
@@ -399,7 +400,8 @@ impl Mmu {
             let len = rest.len().min((8 - gpa % 8) as usize);
             let (part, tail) = rest.split_at(len);
             self.bus.mmio_write(gpa, part);
-            gpa += len as u64;
+            // A state that no CPU can be in, without paging in 64-bit mode, has addresses up to the last.
+            gpa = gpa.wrapping_add(len as u64);
             rest = tail;
         }
     }

@@ -552,6 +552,22 @@ fn memory_and_strings() {
     assert_eq!(guest.result(9), KERNEL_STACK);
 }
 
+/// A state that no CPU can be in, as a damaged saved one may be: 64-bit mode without paging has addresses up to the last.
+#[test]
+fn memory_at_the_end_of_all_addresses() {
+    let mut guest = Guest::new(|a| {
+        a.add(qword_ptr(rbx), rax)?;
+        a.mov(rcx, qword_ptr(rbx + 1))
+    });
+    let mut state = guest.vcpu.state();
+    state.cr0 &= !(1 << 31);
+    state.gpr[3] = u64::MAX - 3;
+    guest.vcpu.set_state(&state);
+    for _ in 0..2 {
+        let _ = guest.vcpu.step();
+    }
+}
+
 #[test]
 fn debugger() {
     let mut guest = Guest::new(|a| {
