@@ -62,7 +62,7 @@ fn broken(what: &str) -> io::Error {
 
 /// Starts `program` with the argument `argument`, which is to call [`run`] then, and hands it `sockets`. Returns the VMM's end of the
 /// cable, for frames with their header (virtio 1.3, 5.1.6) of 12 bytes. The server ends when that is closed or shut down for writing;
-/// when its own end is closed, so are its ports.
+/// when its own end is closed, so are its ports. `errors` is its standard error.
 ///
 /// # Errors
 /// The program cannot be started.
@@ -72,6 +72,7 @@ pub fn start(
     role: Role,
     confinement: Confinement,
     sockets: &[OwnedFd],
+    errors: Stdio,
 ) -> io::Result<OwnedFd> {
     let (ours, theirs) =
         rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
@@ -83,6 +84,7 @@ pub fn start(
         .arg(argument)
         .stdin(theirs)
         .stdout(Stdio::null())
+        .stderr(errors)
         .env_clear()
         .current_dir("/")
         .process_group(0)

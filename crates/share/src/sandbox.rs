@@ -53,9 +53,11 @@ pub fn become_owner(root: &OwnedFd) -> Result<(), SandboxError> {
     if rustix::process::geteuid().is_root() {
         let stat = rustix::fs::fstat(root).map_err(failed("owner"))?;
         let (uid, gid) = (stat.st_uid, stat.st_gid);
+        // The root of a user namespace may be forbidden to leave its groups: they are those of the user who made it.
+        let keeps_groups = std::fs::read("/proc/self/setgroups").is_ok_and(|may| may.starts_with(b"deny"));
         // SAFETY: these take numbers, and no list. The process has one thread.
         let done = unsafe {
-            libc::setgroups(0, std::ptr::null()) == 0
+            (keeps_groups || libc::setgroups(0, std::ptr::null()) == 0)
                 && libc::setresgid(gid, gid, gid) == 0
                 && libc::setresuid(uid, uid, uid) == 0
         };

@@ -49,6 +49,7 @@ fn broken(what: &str) -> io::Error {
 
 /// Starts `program` with the argument `argument`, which is to call [`run`] then, for the directory `root` (opened for reading) and the
 /// server's end of `channel`. `exclusive`: nobody else changes it meanwhile ([`FileSystem::exclusive`]). Returns the socket to it, and the process, which ends once the socket is closed.
+/// `errors` is its standard error.
 ///
 /// # Errors
 /// The program cannot be started.
@@ -59,6 +60,7 @@ pub fn start(
     confinement: Confinement,
     root: BorrowedFd<'_>,
     channel: &Client,
+    errors: Stdio,
 ) -> io::Result<(OwnedFd, Child)> {
     let (ours, theirs) =
         rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
@@ -67,6 +69,7 @@ pub fn start(
         .arg(argument)
         .stdin(theirs)
         .stdout(Stdio::null())
+        .stderr(errors)
         .env_clear()
         .current_dir("/")
         .process_group(0)
@@ -205,7 +208,8 @@ mod tests {
         let client = Client::new().unwrap();
         let root = rustix::fs::open(root, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
         let (socket, child) =
-            start(&program(dir), "", (access, exclusive), Confinement::On, root.as_fd(), &client).unwrap();
+            start(&program(dir), "", (access, exclusive), Confinement::On, root.as_fd(), &client, Stdio::inherit())
+                .unwrap();
         let watched = socket.try_clone().unwrap();
         let client = std::sync::Mutex::new(client);
         let guest = Guest::new(move |request, room| {
