@@ -100,7 +100,7 @@ pub struct GuestImage {
     pub initrd: PathBuf,
     /// Release of the kernel, as `uname -r` says it.
     pub kernel_version: String,
-    /// Kernel command line the image works with; more may be added. The guest's shell takes `TERM`,
+    /// Kernel command line the image works with; more may be added. The guest's shell takes `TERM`, its terminal the size
     /// `COLUMNS` and `LINES` from `NAME=value` words; `root=` boots a disk instead.
     pub cmdline: String,
 }

@@ -118,6 +118,9 @@ tty=/dev/${active##* }
 [ -c "$tty" ] || tty=/dev/console
 [ "$TERM" = linux ] && TERM=vt220
 export TERM PS1='\h:\w\$ '
+# The terminal's size when the guest was started. Programs would believe these words rather than ask the terminal, whose size changes.
+[ "$COLUMNS" ] && [ "$LINES" ] && stty columns "$COLUMNS" rows "$LINES" <"$tty"
+unset COLUMNS LINES
 read -r release </proc/sys/kernel/osrelease
 cd /root
 echo "

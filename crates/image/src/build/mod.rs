@@ -450,3 +450,17 @@ fn enough_space(path: &Path, needed: u64) -> Result<()> {
 fn copy(from: &Path, to: &Path) -> Result<()> {
     fs::copy(from, to).map(drop).map_err(|e| Error::io("write", to, e))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `/proc` has room for nothing.
+    #[test]
+    fn too_little_space_is_told_before_anything_is_made() {
+        let text = enough_space(Path::new("/proc"), 700 << 20).unwrap_err().to_string();
+        assert!(text.contains("about 700 MiB at /proc, which has 0 MiB free"), "{text}");
+        assert!(text.contains("tightrope prune") && text.contains("XDG_DATA_HOME") && !text.contains('\n'), "{text}");
+        enough_space(Path::new("/proc"), 0).unwrap();
+    }
+}
