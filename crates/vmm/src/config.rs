@@ -64,6 +64,8 @@ pub struct VmConfig {
     pub serial: SerialMode,
     /// Where a virtio console, the guest's `hvc0`, goes; `None` for no such device.
     pub virtio_console: Option<SerialMode>,
+    /// A console that goes to a file gets its input from standard input, which is no terminal.
+    pub piped_input: bool,
     /// Named ports of the guest.
     pub ports: Vec<PortConfig>,
     /// What is done when the guest hangs; with it there is a watchdog.
@@ -113,6 +115,7 @@ impl VmConfig {
             cpu_vendor: None,
             serial: SerialMode::Stdio,
             virtio_console: None,
+            piped_input: false,
             ports: Vec::new(),
             watchdog: None,
             stats: None,
@@ -238,7 +241,7 @@ pub enum SerialMode {
     None,
     /// To the log of the VM's [`VmConfig::instance`], and to whoever attaches; messages of the monitor too, once the VM is started.
     Log,
-    /// Output is appended to a file, there is no input.
+    /// Output is appended to a file; input there is only with [`VmConfig::piped_input`].
     File(PathBuf),
     /// A pseudo-terminal, whose name is printed.
     Pty,

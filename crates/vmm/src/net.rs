@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::str::FromStr;
 
 use nat::NatConfig;
@@ -234,6 +235,8 @@ pub(crate) struct Opening<'a> {
     /// The program that becomes the network server, and its argument.
     pub server: Option<&'a (PathBuf, String)>,
     pub sandbox: SandboxMode,
+    /// The server's standard error.
+    pub errors: fn() -> Stdio,
 }
 
 fn input(text: String) -> Error {
@@ -293,7 +296,7 @@ impl Opening<'_> {
             |why: String| Error::Host(format!("cannot start the network server ({why}): --net none runs without"));
         let (program, argument) = self.server.ok_or_else(|| cannot("no program for it is known".into()))?;
         let confinement = if self.sandbox == SandboxMode::Off { Confinement::Off } else { Confinement::On };
-        let cable = nat::server::start(program, argument, role, confinement, sockets);
+        let cable = nat::server::start(program, argument, role, confinement, sockets, (self.errors)());
         cable.and_then(|cable| Port::server(cable, offloads)).map_err(|error| cannot(error.to_string()))
     }
 }

@@ -42,6 +42,8 @@ pub(crate) struct Files {
     pub shares: Vec<Share>,
     /// The host's end of a virtio console.
     pub console: Option<crate::serial::Serial>,
+    /// What holds its input back.
+    pub gate: Arc<Gate>,
     /// The host's ends of named ports.
     pub ports: Vec<crate::ports::Opened>,
     /// Is there an agent in the guest?
@@ -62,6 +64,7 @@ pub(crate) fn maker(config: &VmConfig, files: Files, tsc_khz: u64, exits: Option
         network: files.network,
         shares: files.shares,
         console: files.console,
+        gate: files.gate,
         ports: files.ports,
         instance: config.instance.clone(),
         watchdog: config.watchdog.is_some(),
@@ -91,6 +94,7 @@ struct PcMaker {
     shares: Vec<Share>,
     /// Until the first build.
     console: Option<crate::serial::Serial>,
+    gate: Arc<Gate>,
     /// Until the first build.
     ports: Vec<crate::ports::Opened>,
     /// With one, the guest gets a vsock device.
@@ -175,7 +179,8 @@ impl PcMaker {
         if let Some(host_end) = self.console.take() {
             let threads = |error| Error::Host(format!("the host gives no thread for a console: {error}"));
             let slot = Arc::new(InputSlot::default());
-            let output = host_end.start(events, slot.clone(), Arc::new(Gate::new(true))).map_err(threads)?;
+            let output = host_end.start(events, slot.clone(), self.gate.clone()).map_err(threads)?;
+            self.gate.watch(&output);
             let (console, handle) = Console::new(Box::new(output)).map_err(threads)?;
             self.handles.console = Some(handle.clone());
             slot.set(Arc::new(VirtioInput(handle)));

@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
@@ -48,20 +48,34 @@ impl Input for InputSlot {
 
 /// Holds piped input back until the guest listens: what arrives earlier would be thrown away when the guest opens its console.
 pub(crate) struct Gate {
+    /// What the guest's shell says first, on whichever console.
+    marker: Option<String>,
+    started: Instant,
     open: Mutex<bool>,
     opened: Condvar,
 }
 
 impl Gate {
-    /// A gate, open or not.
-    pub(crate) fn new(open: bool) -> Self {
-        Self { open: Mutex::new(open), opened: Condvar::new() }
+    /// A gate that the guest opens by writing `marker`; without one it is open.
+    pub(crate) fn new(marker: Option<String>, started: Instant) -> Arc<Self> {
+        let open = Mutex::new(marker.is_none());
+        Arc::new(Self { marker, started, open, opened: Condvar::new() })
     }
 
-    /// Opens it for good.
-    pub(crate) fn open(&self) {
-        *self.open.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.opened.notify_all();
+    /// Watches what the guest writes on a console. When the marker comes, the user is told how long it took.
+    pub(crate) fn watch(self: &Arc<Self>, output: &Output) {
+        let Some(marker) = &self.marker else { return };
+        let (gate, written) = (self.clone(), output.clone());
+        let found = move || {
+            if std::mem::replace(&mut *gate.open.lock().unwrap_or_else(PoisonError::into_inner), true) {
+                return;
+            }
+            gate.opened.notify_all();
+            let elapsed = gate.started.elapsed();
+            written.flush(Duration::from_millis(200));
+            terminal::message(&format!("tightrope: shell after {:.1} s", elapsed.as_secs_f64()));
+        };
+        output.watch_for(marker, Box::new(found));
     }
 
     fn wait(&self) {
@@ -79,7 +93,8 @@ impl Gate {
 pub(crate) enum Serial {
     Stdio,
     None,
-    File(File),
+    /// Where output goes, and whether standard input is the input.
+    File(File, bool),
     /// The master, and the slave, kept open so that writing never fails for want of a reader.
     Pty(File, File),
     Unix(UnixListener),
@@ -100,7 +115,7 @@ impl Serial {
                     .create(true)
                     .open(path)
                     .map_err(|error| Error::file("console output", path, error))?;
-                Ok((Self::File(file), None))
+                Ok((Self::File(file, false), None))
             }
             SerialMode::Pty => {
                 let (master, slave, name) =
@@ -119,13 +134,24 @@ impl Serial {
         matches!(self, Self::Stdio)
     }
 
+    /// Makes standard input the input of a console that goes to a file; says whether it is one.
+    pub(crate) fn take_input(&mut self) -> bool {
+        match self {
+            Self::File(_, input) => {
+                *input = true;
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// Does it accept connections later?
     pub(crate) fn needs_sockets(&self) -> bool {
         // A socket may also have been given to us as standard input or output.
         match self {
             Self::Unix(_) => true,
             Self::Stdio => false,
-            Self::None | Self::File(_) | Self::Pty(..) | Self::Log(..) => false,
+            Self::None | Self::File(..) | Self::Pty(..) | Self::Log(..) => false,
         }
     }
 
@@ -137,14 +163,11 @@ impl Serial {
                 let to = start_feeder(slot)?;
                 let is_terminal = terminal::is_terminal();
                 let quit = events.clone();
-                std::thread::Builder::new().name("console-in".into()).spawn(move || {
-                    if is_terminal {
-                        read_keys(&to, &quit);
-                    } else {
-                        gate.wait();
-                        read_all(&mut std::io::stdin(), &to);
-                    }
-                })?;
+                if is_terminal {
+                    std::thread::Builder::new().name("console-in".into()).spawn(move || read_keys(&to, &quit))?;
+                } else {
+                    start_piped(to, gate)?;
+                }
                 let quit = events.clone();
                 let broken = move || {
                     terminal::message("tightrope: standard output was closed: the guest is switched off");
@@ -153,7 +176,10 @@ impl Serial {
                 Output::start(Box::new(Stdout), Box::new(broken))
             }
             Self::None => Output::start(Box::new(std::io::sink()), Box::new(|| ())),
-            Self::File(file) => {
+            Self::File(file, input) => {
+                if input {
+                    start_piped(start_feeder(slot)?, gate)?;
+                }
                 let broken =
                     || terminal::message("tightrope: console output cannot be written any more: is the disk full?");
                 Output::start(Box::new(file), Box::new(broken))
@@ -259,6 +285,15 @@ fn start_feeder(slot: Arc<InputSlot>) -> std::io::Result<SyncSender<Vec<u8>>> {
         }
     })?;
     Ok(to)
+}
+
+/// Starts the thread that gives all of standard input to the guest, once that listens.
+fn start_piped(to: SyncSender<Vec<u8>>, gate: Arc<Gate>) -> std::io::Result<()> {
+    std::thread::Builder::new().name("console-in".into()).spawn(move || {
+        gate.wait();
+        read_all(&mut std::io::stdin(), &to);
+    })?;
+    Ok(())
 }
 
 /// Reads keys typed at the terminal. What the guest does not take in time is lost, as on any terminal; key commands never are.

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::str::FromStr;
 
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
@@ -180,6 +181,7 @@ pub(crate) fn open(
     shares: &[ShareConfig],
     server: Option<&(PathBuf, String)>,
     sandbox: SandboxMode,
+    errors: impl Fn() -> Stdio,
 ) -> Result<Vec<Share>, Error> {
     let tags = tags(shares)?;
     let roots = shares.iter().map(open_root).collect::<Result<Vec<_>, _>>()?;
@@ -190,9 +192,16 @@ pub(crate) fn open(
         let confinement = if sandbox == SandboxMode::Off { Confinement::Off } else { Confinement::On };
         let access = if share.read_only { Access::ReadOnly } else { Access::ReadWrite };
         let channel = Client::new().map_err(|error| cannot(error.to_string()))?;
-        let (socket, _) =
-            share::server::start(program, argument, (access, share.exclusive), confinement, root.as_fd(), &channel)
-                .map_err(|error| cannot(error.to_string()))?;
+        let (socket, _) = share::server::start(
+            program,
+            argument,
+            (access, share.exclusive),
+            confinement,
+            root.as_fd(),
+            &channel,
+            errors(),
+        )
+        .map_err(|error| cannot(error.to_string()))?;
         open.push(Share { tag, name: share.host.display().to_string(), channel, socket });
     }
     Ok(open)

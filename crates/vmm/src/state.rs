@@ -81,12 +81,20 @@ impl Saved {
 }
 
 fn cannot(what: &str) -> impl FnOnce(std::io::Error) -> Error {
-    move |error| Error::Host(format!("the VM's state cannot be {what}: {error}"))
+    move |error| {
+        let full = matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded);
+        let remedy = if full { ": make room for it" } else { "" };
+        Error::Host(format!("the VM's state cannot be {what}: {error}{remedy}"))
+    }
 }
 
 /// Writes a stopped VM.
 pub(crate) fn write(file: &File, saved: &Saved, ram: &GuestRam) -> Result<(), Error> {
     let body = postcard::to_stdvec(saved).map_err(|error| Error::Host(format!("the VM's state: {error}")))?;
+    // There may be the beginning of an earlier attempt, which failed.
+    let mut at_start = file;
+    at_start.rewind().map_err(cannot("written"))?;
+    let _ = file.set_len(0);
     let mut out = BufWriter::with_capacity(1 << 20, file);
     let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(cannot("written"));
     put(&MAGIC)?;

@@ -111,6 +111,7 @@ pub(crate) fn messages_to(to: Box<dyn Write + Send>, both: bool) {
 
 /// Writes lines for the user on standard error, whatever mode the terminal is in. Each starts at the left margin.
 pub fn message(text: &str) {
+    let text = agent_protocol::without_numbers(text);
     let raw = RAW.load(Ordering::SeqCst);
     let lines = |end: &str| text.lines().fold(String::with_capacity(text.len() + 8), |all, line| all + line + end);
     // Not waited for: this may run while the log itself panics.

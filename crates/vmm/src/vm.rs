@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -91,6 +92,7 @@ pub(crate) struct Parts {
     pub tsc_khz: u64,
     /// What SIGUSR2 writes to.
     pub save_to: Option<File>,
+    pub gate: Arc<Gate>,
     /// What is read instead of booting.
     pub restore: Option<File>,
     pub maker: Box<dyn BoardMaker>,
@@ -123,15 +125,19 @@ impl Vm {
             // It may stay where it cannot be removed: space, nothing more.
             let _ = std::fs::remove_file(file);
         }
+        // In the background nothing may hold on to what the command that started it prints to: whoever reads that waits for its end.
+        let background = config.serial == SerialMode::Log && !config.quiet;
+        let errors = if background { Stdio::null } else { Stdio::inherit };
         let opening = net::Opening {
             config: &config.net,
             forwards: &config.forwards,
             server: config.net_server.as_ref(),
             sandbox: config.sandbox,
+            errors,
         };
         let mut network = opening.open()?;
         let net_lines = network.as_mut().map(|network| std::mem::take(&mut network.lines)).unwrap_or_default();
-        let shares = share::open(&config.shares, config.share_server.as_ref(), config.sandbox)?;
+        let shares = share::open(&config.shares, config.share_server.as_ref(), config.sandbox, errors)?;
         let (mut serial, serial_line) = Serial::open(&config.serial)?;
         let host = |error: std::io::Error| Error::Host(error.to_string());
         let (hub, agent) = (Hub::new().map_err(host)?, Agent::default());
@@ -143,10 +149,16 @@ impl Vm {
         if let Some(file) = log {
             serial = Serial::Log(file, hub.clone());
         }
-        let (console, console_line) = match config.virtio_console.as_ref().map(Serial::open).transpose()? {
+        let (mut console, console_line) = match config.virtio_console.as_ref().map(Serial::open).transpose()? {
             Some((console, line)) => (Some(console), line),
             None => (None, None),
         };
+        let gate = Gate::new(config.ready_marker.clone(), started);
+        // One of them, and none if standard input has a console already.
+        let stdio = serial.is_stdio() || console.as_ref().is_some_and(Serial::is_stdio);
+        if config.piped_input && !stdio && !serial.take_input() {
+            console.as_mut().map(Serial::take_input);
+        }
         let (ports, port_lines) = crate::ports::open(&config.ports)?;
         let window = if serial.is_stdio() {
             Some(WindowOf::Serial(agent.clone()))
@@ -195,12 +207,27 @@ impl Vm {
         let exits = trace.filter(|_| config.trace.as_ref().is_some_and(|trace| trace.exits));
         let maker = crate::pc::maker(
             config,
-            Files { kernel, unpacked, initrd, disks, network, shares, console, ports, agent: agent.clone() },
+            Files {
+                kernel,
+                unpacked,
+                initrd,
+                disks,
+                network,
+                shares,
+                console,
+                gate: gate.clone(),
+                ports,
+                agent: agent.clone(),
+            },
             tsc_khz,
             exits,
         );
-        let mut vm =
-            Self::assemble(config, engine, Parts { ram, serial, listener, tsc_khz, save_to, restore, maker }, started)?;
+        let mut vm = Self::assemble(
+            config,
+            engine,
+            Parts { ram, serial, gate, listener, tsc_khz, save_to, restore, maker },
+            started,
+        )?;
         vm.window = window;
         if let Some(instance) = &config.instance
             && let Some(listener) = instance.take(|parts| parts.control.take())
@@ -241,18 +268,8 @@ impl Vm {
         let threads = |error: std::io::Error| Error::Host(format!("the host gives no thread: {error}"));
         let (events, inbox) = mpsc::channel();
         let console = Arc::new(InputSlot::default());
-        let gate = Arc::new(Gate::new(config.ready_marker.is_none()));
-        let output = parts.serial.start(&events, console.clone(), gate.clone()).map_err(threads)?;
-        if let Some(marker) = &config.ready_marker {
-            let written = output.clone();
-            let report = move || {
-                gate.open();
-                let elapsed = started.elapsed();
-                written.flush(Duration::from_millis(200));
-                terminal::message(&format!("tightrope: shell after {:.1} s", elapsed.as_secs_f64()));
-            };
-            output.watch_for(marker, Box::new(report));
-        }
+        let output = parts.serial.start(&events, console.clone(), parts.gate.clone()).map_err(threads)?;
+        parts.gate.watch(&output);
         let board = parts.maker.build(&parts.ram, engine.chips(), &events, &output)?;
         let mut vm = Self {
             engine,
@@ -381,7 +398,8 @@ impl Vm {
         match result {
             Ok(()) => Some(0),
             Err(error) => {
-                terminal::message(&format!("tightrope: {error}"));
+                terminal::message(&format!("tightrope: {error}; the VM goes on, and can be saved again"));
+                self.save_to = Some(file);
                 self.board.resume_devices();
                 for index in stopped {
                     self.go_on(index);

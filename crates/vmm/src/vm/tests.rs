@@ -278,6 +278,7 @@ impl Toy {
         let parts = Parts {
             tsc_khz: 1_000_000,
             save_to: None,
+            gate: crate::serial::Gate::new(None, Instant::now()),
             restore: None,
             ram: ram.clone(),
             serial: Serial::open(&config.serial).unwrap().0,
