@@ -52,7 +52,7 @@ pub enum Error {
     )]
     BadName(String),
     /// The directory for VMs cannot be used.
-    #[error("the directory for VMs, {0}: {1}")]
+    #[error("the directory for VMs, {0}: {1}: mend that, or set XDG_RUNTIME_DIR to another directory")]
     Directory(PathBuf, String),
 }
 

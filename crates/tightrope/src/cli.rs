@@ -283,7 +283,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "VENDOR")]
     pub cpu_vendor: Option<Vendor>,
 
-    /// Where the console goes: stdio, none, pty, file:PATH or unix:PATH
+    /// Where the console goes: stdio, none, pty, file:PATH (what is piped in is still its input) or unix:PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub serial: SerialMode,
 

@@ -67,7 +67,7 @@ pub enum DiskCommand {
     },
     /// Copy a disk to a new one, of any format, that stands on no other
     Convert {
-        /// The disk: FILE[,format=raw|qcow2]
+        /// The disk: FILE[,format=raw|qcow2][,backing=DIRECTORY|allow]
         #[arg(value_hint = ValueHint::FilePath)]
         disk: DiskConfig,
         /// The new file; qcow2 if it is named so (.qcow2), otherwise raw
@@ -173,7 +173,7 @@ pub fn run(command: &DiskCommand) -> Result<i32> {
                     shown = percent;
                 }
             };
-            let result = disk::convert(&disk::trusting(disk.clone()), to, format_of(to, *format), &mut progress);
+            let result = disk::convert(disk, to, format_of(to, *format), &mut progress);
             if shown != u64::MAX {
                 eprint!("\r     \r");
             }

@@ -64,7 +64,10 @@ fn network_check(settings: &Settings) -> Check {
     let remedy = Some("give the host a network, set http_proxy, or name another mirror with --mirror URL");
     match answer.recv_timeout(2 * PATIENCE) {
         Ok(Ok(())) => check("network", Verdict::Good, "the Debian mirror can be reached".into(), None),
-        Ok(Err(error)) => check("network", Verdict::Limited, format!("{address} cannot be reached: {error}"), remedy),
+        Ok(Err(error)) => {
+            let why = agent::without_numbers(&error.to_string());
+            check("network", Verdict::Limited, format!("{address} cannot be reached: {why}"), remedy)
+        }
         Err(_) => check("network", Verdict::Limited, format!("{address} does not answer"), remedy),
     }
 }

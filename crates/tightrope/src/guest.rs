@@ -35,6 +35,8 @@ pub fn configure(args: &RunArgs, settings: &Settings) -> Result<VmConfig> {
     config.engine = args.engine.or(settings.engine).unwrap_or_default();
     config.cpu_vendor = args.cpu_vendor;
     config.serial = args.serial.clone();
+    // Standard input of a monitor in the background is no input for a guest.
+    config.piped_input = !args.monitor && !vmm::terminal::is_terminal();
     config.virtio_console = args.virtio_console.clone();
     config.ports = args.port.clone();
     config.watchdog = args.watchdog;

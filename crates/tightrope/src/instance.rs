@@ -13,12 +13,15 @@ use anyhow::{Context, Result, anyhow, bail};
 use limits::{Groups, Limits};
 use registry::keeper::{Keeper, read_line};
 use registry::{About, Entry, Registry};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm::{Instance, SandboxMode, SerialMode, VmConfig};
 
 use crate::cli::RunArgs;
 
 /// The longest answer of a monitor, in bytes.
 const MAX_ANSWER: usize = 4096;
+/// When a user is told that the agent in a guest does not come. Whole systems need half as long on a busy host.
+const AGENT_IS_LATE: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
 /// How long a guest whose disks are to be left in order may take to switch off after its command.
 const POWER_OFF: Duration = Duration::from_secs(30);
 
@@ -119,9 +122,19 @@ pub fn ask(entry: &Entry, order: &str) -> Result<String> {
 /// # Errors
 /// As [`ask`].
 pub fn open(entry: &Entry, order: &str) -> Result<(UnixStream, String)> {
+    open_and(entry, order, |_| Ok(()))
+}
+
+/// As [`open`]; `wait` may wait until there is an answer.
+fn open_and(
+    entry: &Entry,
+    order: &str,
+    wait: impl FnOnce(&UnixStream) -> std::io::Result<()>,
+) -> Result<(UnixStream, String)> {
     let ended = || anyhow!("VM {} has ended", entry.shown());
     let mut stream = UnixStream::connect(entry.control()).map_err(|_| ended())?;
     stream.write_all(format!("{order}\n").as_bytes()).map_err(|_| ended())?;
+    wait(&stream).map_err(|_| ended())?;
     let answer = read_line(&mut stream, MAX_ANSWER).map_err(|_| ended())?;
     match answer.split_once(' ').unwrap_or((&answer, "")) {
         ("ok", rest) => Ok((stream, rest.to_owned())),
@@ -141,13 +154,24 @@ pub fn running(name: &str) -> Result<Entry> {
     Ok(entry)
 }
 
-/// A connection to the agent in a VM's guest, waiting for it if it is still to come.
+/// A connection to the agent in a VM's guest, waiting for it if it is still to come. If that takes long, a line says so.
 ///
 /// # Errors
 /// One line.
 pub fn agent(entry: &Entry) -> Result<Session> {
-    ask(entry, "agent")?;
-    Session::connect(&entry.vsock()).map_err(|problem| anyhow!("VM {}: {problem}", entry.shown()))
+    let name = entry.shown();
+    let wait = |stream: &UnixStream| {
+        let mut answer = [PollFd::new(stream, PollFlags::IN)];
+        if poll(&mut answer, Some(&AGENT_IS_LATE))? == 0 {
+            vmm::terminal::message(&format!(
+                "tightrope: VM {name}: the agent in the guest has not come yet; waiting for it. What the guest says: tightrope logs {name}"
+            ));
+        }
+        Ok(())
+    };
+    open_and(entry, "agent", wait)?;
+    Session::connect(&entry.vsock())
+        .map_err(|problem| anyhow!("VM {name}: {problem}; what the guest says: tightrope logs {name}"))
 }
 
 /// Runs a program in the guest; the exit code for this process.
@@ -200,7 +224,7 @@ pub fn start(args: &RunArgs, words: Vec<std::ffi::OsString>) -> Result<i32> {
             match background.ended_within(Duration::from_secs(2)) {
                 Some(0) if error.downcast_ref::<Problem>().is_some() => Ok(0),
                 Some(code) if code != 0 => {
-                    vmm::terminal::message(&format!("tightrope: {error:#}"));
+                    vmm::terminal::message(&format!("tightrope: {}", crate::one_line(&error)));
                     Ok(code)
                 }
                 _ => {

@@ -42,15 +42,24 @@ fn main() {
             Ok(code) => code,
             Err(error) => {
                 vmm::terminal::restore();
-                // Causes are part of the one line; none of them may break it.
-                let text = format!("{error:#}").replace('\n', " ");
-                vmm::terminal::message(&format!("tightrope: {text}"));
+                vmm::terminal::message(&format!("tightrope: {}", one_line(&error)));
                 EXIT_ERROR
             }
         },
         Err(code) => code,
     };
     exit(code);
+}
+
+/// An error and its causes, each of them once, as one line.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text.replace('\n', " ")
 }
 
 /// Parses the command line; wrong usage is told in one line.
@@ -163,7 +172,10 @@ fn run(args: &RunArgs, started: Instant) -> Result<i32> {
         if args.name.is_some() || limited {
             return Err(error);
         }
-        vmm::terminal::message(&format!("tightrope: warning: this VM will not be found by others: {error:#}"));
+        vmm::terminal::message(&format!(
+            "tightrope: warning: this VM will not be found by others: {}",
+            one_line(&error)
+        ));
     }
     let vm = vmm::Vm::new(&config, started)?;
     Ok(vm.run())
@@ -172,6 +184,18 @@ fn run(args: &RunArgs, started: Instant) -> Result<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn causes_are_told_once() {
+        let full = || std::io::Error::from(std::io::ErrorKind::StorageFull);
+        assert_eq!(one_line(&anyhow::Error::new(full()).context("a\nb")), "a b: no storage space");
+        assert_eq!(
+            one_line(&anyhow::Error::new(full()).context("cannot write x: no storage space: make room"))
+                .matches("no storage")
+                .count(),
+            1
+        );
+    }
 
     #[test]
     fn run_is_the_command_when_none_is_named() {
