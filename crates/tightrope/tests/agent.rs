@@ -34,6 +34,7 @@ fn fails(done: &Finished, code: i32, parts: &[&str]) {
     for part in parts {
         assert!(done.err.contains(part), "{part:?} is missing in {}", done.err);
     }
+    assert!(!done.err.contains("os error"), "{}", done.err);
 }
 
 #[test]

@@ -16,6 +16,7 @@ fn check(done: &Finished, code: i32, parts: &[&str]) {
     for part in parts {
         assert!(lines[0].contains(part), "{part:?} is missing in {}", done.err);
     }
+    assert!(!done.err.contains("os error"), "{}", done.err);
 }
 
 fn fails(args: &[&str], code: i32, parts: &[&str]) {

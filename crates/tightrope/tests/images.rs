@@ -23,6 +23,7 @@ impl Home {
         let done = finish(command, b"");
         if done.code() != Some(0) {
             assert_eq!(done.err.trim_end().lines().count(), 1, "{}", done.err);
+            assert!(!done.err.contains("os error"), "{}", done.err);
         }
         (done.code(), done.out + &done.err)
     }

@@ -169,6 +169,7 @@ fn what_cannot_be_shared_is_told_in_one_line() {
         assert_eq!(finished.code(), Some(code), "{shares:?}: {}", finished.err);
         let errors: Vec<_> = finished.err.lines().collect();
         assert!(errors.len() == 1 && errors[0].contains(what), "{shares:?}: {errors:?}");
+        assert!(!errors[0].contains("os error"), "{errors:?}");
     }
     let _ = fs::set_permissions(&closed, fs::Permissions::from_mode(0o700));
 }

@@ -202,9 +202,41 @@ fn the_window_has_its_size_in_the_guest() {
         let mut terminal = OnTerminal::start(common::run(&[&["--net", "none", "--name", &name], options].concat()));
         resize(&terminal, 101, 37);
         common::wait("the first size", || size(device) == "37 101");
+        // A program at the terminal is told of the change, and one on a terminal of its own too.
+        // (Not the shell itself: it is not in the foreground while it waits for another program.)
+        terminal.send(
+            b"sh -c 'trap \"echo now \\$(stty size)\" WINCH; echo waiting-$((1+1)); while :; do usleep 50000; done'\n",
+        );
+        terminal.expect("waiting-2");
+        let script = "trap 'echo now $(stty size)' WINCH; echo waiting; while :; do usleep 50000; done";
+        let mut other = OnTerminal::start(common::tightrope(&["exec", "-it", &name, "sh", "-c", script]));
+        other.expect("waiting");
         resize(&terminal, 132, 50);
+        terminal.expect("now 50 132");
         common::wait("the other size", || size(device) == "50 132");
+        resize(&other, 99, 33);
+        other.expect("now 33 99");
         terminal.send(b"\x01x");
         assert_eq!(terminal.end(), Some(0));
+        assert_eq!(other.end(), Some(1));
     }
+}
+
+/// A console that goes to a file: what is piped in is its input all the same.
+#[test]
+fn a_script_for_a_console_that_goes_to_a_file() {
+    let kernel = Kernel::new(Code::new().print("up").echo());
+    let file = kernel.dir.path().join("console");
+    let place = format!("file:{}", file.display());
+    let console = || std::fs::read_to_string(&file).unwrap();
+    let done = common::finish(kernel.run(&["--serial", &place]), b"one, q");
+    assert_eq!((done.code(), done.out.as_str(), console().as_str()), (Some(0), "", "upone, q"), "{done:?}");
+    let linux = common::run(&["--net=none", "--serial", &place]);
+    let done = common::finish(linux, b"echo it-is-$((6*7)); poweroff -f\n");
+    assert_eq!((done.code(), done.out.as_str()), (Some(0), ""), "{done:?}");
+    assert!(console().contains("it-is-42"), "{}", console());
+    let linux = common::run(&["--net=none", "--serial=none", "--virtio-console", &place, "--append=console=hvc0"]);
+    let done = common::finish(linux, b"echo it-is-$((7*7)); poweroff -f\n");
+    assert_eq!(done.code(), Some(0), "{done:?}");
+    assert!(console().contains("it-is-49"), "{}", console());
 }
