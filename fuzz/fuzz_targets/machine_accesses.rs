@@ -75,7 +75,12 @@ fuzz_target!(|input: Input| {
         ];
         let pci_devices = devices
             .into_iter()
-            .map(|device| Arc::new(VirtioPci::new("d", device, ram.shared(), None).unwrap()) as Arc<dyn PciDevice>)
+            .enumerate()
+            .map(|(number, device)| {
+                // Each has a name of its own: the machine takes no two alike.
+                let device = VirtioPci::new(&format!("device-{number}"), device, ram.shared(), None).unwrap();
+                Arc::new(device) as Arc<dyn PciDevice>
+            })
             .collect();
         let pc = Pc::new(PcConfig {
             ram: ram.clone(),
