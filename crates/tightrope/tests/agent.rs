@@ -52,7 +52,7 @@ fn a_command_in_a_vm_of_its_own() {
     fails(&one(&[], &["no-such-program"], b""), 127, &["no-such-program", "not found"]);
     // The guest goes first: by its own wish, and by a crash.
     assert_eq!(one(&[], &["sh", "-c", "kill -USR2 1; sleep 100"], b"").code(), Some(0));
-    let done = one(&[], &["sh", "-c", "echo before; echo c >/proc/sysrq-trigger; sleep 100"], b"");
+    let done = one(&[], &["sh", "-c", "echo before; sleep 1; echo c >/proc/sysrq-trigger; sleep 100"], b"");
     assert_eq!((done.code(), done.out.as_str()), (Some(1), "before\n"), "{done:?}");
     assert!(done.err.lines().last().unwrap_or_default().contains("was lost"), "{}", done.err);
     // Whoever started it is killed: the VM goes too.

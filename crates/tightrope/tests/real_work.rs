@@ -394,7 +394,7 @@ fn devices_in_a_whole_system() {
     guest.run("lsmod | grep -w virtio_balloon && head -c 400M /dev/zero >/dev/shm/big");
     let full = balloon(&[], "resident");
     guest.run("rm /dev/shm/big");
-    wait("free pages", || balloon(&[], "resident") + 300 < full);
+    wait("free pages", || balloon(&[], "resident") + 200 < full);
     eprintln!("resident {full} MiB, then {} MiB", balloon(&[], "resident"));
     assert_eq!(balloon(&["400M"], "actual"), 624);
     guest
