@@ -30,6 +30,8 @@ const JUDGED: u32 = 48;
 const MIN_RUN: u32 = 2;
 /// The same for time in translated code.
 const STOP_COST: u32 = 4;
+/// A space that has been chosen stays so as long as it runs once in this time.
+const KEPT: Duration = Duration::from_millis(20);
 /// Shortest and longest time in the translator after direct execution has not paid.
 const MIN_PAUSE: Duration = Duration::from_millis(8);
 const MAX_PAUSE: Duration = Duration::from_secs(1);
@@ -60,8 +62,10 @@ pub struct Direct {
     pub runner: Runner,
     pub space: Space,
     pub counters: Counters,
-    /// The guest's programs run directly, for now.
-    pub active: bool,
+    /// The programs of one address space run directly, for now: CR3 without the bit that keeps translations.
+    chosen: Option<u64>,
+    /// When they last did.
+    used: std::time::Instant,
     /// But first some code that must not.
     pub interlude: bool,
     /// They always do, for tests.
@@ -104,7 +108,8 @@ impl Direct {
             runner,
             space: Space::default(),
             counters: Counters::default(),
-            active: false,
+            chosen: None,
+            used: std::time::Instant::now(),
             interlude: false,
             at_once: false,
             owner: None,
@@ -139,30 +144,46 @@ impl Direct {
 
     /// Programs have computed for [`STEADY_TIME`] in the translator, and entered the kernel `entries` times: shall they run directly from now on?
     pub fn consider(&mut self, state: &CpuState, entries: u32) {
-        if self.active || !Self::possible(state) {
+        let space = space_of(state);
+        if self.chosen == Some(space) || !Self::possible(state) {
+            return;
+        }
+        // Two that take turns would only undo each other's work.
+        if self.chosen.is_some() && self.used.elapsed() < KEPT {
             return;
         }
         // Each would have been a stop.
         if STEADY_TIME < self.switch * entries * STOP_COST {
             return;
         }
-        let other = self.owner != Some(space_of(state));
         if self.not_before.is_some_and(|then| std::time::Instant::now() < then) {
             return;
         }
-        self.active = true;
+        self.chosen = Some(space);
+        self.used = std::time::Instant::now();
         self.counters.chosen += 1;
         self.stops = 0;
         self.spent = Duration::ZERO;
-        self.until_judged = if other { GRACE } else { JUDGED };
+        self.until_judged = if self.owner == Some(space) { JUDGED } else { GRACE };
         self.pins.pin(self.runner.pid());
     }
 
     /// Back to the translator.
     pub fn leave(&mut self) {
-        if std::mem::take(&mut self.active) {
+        if self.chosen.take().is_some() {
             self.pins.unpin();
         }
+    }
+
+    /// Do programs in this state run directly?
+    #[inline]
+    pub fn is_active(&self, state: &CpuState) -> bool {
+        self.chosen == Some(space_of(state))
+    }
+
+    /// For tests: they do.
+    pub fn choose_at_once(&mut self, state: &CpuState) {
+        self.chosen = Self::possible(state).then(|| space_of(state));
     }
 
     /// The process has run for `time` and stopped. Gives up where translated code would be faster.
@@ -212,6 +233,7 @@ impl Direct {
 
     /// Makes the process what the state's program is to find. `Ok(false)`: it cannot run here now.
     pub fn prepare(&mut self, ram: &GuestRam, state: &CpuState) -> Result<bool, String> {
+        self.used = std::time::Instant::now();
         let view = View { ram, context: PagingContext::new(state) };
         if self.owner != Some(space_of(state)) || self.space.is_full() {
             self.owner = Some(space_of(state));

@@ -191,6 +191,8 @@ impl Runner {
         self.fp = None;
         self.registers = ptrace::registers(self.process.pid)?;
         let registers = &mut self.registers;
+        // Faults leave it set, and watched instructions would not stop where the program goes on.
+        registers.eflags &= !rflags::RF;
         match libc::WSTOPSIG(status) {
             process::CALL => return Ok(Stop::Called),
             ptrace::SYSTEM_CALL => {

@@ -24,16 +24,22 @@ pub fn find(page: &[u8; 4096], before: &[u8], after: &[u8]) -> Vec<i64> {
             Tells::IfExecuted => is_instruction(&bytes, at),
         };
         if tells {
-            found.push(start(&bytes, at) as i64 - before.len() as i64);
+            found.extend(starts(&bytes, at).map(|start| start as i64 - before.len() as i64));
         }
     }
     found
 }
 
-/// Where the instruction starts whose code is at `at`: a prefix may be before it.
-fn start(bytes: &[u8], at: usize) -> usize {
-    let prefixed = |before: usize| is_instruction(bytes, at - before) && !is_instruction(bytes, at);
-    (1..=2).find(|&before| before <= at && prefixed(before)).map_or(at, |before| at - before)
+/// Where the instruction may start whose code is at `at`: there, and where a prefix is that seems to belong to it.
+fn starts(bytes: &[u8], at: usize) -> impl Iterator<Item = usize> {
+    let prefix = |byte: u8| matches!(byte, 0x66 | 0xf2 | 0xf3);
+    let rex = |byte: u8| byte & 0xf0 == 0x40;
+    let before = match bytes[..at] {
+        [.., first, second] if prefix(first) && (prefix(second) || rex(second)) => 2,
+        [.., byte] if prefix(byte) || rex(byte) => 1,
+        _ => 0,
+    };
+    (0..=before).rev().map(move |before| at - before).filter(move |&start| start == at || is_instruction(bytes, start))
 }
 
 /// Does CPUID stop the process, where `ARCH_SET_CPUID` says so?
@@ -126,8 +132,11 @@ mod tests {
     fn places_are_those_of_instructions() {
         let code =
             [0xb9, 0x7b, 0, 0, 0, 0x0f, 0x03, 0xc1, 0x48, 0x0f, 0xc7, 0x64, 0x24, 0x40, 0xf3, 0x41, 0x0f, 0xc7, 0xf8];
-        assert_eq!(find(&page(100, &code), &[], &[]), [105, 108, 114]);
+        assert_eq!(find(&page(100, &code), &[], &[]), [105, 108, 109, 114, 116]);
         assert_eq!(find(&page(0, &[0x24, 0x24]), &[0x90, 0x0f, 0xae], &[]), [-2]);
+        // mov [rsp + 0x278], rdx; xsave [rsp + 0x40]: what is before is no prefix.
+        let code = [0x48, 0x89, 0x94, 0x24, 0x78, 0x02, 0, 0, 0x0f, 0xae, 0x64, 0x24, 0x40];
+        assert_eq!(find(&page(100, &code), &[], &[]), [108]);
     }
 
     fn page(at: usize, bytes: &[u8]) -> [u8; 4096] {

@@ -26,7 +26,7 @@ impl BtVcpu {
     /// Does the program run directly, if it is the program's turn?
     #[inline]
     pub(super) fn is_direct(&self) -> bool {
-        self.direct.as_ref().is_some_and(|direct| direct.active) && self.breakpoints.is_empty()
+        self.direct.as_ref().is_some_and(|direct| direct.is_active(&self.block().state)) && self.breakpoints.is_empty()
     }
 
     /// The same for a program that is to be entered now. Not if it stopped at code that must be translated: that runs until it jumps
@@ -36,7 +36,7 @@ impl BtVcpu {
         let block = self.block();
         let Some(direct) = &mut self.direct else { return false };
         if direct.at_once {
-            direct.active = Direct::possible(&block.state);
+            direct.choose_at_once(&block.state);
         }
         self.is_direct() && self.direct.as_mut().is_some_and(|direct| !std::mem::take(&mut direct.interlude))
     }
@@ -47,7 +47,7 @@ impl BtVcpu {
         let block = self.block();
         let Some(direct) = &mut self.direct else { return };
         direct.consider(&block.state, block.entries.wrapping_sub(since));
-        if direct.active {
+        if direct.is_active(&block.state) {
             // Every way to the program leads here now.
             self.tlbs.forget_targets_of_programs(block);
         }
@@ -106,7 +106,7 @@ impl BtVcpu {
                     break None;
                 }
                 Stop::Fault { address } => match self.meet(direct, &view, address)? {
-                    Answer::Mapped if direct.active => {}
+                    Answer::Mapped if direct.is_active(&self.block().state) => {}
                     Answer::Mapped => break Some(Next::Run),
                     Answer::Tells => {
                         direct.counters.tells += 1;
