@@ -27,9 +27,14 @@ impl Memory {
         }
     }
 
-    fn word(&self, offset: usize) -> &mut u64 {
+    fn word(&self, offset: usize) -> u64 {
         // SAFETY: inside the mapping, and aligned.
-        unsafe { &mut *self.bytes.add(offset).cast() }
+        unsafe { self.bytes.add(offset).cast::<u64>().read_volatile() }
+    }
+
+    fn set_word(&self, offset: usize, value: u64) {
+        // SAFETY: as above.
+        unsafe { self.bytes.add(offset).cast::<u64>().write_volatile(value) }
     }
 }
 
@@ -61,8 +66,8 @@ fn registers_go_in_and_come_out() {
         0x05,
     ];
     let (memory, mut runner, mut state) = started(&code);
-    *memory.word(4096) = 40;
-    *memory.word(4096 + 64) = 77;
+    memory.set_word(4096, 40);
+    memory.set_word(4096 + 64, 77);
     state.gpr[0] = 2;
     state.gpr[1] = 0x1234;
     state.segments[4].base = DATA + 64;
@@ -71,7 +76,7 @@ fn registers_go_in_and_come_out() {
     runner.load(&state).unwrap();
     assert_eq!(runner.run().unwrap(), Stop::SystemCall);
     runner.store(&mut state).unwrap();
-    assert_eq!(*memory.word(4096), 42);
+    assert_eq!(memory.word(4096), 42);
     assert_eq!((state.gpr[0], state.gpr[9], state.rip), (2, 77, CODE + code.len() as u64 - 2));
     assert_eq!(state.fp.bytes[FpState::XMM + 16], 6);
     assert_eq!(state.fp.bytes[FpState::YMM_HIGH + 16], 8);
@@ -180,7 +185,7 @@ fn vsyscalls_are_not_the_hosts() {
     // Refused by the filter, or not there at all: in either case before it, with the return address pushed.
     assert!(matches!(stop, Stop::Instruction | Stop::Fault { .. }), "{stop:?}");
     assert_eq!((state.rip, state.gpr[4]), (0xffff_ffff_ff60_0400, DATA + 2040));
-    assert_eq!(*memory.word(4096 + 2040), CODE + code.len() as u64);
+    assert_eq!(memory.word(4096 + 2040), CODE + code.len() as u64);
 }
 
 #[test]

@@ -24,7 +24,7 @@ impl Entry {
     const NONE: Self = Self(0);
 
     fn new(gpa: u64, rights: Rights) -> Self {
-        Self(gpa & !0xfff | rights as u64 + 1)
+        Self((gpa & !0xfff) | (rights as u64 + 1))
     }
 
     fn gpa(self) -> u64 {
