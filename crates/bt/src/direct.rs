@@ -35,6 +35,8 @@ const KEPT: Duration = Duration::from_millis(20);
 /// Shortest and longest time in the translator after direct execution has not paid.
 const MIN_PAUSE: Duration = Duration::from_millis(8);
 const MAX_PAUSE: Duration = Duration::from_secs(1);
+/// Spaces that are known not to pay.
+const MAX_GIVEN_UP: usize = 32;
 
 /// Counters of one vCPU's direct execution.
 #[derive(Clone, Copy, Debug, Default)]
@@ -83,9 +85,8 @@ pub struct Direct {
     stops: u32,
     until_judged: u32,
     spent: Duration,
-    /// Not before this.
-    not_before: Option<std::time::Instant>,
-    pause: Duration,
+    /// Address spaces that it did not pay for: not before then, and how long that was.
+    given_up: Vec<(u64, std::time::Instant, Duration)>,
     pins: Pins,
 }
 
@@ -120,8 +121,7 @@ impl Direct {
             stops: 0,
             until_judged: GRACE,
             spent: Duration::ZERO,
-            not_before: None,
-            pause: MIN_PAUSE,
+            given_up: Vec::new(),
             pins: Pins::new(),
         }))
     }
@@ -156,7 +156,7 @@ impl Direct {
         if STEADY_TIME < self.switch * entries * STOP_COST {
             return;
         }
-        if self.not_before.is_some_and(|then| std::time::Instant::now() < then) {
+        if self.given_up.iter().any(|&(other, until, _)| other == space && std::time::Instant::now() < until) {
             return;
         }
         self.chosen = Some(space);
@@ -196,12 +196,11 @@ impl Direct {
         }
         if self.spent < self.switch * self.stops * MIN_RUN {
             self.counters.given_up += 1;
-            self.not_before = Some(std::time::Instant::now() + self.pause);
-            self.pause = (self.pause * 2).min(MAX_PAUSE);
-            self.leave();
+            self.pause(2);
         } else {
             if self.spent > self.switch * self.stops * MIN_RUN * 4 {
-                self.pause = MIN_PAUSE;
+                let chosen = self.chosen;
+                self.given_up.retain(|&(space, ..)| Some(space) != chosen);
             }
             self.pins.look(self.runner.pid());
         }
@@ -283,8 +282,19 @@ impl Direct {
 
     /// Leaves, and does not come back soon.
     pub fn refuse(&mut self) {
-        self.not_before = Some(std::time::Instant::now() + MAX_PAUSE);
         self.interlude = true;
+        self.pause(u32::MAX);
+    }
+
+    /// Leaves for so many times as long as the last time.
+    fn pause(&mut self, times: u32) {
+        let Some(space) = self.chosen else { return };
+        let last = self.given_up.iter().position(|&(other, ..)| other == space).map(|at| self.given_up.remove(at).2);
+        let pause = last.unwrap_or(MIN_PAUSE / 2).saturating_mul(times).min(MAX_PAUSE);
+        if self.given_up.len() == MAX_GIVEN_UP {
+            self.given_up.remove(0);
+        }
+        self.given_up.push((space, std::time::Instant::now() + pause, pause));
         self.leave();
     }
 }

@@ -67,7 +67,7 @@ pub enum DiskCommand {
     },
     /// Copy a disk to a new one, of any format, that stands on no other
     Convert {
-        /// The disk: FILE[,format=raw|qcow2][,backing=DIRECTORY|allow]
+        /// The disk: FILE[,format=raw|qcow2,backing=DIRECTORY|allow]
         #[arg(value_hint = ValueHint::FilePath)]
         disk: DiskConfig,
         /// The new file; qcow2 if it is named so (.qcow2), otherwise raw
