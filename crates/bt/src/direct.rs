@@ -23,13 +23,13 @@ use crate::sampler::STEADY_TIME;
 /// Flushed pages that are kept in mind one by one.
 const MAX_STALE: usize = 64;
 /// Stops until the first judgement, and between judgements.
-const GRACE: u32 = 192;
+const GRACE: u32 = 96;
 const JUDGED: u32 = 48;
 /// Direct execution pays if the process runs for so many times of what a switch to it and back costs, that included: translated code takes some
 /// three times as long, and what else there is to do at a stop costs as much again.
 const MIN_RUN: u32 = 2;
 /// The same for time in translated code.
-const STOP_COST: u32 = 4;
+const STOP_COST: u32 = 8;
 /// A space that has been chosen stays so as long as it runs once in this time.
 const KEPT: Duration = Duration::from_millis(20);
 /// Shortest and longest time in the translator after direct execution has not paid.

@@ -12,7 +12,7 @@ const ROOM: usize = 64;
 /// So many make it look.
 const BATCH: u32 = 16;
 /// So many samples of a program one after the other show that it computes.
-const STEADY: u32 = 3;
+const STEADY: u32 = 4;
 /// The time between the first and the last of them.
 pub const STEADY_TIME: Duration = Duration::from_nanos((STEADY as u64 - 1) * INTERVAL as u64);
 

@@ -6,7 +6,7 @@
 //!    same user, Landlock without a single exception (no file, no TCP connection, no signal to other processes can be had).
 //! 2. [`close`], once everything is built: a seccomp allow-list for all threads. It has no `open`, `execve`, `socket` or `connect`;
 //!    `mmap` and `mprotect` cannot make memory executable (an engine that generates code maps its cache before);
-//!    `clone` makes threads only.
+//!    `clone` makes threads only; `ptrace` is for the processes that guest programs run in, which were started before.
 //!
 //! A violation kills the process. What this protects and what not: `docs/threat-model.md`.
 
