@@ -1,7 +1,7 @@
 //! The VM's RAM and where it lies in the guest-physical address space.
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -129,6 +129,17 @@ impl GuestRam {
     /// The file that all of RAM is in, if it was made [shareable](Self::shareable).
     pub fn file(&self) -> Option<BorrowedFd<'_>> {
         self.file.as_ref().map(|file| file.as_fd())
+    }
+
+    /// Is it known without a look that all `len` bytes from guest-physical `gpa` on are zero, as nobody has ever written them? (To look would make
+    /// the host give memory for them where RAM is a file.)
+    pub fn is_untouched(&self, gpa: u64, len: u64) -> bool {
+        let (Some(file), Some(offset)) = (&self.file, self.offset_in_file(gpa)) else { return false };
+        // SAFETY: a plain system call on our own file, whose position nobody else uses.
+        let data = unsafe { libc::lseek(file.as_raw_fd(), offset as libc::off_t, libc::SEEK_DATA) };
+        // ENXIO: there is no data from there on.
+        data >= 0 && data as u64 >= offset + len
+            || data < 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO)
     }
 
     /// Where guest-physical `gpa` is in that file, if it is RAM. Pages that follow each other there do so in the file, except at
@@ -270,6 +281,9 @@ mod tests {
         assert_eq!(ram.offset_in_file(layout::HIGH_RAM_START + 4096), Some(layout::LOW_RAM_END + 4096));
         assert!(ram.write(0x5000, &[1, 2]) && ram.write(layout::HIGH_RAM_START + 0x5000, &[3, 4]));
         let file = File::from(ram.file().unwrap().try_clone_to_owned().unwrap());
+        assert!(ram.is_untouched(0x4000, 0x1000) && ram.is_untouched(0x10_0000, 0x10_0000));
+        assert!(!ram.is_untouched(0x4000, 0x2000) && !ram.is_untouched(0x5000, 0x1000));
+        assert!(ram.is_untouched(layout::HIGH_RAM_START + 0x10_0000, 0x1000), "behind all data");
         let mut data = [0; 2];
         file.read_exact_at(&mut data, 0x5000).unwrap();
         assert_eq!(data, [1, 2]);

@@ -122,7 +122,13 @@ impl Runner {
         runner.registers = ptrace::registers(runner.process.pid)?;
         runner.area = ptrace::extended(runner.process.pid)?;
         runner.clear()?;
-        Ok(runner)
+        // Hosts that only look like Linux may not stop before system calls.
+        runner.registers.rip = process::STUB_CALL;
+        runner.away = true;
+        match runner.run()? {
+            Stop::SystemCall => Ok(runner),
+            other => Err(format!("a program's process is not stopped before a system call: {other:?}")),
+        }
     }
 
     /// Number of the process.

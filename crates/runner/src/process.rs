@@ -46,6 +46,9 @@ const CODE: [u8; 47] = [
     0xcc, // done: int3
 ];
 
+/// Where the stub's system call is.
+pub const STUB_CALL: u64 = STUB + 32;
+
 /// The page that the monitor and the process share. The process can only read and execute it.
 pub struct Control {
     file: OwnedFd,

@@ -193,7 +193,12 @@ impl Vm {
         signals::restore_terminal_when_fatal();
         // Other processes can have RAM only where it is a file, whose pages are small on most hosts.
         let direct = config.direct && !config.lockstep && engine::is_bt(config, &kvm);
-        let ram = if direct { GuestRam::shareable(config.memory) } else { GuestRam::new(config.memory) };
+        let ram = if direct {
+            // A host that has no such files can still translate.
+            GuestRam::shareable(config.memory).or_else(|_| GuestRam::new(config.memory))
+        } else {
+            GuestRam::new(config.memory)
+        };
         let ram = ram.map_err(|error| Error::Host(error.to_string()))?;
         let tsc_khz = tsc.join().unwrap_or_else(|_| machine::clock::measure_tsc_khz());
         sandbox::before_threads(config.sandbox)?;

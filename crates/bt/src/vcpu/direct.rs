@@ -78,6 +78,8 @@ impl BtVcpu {
         direct.runner.load(&self.block().state)?;
         let view = View { ram: &shared.ram, context: PagingContext::new(&self.block().state) };
         let mut trapped = None;
+        // There is nothing to be promoted, and the timer would take the core from the process.
+        self.sampler.sleep();
         let result = loop {
             self.handle.set_inside(true);
             if self.handle.memory.kick_word().load(Ordering::SeqCst) != 0 {
@@ -117,6 +119,7 @@ impl BtVcpu {
                 },
             }
         };
+        self.sampler.wake();
         let state = &mut self.block().state;
         direct.runner.store(state)?;
         if let Some(stop) = trapped {
