@@ -199,9 +199,17 @@ fn it_is_called() {
         });
         let mut last = 0;
         for round in 0..20 {
-            let fixture = guest.fixture.clone();
+            let (fixture, ram) = (guest.fixture.clone(), guest.ram.clone());
             let raiser = std::thread::spawn(move || {
-                std::thread::sleep(Duration::from_millis(2));
+                // A busy host may let it wait before it gets anywhere.
+                let mut word = [0; 8];
+                for _ in 0..5_000 {
+                    std::thread::sleep(Duration::from_millis(2));
+                    assert!(ram.read(USER_DATA, &mut word));
+                    if u64::from_le_bytes(word) > last {
+                        break;
+                    }
+                }
                 fixture.raise(0x40);
             });
             let trap = guest.trap();
