@@ -162,9 +162,7 @@ impl Direct {
         self.chosen = Some(space);
         self.used = std::time::Instant::now();
         self.counters.chosen += 1;
-        self.stops = 0;
-        self.spent = Duration::ZERO;
-        self.until_judged = if self.owner == Some(space) { JUDGED } else { GRACE };
+        self.judge_after(if self.owner == Some(space) { JUDGED } else { GRACE });
         self.pins.pin(self.runner.pid());
     }
 
@@ -204,9 +202,12 @@ impl Direct {
             }
             self.pins.look(self.runner.pid());
         }
-        self.stops = 0;
-        self.spent = Duration::ZERO;
-        self.until_judged = JUDGED;
+        self.judge_after(JUDGED);
+    }
+
+    /// The next judgement is of so many stops, from now on.
+    fn judge_after(&mut self, stops: u32) {
+        (self.stops, self.spent, self.until_judged) = (0, Duration::ZERO, stops);
     }
 
     /// The guest has flushed all translations, or those of its current address space.
@@ -234,20 +235,19 @@ impl Direct {
     pub fn prepare(&mut self, ram: &GuestRam, state: &CpuState) -> Result<bool, String> {
         self.used = std::time::Instant::now();
         let view = View { ram, context: PagingContext::new(state) };
+        let (stale, stale_pages) = (std::mem::take(&mut self.stale), std::mem::take(&mut self.stale_pages));
         if self.owner != Some(space_of(state)) || self.space.is_full() {
             self.owner = Some(space_of(state));
             self.counters.spaces += 1;
             self.clear()?;
-        } else if std::mem::take(&mut self.stale) {
+        } else if stale {
             self.counters.looked_again += 1;
             self.space.look_again(&view);
         } else {
-            for address in std::mem::take(&mut self.stale_pages) {
+            for address in stale_pages {
                 self.space.look_at(&view, address);
             }
         }
-        self.stale = false;
-        self.stale_pages.clear();
         if let Some(address) = self.awaited.take() {
             self.space.fault(&view, address, state.rip, address & !0xfff == state.rip & !0xfff);
         }
@@ -303,8 +303,8 @@ impl Direct {
 struct Pins {
     /// Where the thread may run.
     all: libc::cpu_set_t,
-    /// Where it is bound to now, and since when.
-    bound: Option<(usize, std::time::Instant)>,
+    /// Since when it is bound to one core.
+    bound: Option<std::time::Instant>,
     /// Where the process is bound to.
     process: Option<usize>,
 }
@@ -341,12 +341,12 @@ impl Pins {
             Self::set(pid, &set);
             self.process = Some(core);
         }
-        self.bound = Some((core, std::time::Instant::now()));
+        self.bound = Some(std::time::Instant::now());
     }
 
     /// From time to time, lets the host choose another core.
     fn look(&mut self, pid: i32) {
-        if self.bound.is_some_and(|(_, since)| since.elapsed() > PINNED) {
+        if self.bound.is_some_and(|since| since.elapsed() > PINNED) {
             self.unpin();
             std::thread::yield_now();
             self.pin(pid);

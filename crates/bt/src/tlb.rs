@@ -41,10 +41,10 @@ const FETCH_ENTRIES: usize = 512;
 /// Twice the entries of all software TLBs: when a journal of them is full, most of it is void.
 const JOURNAL: usize = 8 * TLB_ENTRIES;
 /// Bits of [`Tlbs::wrote`].
-const WROTE_BITS: usize = 1 << 15;
+pub const WROTE_BITS: usize = 1 << 15;
 
-/// Word and bit of a host page in [`Tlbs::wrote`].
-fn wrote_bit(host_page: u64) -> (usize, u64) {
+/// Word and bit of a page in [`Tlbs::wrote`].
+pub fn wrote_bit(host_page: u64) -> (usize, u64) {
     let number = (host_page >> 12) as usize % WROTE_BITS;
     (number / 64, 1 << (number % 64))
 }

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::{Change, Rights, ptrace};
+use crate::{Change, Rights, ptrace, scan};
 
 /// Where the stub's page lies in the process: between where programs and their heaps start and where mappings grow to, in
 /// every layout that Linux chooses.
@@ -333,8 +333,7 @@ impl Birth {
             }
             check(call(libc::SYS_prctl, [libc::PR_SET_NAME as u64, c"guest-program".as_ptr() as u64, 0, 0, 0, 0]));
             // The guest's CPU is not the host's: CPUID is for the engine, where the CPU lets it be caught.
-            const ARCH_SET_CPUID: i32 = 0x1012;
-            call(libc::SYS_arch_prctl, [ARCH_SET_CPUID as u64, 0, 0, 0, 0, 0]);
+            call(libc::SYS_arch_prctl, [scan::ARCH_SET_CPUID, 0, 0, 0, 0, 0]);
             check(call(libc::SYS_prctl, [libc::PR_SET_NO_NEW_PRIVS as u64, 1, 0, 0, 0, 0]));
             const SECCOMP_SET_MODE_FILTER: i32 = 1;
             check(call(

@@ -42,10 +42,12 @@ fn starts(bytes: &[u8], at: usize) -> impl Iterator<Item = usize> {
     (0..=before).rev().map(move |before| at - before).filter(move |&start| start == at || is_instruction(bytes, start))
 }
 
+/// Forbids CPUID (0) or allows it (1), where the CPU can (arch_prctl(2)).
+pub(crate) const ARCH_SET_CPUID: u64 = 0x1012;
+
 /// Does CPUID stop the process, where `ARCH_SET_CPUID` says so?
 pub(crate) fn catches_cpuid() -> bool {
     static CATCHES: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    const ARCH_SET_CPUID: i32 = 0x1012;
     // SAFETY: lets this thread execute CPUID, which it may anyway; fails where it cannot be forbidden.
     *CATCHES.get_or_init(|| unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_CPUID, 1_u64) } == 0)
 }

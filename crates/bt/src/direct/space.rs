@@ -8,6 +8,7 @@ use memory::GuestRam;
 use runner::{Change, Rights, WATCHED, scan};
 
 use super::tables::{PAGES, Page, REGION, Region};
+use crate::tlb::{WROTE_BITS, wrote_bit};
 
 /// Pages around a fault that are mapped with it, if they may be.
 const AROUND: usize = 16;
@@ -60,8 +61,6 @@ pub struct Space {
     wrote: Vec<u64>,
 }
 
-const WROTE_BITS: u64 = 1 << 15;
-
 /// Guest memory as a space looks at it.
 pub struct View<'a> {
     pub ram: &'a GuestRam,
@@ -70,13 +69,11 @@ pub struct View<'a> {
 
 impl View<'_> {
     /// What the program gets of a page, if it reads or writes it, or if it executes it.
-    fn rights(&self, page: Page, address: u64, fetch: bool) -> Result<Rights, Answer> {
-        let code = self.ram.code_pages().test(page.gpa >> 12);
-        let write = page.writable && page.dirty && !code;
+    fn rights(&self, page: Page, address: u64, fetch: bool) -> Option<Rights> {
         if fetch {
-            return if !page.executable { Err(Answer::Guests) } else { Ok(Rights::Execute) };
+            return page.executable.then_some(Rights::Execute);
         }
-        Ok(if write {
+        Some(if self.keeps(page, Rights::Write) {
             Rights::Write
         } else if page.executable && !page.writable && self.telling(page.gpa, address).is_empty() {
             Rights::Execute
@@ -168,14 +165,11 @@ impl Space {
         let region = Region::new(view.ram, &view.context, address);
         let index = (address >> 12) as usize % PAGES;
         let Some(page) = region.page(index) else { return Answer::Guests };
-        let rights = match view.rights(page, address, fetch) {
-            Ok(rights) => rights,
-            Err(answer) => return answer,
-        };
+        let Some(rights) = view.rights(page, address, fetch) else { return Answer::Guests };
         if view.ram.offset_in_file(page.gpa).is_none() {
             return Answer::Guests;
         }
-        if rights == Rights::Execute {
+        if fetch {
             let telling = view.telling(page.gpa, address);
             if !telling.is_empty() && !self.watch(address & !0xfff, telling) {
                 return Answer::Tells;
@@ -200,31 +194,26 @@ impl Space {
         }
         let around = if region.is_large() { PAGES } else { AROUND };
         let start = index & !(around - 1);
-        let mut new = [None; PAGES];
         for at in start..start + around {
-            if at != index && entries[at] != Entry::NONE {
+            let address = first + at as u64 * 4096;
+            let (page, rights) = if at == index {
+                (page, rights)
+            } else if entries[at] != Entry::NONE {
                 continue;
-            }
-            new[at] = if at == index {
-                Some((page, rights))
             } else {
-                region.page(at).filter(|page| view.ram.offset_in_file(page.gpa).is_some()).and_then(|page| {
-                    let address = first + at as u64 * 4096;
-                    let rights = view.rights(page, address, fetch).ok()?;
-                    // Code that must be watched waits until it is needed.
-                    let waits = fetch && !view.telling(page.gpa, address).is_empty();
-                    (!waits).then_some((page, rights))
-                })
+                let Some(page) = region.page(at) else { continue };
+                let Some(rights) = view.rights(page, address, fetch) else { continue };
+                // Code that must be watched waits until it is needed.
+                if fetch && !view.telling(page.gpa, address).is_empty() {
+                    continue;
+                }
+                (page, rights)
             };
-        }
-        for at in start..start + around {
-            let Some((page, rights)) = new[at] else { continue };
+            let Some(offset) = view.ram.offset_in_file(page.gpa) else { continue };
             entries[at] = Entry::new(page.gpa, rights);
             if rights == Rights::Write {
                 note(&mut self.wrote, page.gpa);
             }
-            let Some(offset) = view.ram.offset_in_file(page.gpa) else { continue };
-            let address = first + at as u64 * 4096;
             if let Some(Change::Map { address: a, offset: o, length, rights: r }) = self.changes.last_mut()
                 && (*a + *length, *o + *length, *r) == (address, offset, rights)
             {
@@ -319,18 +308,13 @@ impl Space {
     }
 }
 
-fn bit(gpa: u64) -> (usize, u64) {
-    let number = (gpa >> 12) % WROTE_BITS;
-    ((number / 64) as usize, 1 << (number % 64))
-}
-
 fn note(bits: &mut Vec<u64>, gpa: u64) {
-    bits.resize((WROTE_BITS / 64) as usize, 0);
-    let (word, bit) = bit(gpa);
+    bits.resize(WROTE_BITS / 64, 0);
+    let (word, bit) = wrote_bit(gpa);
     bits[word] |= bit;
 }
 
 fn noted(bits: &[u64], gpa: u64) -> bool {
-    let (word, bit) = bit(gpa);
+    let (word, bit) = wrote_bit(gpa);
     bits.get(word).is_some_and(|word| word & bit != 0)
 }
