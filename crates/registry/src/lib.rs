@@ -73,7 +73,7 @@ pub struct About {
     pub command: Vec<String>,
     /// Is there to be an agent in the guest?
     pub agent: bool,
-    /// Does its console go to the log (and not to somebody's terminal)?
+    /// Is there a log: of its console (where that does not go to somebody's terminal), or of what is told the user in the background?
     pub log: bool,
     /// Is the entry to stay when the VM has ended?
     pub keep: bool,

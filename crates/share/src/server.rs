@@ -1,8 +1,10 @@
 //! The server of one shared directory: a process of its own. The monitor starts it with [`start`]; it does [`run`].
 //!
 //! Its standard input is a socket to the monitor. The first message on it says what to do, and brings the directory and the channel along:
-//! the process opens nothing by a path. It ends when the socket's other end is closed, so also when the monitor dies, however it does. It
-//! writes one byte, [`GONE`], when it finds that the directory has been removed on the host.
+//! the process opens nothing by a path. It ends when the socket's other end is closed, so also when the monitor dies, however it does.
+//!
+//! The server's first message is one byte, [`READY`], once it has confined itself, or the reason why it cannot serve: then no guest
+//! is to run ([`wait_ready`]). Later it writes one byte, [`GONE`], when it finds that the directory has been removed on the host.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -13,6 +15,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -25,6 +28,12 @@ use crate::channel::{Client, Worker};
 use crate::fs::{Access, FileSystem};
 use crate::sandbox::{self, Confinement};
 
+/// The byte that says that the server has confined itself and serves.
+const READY: u8 = b'r';
+/// How long that may take, on a host however busy.
+const PATIENCE: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
+/// The longest reason, in bytes.
+const MAX_REASON: usize = 256;
 /// The byte that says that the directory has been removed on the host.
 pub const GONE: u8 = b'g';
 /// The descriptors that come along with the task.
@@ -86,13 +95,57 @@ pub fn start(
     Ok((ours, child))
 }
 
-/// Is the server: takes its task from standard input, confines the process and serves until the socket's other end is closed.
+/// Waits until a server that was started has confined itself. To be called once, before a guest runs.
 ///
 /// # Errors
-/// What keeps it from serving.
+/// Why it does not serve.
+pub fn wait_ready(socket: &OwnedFd) -> io::Result<()> {
+    let mut fds = [PollFd::new(socket, PollFlags::IN)];
+    while matches!(poll(&mut fds, Some(&PATIENCE)), Err(Errno::INTR)) {}
+    let mut said = [0; MAX_REASON];
+    match rustix::net::recv(socket, &mut said, RecvFlags::DONTWAIT) {
+        Ok((_, 0)) => Err(broken("it has ended")),
+        Ok((_, len)) => match said.get(..len).unwrap_or_default() {
+            [READY] => Ok(()),
+            reason => Err(broken(&String::from_utf8_lossy(reason))),
+        },
+        Err(Errno::AGAIN) => Err(broken("it does not say that it is ready")),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Is the server: takes its task from standard input, confines the process and serves until the socket's other end is closed. What keeps
+/// it from serving it tells the monitor.
+///
+/// # Errors
+/// There is no monitor.
 pub fn run() -> io::Result<()> {
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
-    let (task, [root, channel @ ..]) = receive_task(&socket)?;
+    let (task, descriptors) = receive_task(&socket)?;
+    let mut serves = false;
+    match serve(&socket, &task, descriptors, &mut serves) {
+        Err(error) if !serves => {
+            let reason = error.to_string();
+            let reason = reason.as_bytes().get(..reason.len().min(MAX_REASON)).unwrap_or_default();
+            say(&socket, reason);
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// A message to the monitor. If that has gone, the next look at the socket finds it out.
+fn say(socket: &OwnedFd, message: &[u8]) {
+    let _ = rustix::net::send(socket, message, SendFlags::NOSIGNAL);
+}
+
+/// Serves; `serves` becomes true when it has confined itself.
+fn serve(
+    socket: &OwnedFd,
+    task: &Task,
+    [root, channel @ ..]: [OwnedFd; DESCRIPTORS],
+    serves: &mut bool,
+) -> io::Result<()> {
     let channel = Arc::new(Worker::new(channel)?);
     // As much as is to be had: the guest's kernel holds on to many files.
     let limit = getrlimit(Resource::Nofile);
@@ -124,7 +177,7 @@ pub fn run() -> io::Result<()> {
             channel.run(|request, answer| {
                 let len = system.serve(request, answer);
                 if system.is_gone() && !told.swap(true, Ordering::Relaxed) {
-                    let _ = rustix::net::send(&socket, &[GONE], SendFlags::NOSIGNAL);
+                    say(&socket, &[GONE]);
                 }
                 len
             })
@@ -134,9 +187,11 @@ pub fn run() -> io::Result<()> {
     if task.confinement == Confinement::On {
         sandbox::close().map_err(io::Error::other)?;
     }
+    say(socket, &[READY]);
+    *serves = true;
     start.wait();
     loop {
-        match rustix::io::read(&socket, &mut [0u8; 16]) {
+        match rustix::io::read(socket, &mut [0u8; 16]) {
             Ok(0) => return Ok(()),
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
@@ -180,19 +235,40 @@ mod tests {
     #[test]
     fn in_the_server() {
         if rustix::net::sockopt::socket_type(io::stdin()).is_ok() {
+            if std::env::var_os("NO_FILTERS").is_some() {
+                forbid_filters();
+            }
             let result = run();
             std::process::exit(if result.is_ok() { 0 } else { 9 });
         }
     }
 
-    /// A program that is this test.
-    fn program(dir: &Path) -> PathBuf {
+    /// From here on this process can have no filter of system calls.
+    fn forbid_filters() {
+        let rules = [(libc::SYS_seccomp, Vec::new())].into_iter().collect();
+        let forbidden = seccompiler::SeccompAction::Errno(libc::EPERM as u32);
+        let arch = std::env::consts::ARCH.try_into().unwrap();
+        let filter =
+            seccompiler::SeccompFilter::new(rules, seccompiler::SeccompAction::Allow, forbidden, arch).unwrap();
+        let program: seccompiler::BpfProgram = filter.try_into().unwrap();
+        seccompiler::apply_filter(&program).unwrap();
+    }
+
+    /// A program that is this test, with a variable in its environment.
+    fn program_with(dir: &Path, variable: &str) -> PathBuf {
         let path = dir.join("server");
         let this = std::env::current_exe().unwrap();
-        let text = format!("#!/bin/sh\nexec '{}' --exact server::tests::in_the_server --nocapture \n", this.display());
+        let text = format!(
+            "#!/bin/sh\n{variable} exec '{}' --exact server::tests::in_the_server --nocapture \n",
+            this.display()
+        );
         std::fs::write(&path, text).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
         path
+    }
+
+    fn program(dir: &Path) -> PathBuf {
+        program_with(dir, "")
     }
 
     pub(crate) struct Rig {
@@ -210,6 +286,7 @@ mod tests {
         let (socket, child) =
             start(&program(dir), "", (access, exclusive), Confinement::On, root.as_fd(), &client, Stdio::inherit())
                 .unwrap();
+        wait_ready(&socket).unwrap();
         let watched = socket.try_clone().unwrap();
         let client = std::sync::Mutex::new(client);
         let guest = Guest::new(move |request, room| {
@@ -231,6 +308,25 @@ mod tests {
             answer
         });
         Rig { guest, child, socket }
+    }
+
+    /// One that cannot confine itself says so and serves nothing; one that ends is noticed.
+    #[test]
+    fn a_server_that_cannot_confine_itself_says_why() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || std::fs::File::open(dir.path()).unwrap();
+        let start = |program: &Path| {
+            let (client, access) = (Client::new().unwrap(), (Access::ReadOnly, false));
+            start(program, "", access, Confinement::On, open().as_fd(), &client, Stdio::inherit()).unwrap()
+        };
+        let (socket, mut child) = start(&program_with(dir.path(), "NO_FILTERS=1"));
+        let why = wait_ready(&socket).unwrap_err().to_string();
+        assert!(why.contains("cannot confine") && why.contains("seccomp"), "{why}");
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        drop(socket);
+        let (socket, mut child) = start(Path::new("/bin/false"));
+        assert!(wait_ready(&socket).is_err());
+        child.wait().unwrap();
     }
 
     /// Everything a guest may ask for works inside the sandbox.

@@ -68,7 +68,7 @@ pub fn register(args: &RunArgs, config: &mut VmConfig, lifeline: bool, groups: O
         image: kernel.or_else(|| args.image.clone()).unwrap_or_else(|| "debian".into()),
         command: args.command.iter().map(|word| word.to_string_lossy().into_owned()).collect(),
         agent: config.agent.is_some(),
-        log: config.serial == SerialMode::Log,
+        log: config.serial == SerialMode::Log || config.background,
         keep: args.detach,
         cgroups: groups.as_ref().map(|groups| groups.dirs().to_vec()).unwrap_or_default(),
         ..About::default()
@@ -98,6 +98,7 @@ pub fn monitor(args: &RunArgs, mut config: VmConfig, groups: Option<Groups>, sta
     }
     config.ready_marker = None;
     config.quiet = !args.detach;
+    config.background = args.detach;
     register(args, &mut config, !args.detach, groups)?;
     let id = config.instance.as_ref().map(|instance| instance.id.clone()).unwrap_or_default();
     let vm = vmm::Vm::new(&config, started)?;

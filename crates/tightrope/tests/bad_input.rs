@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::io::Read;
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -276,6 +277,50 @@ fn nothing_is_left_behind() {
     wait("the end of all processes", || processes(&runtime).is_empty());
     assert_eq!(fs::read_dir(&temporary).unwrap().count(), 0);
     assert!(fs::read(&disk).unwrap().iter().all(|byte| *byte == 0));
+}
+
+/// A VM in the background whose console goes elsewhere does not hold on to what its caller prints to, and has a log for what it says itself.
+#[test]
+fn a_vm_in_the_background_lets_go_of_its_caller() {
+    let kernel = Kernel::new(Code::new().print("guest").spin());
+    let tree = tempfile::tempdir().unwrap();
+    let share = format!("{}:tag", tree.path().display());
+    let file = tree.path().join("console");
+    let serial = format!("file:{}", file.display());
+    for serial in [serial.as_str(), "none", "pty"] {
+        let mut child = kernel
+            .run(&["--detach", "--share", &share, "--serial", serial])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut err = child.stderr.take().unwrap();
+        let (told, heard) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut text = String::new();
+            let _ = err.read_to_string(&mut text);
+            let _ = told.send(text);
+        });
+        let done = child.wait_with_output().unwrap();
+        let id = String::from_utf8(done.stdout).unwrap().trim().to_owned();
+        // All of them: monitor, keeper, servers of network and directory.
+        let said = heard.recv_timeout(Duration::from_secs(20));
+        if serial.starts_with("file") {
+            wait("the guest's word", || fs::read_to_string(&file).unwrap() == "guest");
+        }
+        let logs = finish(tightrope(&["logs", &id]), b"");
+        let attach = finish(tightrope(&["attach", &id]), b"");
+        assert_eq!(finish(tightrope(&["stop", "-f", &id]), b"").code(), Some(0));
+        assert!(done.status.success(), "{said:?}");
+        assert!(said.is_ok(), "{serial}: something still holds on to standard error");
+        assert!(logs.code() == Some(0) && !logs.out.contains("guest"), "{logs:?}");
+        fails(&attach, 1, &["its console is where it was started"]);
+    }
+    let crashes = Kernel::new(Code::new().triple_fault());
+    let id = finish(crashes.run(&["--detach", "--serial", "none"]), b"").out;
+    let logs = || finish(tightrope(&["logs", id.trim()]), b"").out;
+    wait("what the monitor says", || logs().contains("tightrope: "));
+    assert!(logs().contains("triple fault"), "{}", logs());
 }
 
 /// An agent that hangs, and one that is gone for good: commands say so, the VM goes on, and it can be stopped.

@@ -34,6 +34,9 @@ pub struct VmConfig {
     pub instance: Option<Arc<Instance>>,
     /// Say only what is wrong.
     pub quiet: bool,
+    /// Once the VM has started, let go of standard error, which belongs to who started it: lines for the user go to the instance's log,
+    /// and the servers of network and shared directories say nothing.
+    pub background: bool,
     /// Were kernel and initrd made by Tightrope itself (and so need no look at their insides)?
     pub trusted_image: bool,
     /// The kernel command line.
@@ -100,6 +103,7 @@ impl VmConfig {
             agent: None,
             instance: None,
             quiet: false,
+            background: false,
             trusted_image: false,
             cmdline: String::new(),
             disks: Vec::new(),

@@ -171,6 +171,12 @@ impl PcMaker {
         }
         for (number, share) in std::mem::take(&mut self.shares).into_iter().enumerate() {
             let Share { tag, name, channel, socket } = share;
+            // Its start took its time beside ours.
+            share::server::wait_ready(&socket).map_err(|error| {
+                Error::Host(format!(
+                    "the shared directory {name} cannot be served ({error}); the guest was not started"
+                ))
+            })?;
             let fs = Fs::new(&tag, &name, channel, socket, Some(reporter.clone()))
                 .map_err(|error| Error::Host(format!("the host gives no thread for a shared directory: {error}")))?;
             devices.push((format!("share{number}"), Box::new(fs)));

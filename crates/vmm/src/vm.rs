@@ -126,8 +126,7 @@ impl Vm {
             let _ = std::fs::remove_file(file);
         }
         // In the background nothing may hold on to what the command that started it prints to: whoever reads that waits for its end.
-        let background = config.serial == SerialMode::Log && !config.quiet;
-        let errors = if background { Stdio::null } else { Stdio::inherit };
+        let errors = if config.background { Stdio::null } else { Stdio::inherit };
         let opening = net::Opening {
             config: &config.net,
             forwards: &config.forwards,
@@ -141,13 +140,15 @@ impl Vm {
         let (mut serial, serial_line) = Serial::open(&config.serial)?;
         let host = |error: std::io::Error| Error::Host(error.to_string());
         let (hub, agent) = (Hub::new().map_err(host)?, Agent::default());
-        let log = (config.serial == SerialMode::Log)
-            .then(|| config.instance.as_ref()?.take(|parts| parts.console.take()))
-            .flatten();
-        let null = log.as_ref().map(|_| std::fs::File::options().write(true).open("/dev/null")).transpose();
+        let mut log = config.instance.as_ref().and_then(|instance| instance.take(|parts| parts.console.take()));
+        let null = config.background.then(|| std::fs::File::options().write(true).open("/dev/null")).transpose();
         let null = null.map_err(host)?;
-        if let Some(file) = log {
+        let mut logged = false;
+        if config.serial == SerialMode::Log
+            && let Some(file) = log.take()
+        {
             serial = Serial::Log(file, hub.clone());
+            logged = true;
         }
         let (mut console, console_line) = match config.virtio_console.as_ref().map(Serial::open).transpose()? {
             Some((console, line)) => (Some(console), line),
@@ -243,7 +244,7 @@ impl Vm {
                 hub,
                 agent,
                 agent_expected: instance.agent,
-                console: null.is_some(),
+                console: logged,
                 input: vm.console.clone(),
                 balloon: vm.board.balloon(),
                 disks: vm.board.disks(),
@@ -252,11 +253,13 @@ impl Vm {
             server.start().map_err(|error| Error::Host(format!("the host gives no thread: {error}")))?;
             vm.instance = Some(instance.clone());
         }
+        if logged {
+            terminal::messages_to(Box::new(vm.output.clone()), !config.background);
+        } else if let Some(file) = log.filter(|_| config.background) {
+            terminal::messages_to(Box::new(registry::ring::Writer::new(file)), false);
+        }
         if let Some(null) = null {
-            terminal::messages_to(Box::new(vm.output.clone()), config.quiet);
-            if !config.quiet {
-                rustix::stdio::dup2_stderr(null).map_err(|error| host(error.into()))?;
-            }
+            rustix::stdio::dup2_stderr(null).map_err(|error| host(error.into()))?;
         }
         let needs = Needs { traced: vm.cpus.processes(), ..needs };
         sandbox::close(config.sandbox, needs)?;

@@ -79,7 +79,7 @@ impl Finished {
     }
 }
 
-/// A process that is talked to.
+/// A process that is talked to. It is ended when dropped, as by a test that fails.
 pub struct Session {
     child: Child,
     out: Receiver<Vec<u8>>,
@@ -202,6 +202,14 @@ impl Session {
             out: String::from_utf8_lossy(&self.seen).into_owned(),
             err: String::from_utf8_lossy(&err).into_owned(),
         }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Nothing to do if it has ended and that is known.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
