@@ -342,7 +342,7 @@ pub struct RunArgs {
     #[arg(long, short, value_name = "USER", requires = "command")]
     pub user: Option<String>,
 
-    /// Where COMMAND runs [default: the user's home]
+    /// Where COMMAND runs [default: as root the current directory, where that is shared; else the user's home]
     #[arg(long, short, value_name = "DIR", requires = "command")]
     pub workdir: Option<String>,
 

@@ -264,7 +264,13 @@ fn launch(mut words: Vec<std::ffi::OsString>) -> Result<Result<Background, i32>>
 fn command(args: &RunArgs, entry: &Entry) -> Result<i32> {
     let session = agent(entry)?;
     let tty = exec::on_terminal().then(exec::terminal_size);
-    exec(session, request(&args.command, tty, &args.env, args.user.as_deref(), args.workdir.as_deref())?)
+    // Root can go where the caller is, if the guest has that, too.
+    let here = || {
+        let place = vmm::place_of(&args.share, &std::env::current_dir().ok()?)?;
+        Some(place.to_str()?.to_owned())
+    };
+    let workdir = args.workdir.clone().or_else(|| args.user.is_none().then(here).flatten());
+    exec(session, request(&args.command, tty, &args.env, args.user.as_deref(), workdir.as_deref())?)
 }
 
 /// What to run in a guest.

@@ -77,6 +77,19 @@ fn a_command_finds_shared_directories() {
     assert_eq!(finished.code(), Some(0), "{finished:?}");
     assert!(finished.out.starts_with("from the host\nfixed\n/tmp/tmp."), "{finished:?}");
     assert_eq!(fs::read(inner.join("made")).unwrap(), b"made\n");
+
+    // It starts where its caller is, if the guest has that; else, and as another user, at home.
+    let pwd = |share: &str, options: &[&str]| {
+        let mut command = run(&[&["--net=none", share], options, &["--", "pwd"]].concat());
+        command.current_dir(&inner);
+        let finished = finish(command, b"");
+        assert_eq!(finished.code(), Some(0), "{finished:?}");
+        finished.out
+    };
+    assert_eq!(pwd("--share=.", &[]), format!("{}\n", inner.canonicalize().unwrap().display()));
+    assert_eq!(pwd("--share=..:/src:ro", &[]), "/src/inner\n");
+    assert_eq!(pwd("--share=.", &["--workdir=/"]), "/\n");
+    assert_eq!(pwd("--share=.:tag", &[]), pwd("--share=.:/src", &["--user=0"]));
 }
 
 /// A directory that nobody else changes: the guest keeps what it knows, and all is there in the end.

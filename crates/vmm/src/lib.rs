@@ -52,5 +52,5 @@ pub use instance::Instance;
 pub use machine::boot::unpack_kernel;
 pub use net::{NetConfig, PortForward, SocketKind, UserNet};
 pub use ports::{PortConfig, PortPlace};
-pub use share::{GuestPlace, MAX_SHARES, ShareConfig, words as share_words};
+pub use share::{GuestPlace, MAX_SHARES, ShareConfig, place_of, words as share_words};
 pub use vm::{EXIT_CRASH, Vm};

@@ -82,6 +82,20 @@ impl FromStr for ShareConfig {
     }
 }
 
+impl ShareConfig {
+    /// Where the guest finds `dir`, a real path on the host, if that is in this directory and the guest mounts it.
+    fn finds(&self, dir: &Path) -> Option<(usize, PathBuf)> {
+        let GuestPlace::Mounted(place) = &self.guest else { return None };
+        let host = self.host.canonicalize().ok()?;
+        Some((host.as_os_str().len(), Path::new(place).join(dir.strip_prefix(&host).ok()?)))
+    }
+}
+
+/// Where a guest with these shared directories finds `dir`, a real path on the host: in the nearest one that it mounts by itself.
+pub fn place_of(shares: &[ShareConfig], dir: &Path) -> Option<PathBuf> {
+    shares.iter().filter_map(|share| share.finds(dir)).max().map(|(_, place)| place.components().collect())
+}
+
 impl GuestPlace {
     fn parse(text: &str) -> Result<Self, String> {
         let plain = |c: char| c.is_ascii_graphic() && !"\"\\:,=".contains(c);
@@ -293,6 +307,21 @@ mod tests {
         assert!(format!("a:{}", "x".repeat(37)).parse::<ShareConfig>().is_err());
         assert!(format!("a:/{}", "x".repeat(200)).parse::<ShareConfig>().is_err());
         assert!("/:ro".parse::<ShareConfig>().is_err(), "the root has no place of its own name");
+    }
+
+    #[test]
+    fn places() {
+        let dir = tempfile::tempdir().unwrap();
+        let real = dir.path().canonicalize().unwrap();
+        std::fs::create_dir_all(real.join("a/b/c")).unwrap();
+        let at = |name: &str, guest: &str| share(&format!("{}:{guest}", dir.path().join(name).display()));
+        let shares = [at("a", "/x"), at("a/b", "/y"), at("", "tag"), at("none", "/none")];
+        let place = |name: &str| place_of(&shares, &real.join(name)).map(|path| path.display().to_string());
+        assert_eq!(place("a").as_deref(), Some("/x"));
+        assert_eq!(place("a/other").as_deref(), Some("/x/other"));
+        assert_eq!(place("a/b").as_deref(), Some("/y"));
+        assert_eq!(place("a/b/c").as_deref(), Some("/y/c"));
+        assert_eq!(place("ab"), None);
     }
 
     #[test]
