@@ -21,6 +21,9 @@ const TIMER_PIN: u32 = 2;
 const PINS: u32 = 24;
 /// The master PIC's input from the slave.
 const CASCADE: u32 = 2;
+/// The master PIC's input from the PIT, as a bit. Its wire is high for moments only: where these are looked at within one, the next interrupt
+/// would be no edge, and lost.
+const TIMER_INPUT: u8 = 1 << 0;
 /// In an entry of a local vector table.
 const MASKED: u32 = 1 << 16;
 const LEVEL: u64 = 1 << 15;
@@ -136,7 +139,7 @@ impl Chips for KernelChips {
         Ok(ChipRegisters {
             lapics,
             ioapic: ioapic_from_kvm(&ioapic),
-            pics: [master, slave].map(|chip| pic_from_kvm(&chip)),
+            pics: pics_from_kvm(&master, &slave),
             pit: pit.registers(pit::monotonic()),
         })
     }
@@ -147,7 +150,7 @@ impl Chips for KernelChips {
         if cells.len() != registers.lapics.len() {
             return Err(format!("{} local APICs, here {}", registers.lapics.len(), cells.len()));
         }
-        let [master, slave] = registers.pics.map(|chip| pic_to_kvm(&chip));
+        let [master, slave] = pics_to_kvm(&registers.pics);
         self.set_chip(b::KVM_IRQCHIP_PIC_MASTER, b::kvm_irqchip__bindgen_ty_1 { pic: master })?;
         self.set_chip(b::KVM_IRQCHIP_PIC_SLAVE, b::kvm_irqchip__bindgen_ty_1 { pic: slave })?;
         let ioapic = b::kvm_irqchip__bindgen_ty_1 { ioapic: ioapic_to_kvm(&registers.ioapic) };
@@ -170,8 +173,13 @@ impl Chips for KernelChips {
 }
 
 impl pit::Around for KernelChips {
-    fn vm(&self) -> &VmFd {
-        &self.vm
+    fn pit(&self) -> Result<b::kvm_pit_state2, String> {
+        self.vm.get_pit2().map_err(told("to tell the timer chip"))
+    }
+
+    fn set_pit(&self, state: &b::kvm_pit_state2) -> Result<(), String> {
+        // The kernel cancels its timer and waits for the thread that interrupts (Linux, arch/x86/kvm/i8254.c, create_pit_timer).
+        self.vm.set_pit2(state).map_err(told("this state of the timer chip"))
     }
 
     fn has_ticked(&self) -> Result<bool, String> {
@@ -183,7 +191,8 @@ impl pit::Around for KernelChips {
         let chip = self.chip(b::KVM_IRQCHIP_PIC_MASTER)?;
         // SAFETY: as above.
         let mut pic = unsafe { chip.chip.pic };
-        pic.irr = pic.irr & !1 | u8::from(ticked);
+        pic.irr = pic.irr & !TIMER_INPUT | u8::from(ticked);
+        pic.last_irr &= !TIMER_INPUT;
         self.set_chip(b::KVM_IRQCHIP_PIC_MASTER, b::kvm_irqchip__bindgen_ty_1 { pic })?;
         // A wire that changed in between is not to be lost.
         let levels = self.levels.load(Ordering::SeqCst);
@@ -222,6 +231,10 @@ fn save_lapic(cell: &Cell, mut fd: MutexGuard<'_, VcpuFd>, features: &Features) 
     let fd = &*fd;
     let run_state = fd.get_mp_state().map_err(told("to tell the run state"))?.mp_state;
     let events = fd.get_vcpu_events().map_err(told("to tell pending events"))?;
+    if events.interrupt.injected != 0 {
+        // It has left the chips, and there is no place for it elsewhere.
+        return Err("an interrupt is on its way into the guest".into());
+    }
     let deadline = registers::get_msr(fd, n::TSC_DEADLINE)?;
     let offset = registers::tsc_offset(fd, features)?;
     Ok(LapicRegisters {
@@ -293,6 +306,18 @@ fn ioapic_to_kvm(chip: &IoApicRegisters) -> b::kvm_ioapic_state {
     }
 }
 
+fn pics_from_kvm(master: &b::kvm_pic_state, slave: &b::kvm_pic_state) -> [PicRegisters; 2] {
+    let mut pics = [master, slave].map(pic_from_kvm);
+    pics[0].lines &= !TIMER_INPUT;
+    pics
+}
+
+fn pics_to_kvm(pics: &[PicRegisters; 2]) -> [b::kvm_pic_state; 2] {
+    let mut pics = pics.each_ref().map(pic_to_kvm);
+    pics[0].last_irr &= !TIMER_INPUT;
+    pics
+}
+
 fn pic_from_kvm(chip: &b::kvm_pic_state) -> PicRegisters {
     PicRegisters {
         lines: chip.last_irr,
@@ -332,5 +357,24 @@ fn pic_to_kvm(chip: &PicRegisters) -> b::kvm_pic_state {
         elcr: chip.level,
         // Which inputs may be level-triggered: the kernel's own is not changed by this.
         elcr_mask: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The PIT's wire is high for moments; all others keep their levels.
+    #[test]
+    fn the_timer_s_wire_is_low() {
+        let chip = b::kvm_pic_state { last_irr: 0xff, irr: 0x81, isr: 2, imr: 4, irq_base: 8, ..Default::default() };
+        let saved = pics_from_kvm(&chip, &chip);
+        assert_eq!(
+            saved.map(|chip| (chip.lines, chip.irr, chip.isr, chip.imr)),
+            [(0xfe, 0x81, 2, 4), (0xff, 0x81, 2, 4)]
+        );
+        let other = [PicRegisters { lines: 0xff, ..saved[0] }, saved[1]];
+        let back = pics_to_kvm(&other);
+        assert_eq!(back.map(|chip| (chip.last_irr, chip.irr)), [(0xfe, 0x81), (0xff, 0x81)]);
     }
 }

@@ -1,7 +1,10 @@
 //! The kernel's PIT, and the phase of its counts: the kernel tells the phase of channels 1 and 2 only, and starts all counts anew when it is
 //! given a state.
 //!
-//! * Channel 0's phase is found out by waiting for its next interrupt, while the vCPUs stand still: 55 ms at most.
+//! * Channel 0's phase is found out by waiting for its next interrupt, while the vCPUs stand still: 55 ms at most, and some more for one that
+//!   does not come any more.
+//! * The kernel raises that interrupt in a thread of its own, which may get the CPU late, and step by step. So that no interrupt is lost that is
+//!   on its way, the chip is given a state at last: the kernel waits for its thread before it takes one.
 //! * A count that is to end once is given what is left of it; if it has ended, or is not loaded yet, [`NEVER`].
 //! * A count that goes round and round is loaded when a round begins, which is waited for: channel 0's, or else channel 2's. Of two such
 //!   counts channel 2's begins anew.
@@ -14,7 +17,7 @@ use kvm_ioctls::VmFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use crate::ioctls::KVM_REINJECT_CONTROL;
-use crate::refusal::{refused, told};
+use crate::refusal::refused;
 
 /// Input frequency in Hz.
 const HZ: u64 = 1_193_182;
@@ -30,19 +33,32 @@ const ENDED: i64 = -1;
 const SPEAKER_ON: u32 = 2;
 /// How often is looked for an interrupt.
 const LOOK: Duration = Duration::from_micros(50);
-/// An interrupt comes so much later than it is due at most, in ns.
-const LATE: u64 = 5_000_000;
+/// The host's timer of an interrupt runs out so much later than it is due at most, in ns.
+const LATE: u64 = 10_000_000;
+/// So often is looked again after that. Where the whole machine has stood still meanwhile, as virtual ones may, the time is over before its
+/// timers have run out: they do when it sleeps next.
+const LAST_LOOKS: u32 = 20;
 
-/// What lies around the PIT in its VM.
+/// What lies around the PIT in its VM, and time.
 pub trait Around {
-    /// The VM.
-    fn vm(&self) -> &VmFd;
+    /// The kernel's state of the PIT.
+    fn pit(&self) -> Result<b::kvm_pit_state2, String>;
+    /// Gives it one. All its counts begin anew; what counts before that ended have to say has been said when this returns.
+    fn set_pit(&self, state: &b::kvm_pit_state2) -> Result<(), String>;
     /// Has an interrupt of channel 0 reached the PIC, which nobody has taken?
     fn has_ticked(&self) -> Result<bool, String>;
     /// Sets that.
     fn set_ticked(&self, ticked: bool) -> Result<(), String>;
     /// An interrupt of channel 0.
     fn tick(&self);
+    /// See [`monotonic`].
+    fn now(&self) -> u64 {
+        monotonic()
+    }
+    /// Lets time pass.
+    fn sleep(&self, time: Duration) {
+        std::thread::sleep(time);
+    }
 }
 
 /// Now, on the clock by which the kernel dates counts, in ns.
@@ -82,6 +98,13 @@ fn length(count: u32) -> u64 {
     (ticks * NS).div_ceil(HZ)
 }
 
+/// What is left of a count that was loaded `age` ns ago; of one that has ended 1, as its output is high from the first tick on.
+fn left(count: u32, age: u64) -> u32 {
+    let gone = u128::from(age) * u128::from(HZ) / u128::from(NS);
+    let count = if count == 0 { 0x1_0000 } else { count };
+    count.saturating_sub(u32::try_from(gone).unwrap_or(u32::MAX)).max(1)
+}
+
 /// The chip of a stopped VM.
 pub struct Stopped {
     state: b::kvm_pit_state2,
@@ -90,23 +113,50 @@ pub struct Stopped {
 }
 
 impl Stopped {
-    /// Looks at it; takes as long as the guest's PIT takes to interrupt, 60 ms at most.
+    /// Looks at it; takes as long as the guest's PIT takes to interrupt, or as it would take: 70 ms at most on a host that is not busy.
+    /// Afterwards a count that was to end once has ended.
     pub fn look(around: &impl Around) -> Result<Self, String> {
-        let state = around.vm().get_pit2().map_err(told("to tell the timer chip"))?;
+        let state = around.pit()?;
         let [first, ..] = &state.channels;
+        let now = || around.now();
+        if first.count > 0x1_0000 {
+            let loaded = (first.count_load_time == ENDED).then(|| now().saturating_sub(length(0)));
+            return Ok(Self { state, loaded });
+        }
+        if !periodic(first.mode) && !once(first.mode) {
+            return Ok(Self { state, loaded: None });
+        }
+        let before = around.has_ticked()?;
+        if before {
+            around.set_ticked(false)?;
+        }
         let length = length(first.count);
-        let loaded = if first.count > 0x1_0000 {
-            (first.count_load_time == ENDED).then(|| monotonic().saturating_sub(self::length(0)))
-        } else if periodic(first.mode) {
-            Some(next_tick(around, length + LATE)?.unwrap_or_else(monotonic))
-        } else if once(first.mode) {
-            // It ends now, or has ended before.
-            let tick = next_tick(around, length + LATE)?;
-            Some(tick.unwrap_or_else(monotonic).saturating_sub(length))
-        } else {
-            None
-        };
-        Ok(Self { state, loaded })
+        // What is to end once ends now, or has ended before.
+        let tick = next_tick(around, length + LATE)?.unwrap_or_else(now);
+        let loaded = if periodic(first.mode) { tick } else { tick.saturating_sub(length) };
+        let stopped = Self { state, loaded: Some(loaded) };
+        // An interrupt that is on its way arrives, everywhere.
+        around.set_pit(&stopped.going_on(now()))?;
+        if before && !around.has_ticked()? {
+            around.set_ticked(true)?;
+        }
+        Ok(stopped)
+    }
+
+    /// The kernel's state with which the chip goes on, should the VM, after channel 0's count has ended or a round of it: begun anew at the
+    /// time `now`.
+    fn going_on(&self, now: u64) -> b::kvm_pit_state2 {
+        let mut state = self.state;
+        let [first, others @ ..] = &mut state.channels;
+        if once(first.mode) {
+            (first.count, first.count_load_time) = (NEVER, ENDED);
+        }
+        for channel in others {
+            if !periodic(channel.mode) && channel.mode != NOTHING_COUNTS {
+                channel.count = left(channel.count, now.saturating_sub(channel.count_load_time as u64));
+            }
+        }
+        state
     }
 
     /// Its registers at the time `now`.
@@ -137,25 +187,22 @@ impl Stopped {
     }
 }
 
-/// When channel 0 interrupts next, if it does within `limit` ns.
+/// When channel 0 interrupts, if that is seen within `limit` ns. What has not been seen by then may still be on its way.
 fn next_tick(around: &impl Around, limit: u64) -> Result<Option<u64>, String> {
-    let before = around.has_ticked()?;
-    if before {
-        around.set_ticked(false)?;
-    }
-    let began = monotonic();
+    let began = around.now();
+    let mut last_looks = 0;
     loop {
-        let now = monotonic();
+        let now = around.now();
         if around.has_ticked()? {
             return Ok(Some(now));
         }
         if now.saturating_sub(began) > limit {
-            if before {
-                around.set_ticked(true)?;
+            if last_looks == LAST_LOOKS {
+                return Ok(None);
             }
-            return Ok(None);
+            last_looks += 1;
         }
-        std::thread::sleep(LOOK);
+        around.sleep(LOOK);
     }
 }
 
@@ -170,12 +217,12 @@ fn end_of_round(registers: &PitRegisters, began: u64, now: u64) -> Option<u64> {
 
 /// Gives the chip the registers that it had at the time `began`. Waits until that can be done in the right moment, 55 ms at most.
 pub fn restore(around: &impl Around, registers: &PitRegisters, began: u64) -> Result<(), String> {
-    let end = end_of_round(registers, began, monotonic());
+    let end = end_of_round(registers, began, around.now());
     if let Some(end) = end {
-        std::thread::sleep(Duration::from_nanos(end.saturating_sub(monotonic())));
+        around.sleep(Duration::from_nanos(end.saturating_sub(around.now())));
     }
-    let (state, ended) = to_kvm(registers, monotonic().saturating_sub(began));
-    around.vm().set_pit2(&state).map_err(told("this state of the timer chip"))?;
+    let (state, ended) = to_kvm(registers, around.now().saturating_sub(began));
+    around.set_pit(&state)?;
     let [first, ..] = &registers.channels;
     if ended || end.is_some() && periodic(first.mode) && first.age.is_some() {
         around.tick();
@@ -192,14 +239,9 @@ fn to_kvm(registers: &PitRegisters, passed: u64) -> (b::kvm_pit_state2, bool) {
         (_, true) => 4,
     };
     let channel = |c: &PitChannel| {
-        let left = c.age.filter(|_| !periodic(c.mode)).map(|age| {
-            let gone = u128::from(age.saturating_add(passed)) * u128::from(HZ) / u128::from(NS);
-            let count = if c.reload == 0 { 0x1_0000 } else { u32::from(c.reload) };
-            count.saturating_sub(u32::try_from(gone).unwrap_or(u32::MAX))
-        });
+        let left = c.age.filter(|_| !periodic(c.mode)).map(|age| left(c.reload.into(), age.saturating_add(passed)));
         b::kvm_pit_channel_state {
-            // Of a count that has ended the output is high from the first tick on.
-            count: left.map_or(u32::from(c.reload), |left| left.max(1)),
+            count: left.unwrap_or(u32::from(c.reload)),
             latched_count: c.latched.unwrap_or_default(),
             count_latched: if c.latched.is_some() { c.access } else { 0 },
             status_latched: c.latched_status.is_some().into(),
@@ -237,9 +279,142 @@ fn to_kvm(registers: &PitRegisters, passed: u64) -> (b::kvm_pit_state2, bool) {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
 
     const MS: u64 = 1_000_000;
+
+    /// A kernel with its timer, which runs out where time is let pass, and its thread, which gets the CPU some looks later.
+    #[derive(Default)]
+    struct Kernel {
+        now: Cell<u64>,
+        state: Cell<b::kvm_pit_state2>,
+        /// When the timer runs out.
+        due: Cell<Option<u64>>,
+        /// The timer has run out, and the thread is to interrupt.
+        queued: Cell<bool>,
+        /// How many looks the thread is late.
+        late: Cell<u32>,
+        /// For how long the machine stands still when the clock is read the fifth time, and its timers run out no sooner than it sleeps.
+        stands: Cell<u64>,
+        reads: Cell<u32>,
+        ticked: Cell<bool>,
+    }
+
+    impl Kernel {
+        /// Channel 0 in `mode` with a count that takes 10 ms, of which `left` ms are left; `None`: it has ended.
+        fn new(mode: u8, left: Option<u64>) -> Self {
+            let mut state = b::kvm_pit_state2::default();
+            (state.channels[0].mode, state.channels[0].count) = (mode, 11932);
+            (state.channels[1].mode, state.channels[1].count) = (NOTHING_COUNTS, 0x1_0000);
+            // The last one was loaded 20 ms ago.
+            (state.channels[2].count, state.channels[2].count_load_time) = (59659, 80 * MS as i64);
+            let kernel = Self { now: Cell::new(100 * MS), state: Cell::new(state), ..Self::default() };
+            kernel.due.set(left.map(|left| (100 + left) * MS));
+            kernel
+        }
+
+        /// All that the VM's saved state tells: the time since the count began, in ms, and whether the PIC has an interrupt.
+        fn saved(&self) -> (u64, bool) {
+            let registers = Stopped::look(self).unwrap().registers(self.now());
+            (registers.channels[0].age.unwrap() / MS, self.ticked.get())
+        }
+    }
+
+    impl Around for Kernel {
+        fn pit(&self) -> Result<b::kvm_pit_state2, String> {
+            Ok(self.state.get())
+        }
+        fn set_pit(&self, state: &b::kvm_pit_state2) -> Result<(), String> {
+            let [first, ..] = &state.channels;
+            self.state.set(*state);
+            self.ticked.set(self.ticked.get() || self.queued.take());
+            self.due.set(Some(self.now() + length(first.count)));
+            Ok(())
+        }
+        fn has_ticked(&self) -> Result<bool, String> {
+            Ok(self.ticked.get())
+        }
+        fn set_ticked(&self, ticked: bool) -> Result<(), String> {
+            self.ticked.set(ticked);
+            Ok(())
+        }
+        fn tick(&self) {
+            self.ticked.set(true);
+        }
+        fn now(&self) -> u64 {
+            self.reads.set(self.reads.get() + 1);
+            if self.reads.get() == 5 {
+                self.now.set(self.now.get() + self.stands.take());
+            }
+            self.now.get()
+        }
+        fn sleep(&self, time: Duration) {
+            self.now.set(self.now() + time.as_nanos() as u64);
+            if self.queued.get() {
+                if self.late.get() == 0 {
+                    self.ticked.set(true);
+                    self.queued.set(false);
+                }
+                self.late.set(self.late.get().saturating_sub(1));
+            }
+            if self.due.get().is_some_and(|due| due <= self.now()) {
+                let period = periodic(self.state.get().channels[0].mode).then_some(10 * MS);
+                self.due.set(period.map(|period| self.now() + period));
+                self.queued.set(true);
+            }
+        }
+    }
+
+    #[test]
+    fn no_interrupt_is_lost_that_comes_late() {
+        for mode in [0, 1, 4] {
+            for (late, stands) in [(0, 0), (30, 0), (1, 300), (5, 300), (1000, 0), (u32::MAX, 300)] {
+                let kernel = Kernel::new(mode, Some(2));
+                kernel.late.set(late);
+                kernel.stands.set(stands * MS);
+                let (age, ticked) = kernel.saved();
+                assert!(ticked && age >= 10, "mode {mode}, {late} looks late, the machine stands {stands} ms: {age}");
+            }
+        }
+        for (late, stands) in [(1, 0), (1000, 0), (1, 300)] {
+            let kernel = Kernel::new(2, Some(2));
+            kernel.late.set(late);
+            kernel.stands.set(stands * MS);
+            assert_eq!(kernel.saved(), (0, true), "goes round; {late}, {stands}");
+        }
+    }
+
+    #[test]
+    fn no_interrupt_comes_of_nothing() {
+        for before in [false, true] {
+            let kernel = Kernel::new(0, None);
+            kernel.ticked.set(before);
+            let (age, ticked) = kernel.saved();
+            assert!(age >= 10 && ticked == before, "{age}");
+        }
+    }
+
+    #[test]
+    fn the_vm_may_go_on() {
+        let kernel = Kernel::new(0, Some(2));
+        kernel.stands.set(10 * MS);
+        kernel.saved();
+        let passed = kernel.now() - 100 * MS;
+        let [first, second, third] = kernel.state.get().channels;
+        assert_eq!((first.count, first.mode, second.count), (NEVER, 0, 0x1_0000));
+        assert_eq!(third.count, left(59659, 20 * MS + passed), "as much as was left");
+        let now = kernel.now();
+        assert!(kernel.saved().0 >= 10, "it has ended");
+        assert_eq!(kernel.now(), now, "and is not waited for again");
+        let kernel = Kernel::new(2, Some(2));
+        kernel.saved();
+        assert_eq!(
+            (kernel.state.get().channels[0].count, kernel.due.get()),
+            (11932, Some(kernel.now() + length(11932)))
+        );
+    }
 
     /// Channel 0 in `mode` with a count of 11932, which takes 10 ms, loaded so long ago.
     fn chip(mode: u8, age: Option<u64>) -> PitRegisters {

@@ -505,6 +505,40 @@ fn the_timer_chip_keeps_its_phase() {
     assert!(channel.mode == 0 && channel.age.unwrap() >= 50 * MS, "{channel:?}");
 }
 
+/// A guest lives from one interrupt of the timer chip to the next, is stopped again and again, and goes on from what was saved or just goes on.
+/// `TIGHTROPE_TEST_MOVES` says how often, for whoever looks for what is rarely lost.
+#[test]
+fn interrupts_of_the_timer_chip_are_not_lost() {
+    let out = |port: u8, value: u8| [0xb0, value, 0xe6, port];
+    let count = [out(0x40, 0xa9), out(0x40, 0x04)].concat();
+    let pic = [out(0x20, 0x11), out(0x21, 0x48), out(0x21, 4), out(0x21, 1), out(0x21, 0xfe), out(0x43, 0x30)].concat();
+    // A count of 1 ms; 1: sti; hlt; jmp 1b. The handler: inc r8, the next count, end of interrupt, iretq.
+    let Some(mut rig) = rig(&[&pic[..], &count, &[0xfb, 0xf4, 0xeb, 0xfc]].concat(), DirtyLog::Off) else { return };
+    handle(&rig.ram, 0x48, 0x1_1000, &[&[0x49, 0xff, 0xc0], &count[..], &out(0x20, 0x20), &[0x48, 0xcf]].concat());
+    rig.vcpu.set_state(&start_with_interrupts());
+    let chips = rig.engine.chips().unwrap();
+    let mut seen = 0;
+    let mut saved = None;
+    let moves = std::env::var("TIGHTROPE_TEST_MOVES").ok().map_or(100, |moves| moves.parse().expect("a number"));
+    for number in 0..moves {
+        let mut tries = 0;
+        while rig.vcpu.state().gpr[gpr::R8] == seen {
+            assert!(tries < 200, "lost in move {number}, saved as {saved:#?}\nnow {:#?}", chips.save());
+            tries += 1;
+            assert_eq!(run_for(&mut *rig.vcpu, Duration::from_micros(number * 97 % 3000)), Exit::Stopped);
+        }
+        seen = rig.vcpu.state().gpr[gpr::R8];
+        let state = rig.vcpu.state();
+        let registers = chips.save().unwrap();
+        if number % 3 != 0 {
+            rig.vcpu.set_state(&state);
+            chips.restore(&registers).unwrap();
+        }
+        saved = Some((state.halted, state.rip, registers.pics, registers.pit));
+    }
+    println!("{seen} interrupts in {moves} moves");
+}
+
 /// A message by a line's counter arrives, also after the line has another message to send.
 #[test]
 fn message_lines_interrupt() {
