@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use crate::state::lock;
@@ -156,6 +156,8 @@ struct Armed {
 pub struct TimerQueue {
     clock: Arc<Clock>,
     armed: Arc<(Mutex<Armed>, Condvar)>,
+    /// Locked by the thread while it wakes targets.
+    turn: Arc<Mutex<()>>,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
 
@@ -173,13 +175,13 @@ impl TimerQueue {
     pub fn new(clock: Arc<Clock>) -> std::io::Result<Arc<Self>> {
         let armed = Arc::new((Mutex::new(Armed { sleeping_until: u64::MAX, ..Default::default() }), Condvar::new()));
         let manual = clock.is_manual();
-        let queue = Self { clock, armed, thread: Mutex::new(None) };
+        let queue = Self { clock, armed, turn: Arc::default(), thread: Mutex::new(None) };
         if !manual {
-            let (clock, armed) = (queue.clock.clone(), queue.armed.clone());
+            let (clock, armed, turn) = (queue.clock.clone(), queue.armed.clone(), queue.turn.clone());
             let thread = std::thread::Builder::new().name("timer".into()).spawn(move || {
                 // The default slack lets the kernel be 50 µs late; without the better setting timers are only that late.
                 let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1));
-                run(&clock, &armed);
+                run(&clock, &armed, &turn);
             })?;
             *lock(&queue.thread) = Some(thread);
         }
@@ -221,6 +223,12 @@ impl TimerQueue {
         self.armed.1.notify_one();
     }
 
+    /// While the result exists, the thread wakes nobody; a target that it has woken is done. What comes due meanwhile is so afterwards. Not
+    /// for targets that are being woken.
+    pub fn hold(&self) -> MutexGuard<'_, ()> {
+        lock(&self.turn)
+    }
+
     /// With a manual clock: wakes all targets whose time has come, in order. Returns whether there was one.
     pub fn run_due(&self) -> bool {
         let mut any = false;
@@ -259,26 +267,34 @@ impl TimerTarget for Nobody {
     fn timer_due(&self) {}
 }
 
-fn run(clock: &Clock, (mutex, condition): &(Mutex<Armed>, Condvar)) {
-    let mut armed = lock(mutex);
-    while !armed.stop {
-        if let Some(target) = take_due(&mut armed, clock.now()) {
+fn run(clock: &Clock, (mutex, condition): &(Mutex<Armed>, Condvar), turn: &Mutex<()>) {
+    loop {
+        let turn = lock(turn);
+        loop {
+            let mut armed = lock(mutex);
+            if armed.stop {
+                return;
+            }
+            let Some(target) = take_due(&mut armed, clock.now()) else { break };
             drop(armed);
             if let Some(target) = target.upgrade() {
                 target.timer_due();
             }
-            armed = lock(mutex);
-            continue;
+        }
+        drop(turn);
+        let mut armed = lock(mutex);
+        if armed.stop {
+            return;
         }
         let next = armed.order.first().map(|(deadline, _)| *deadline);
         armed.sleeping_until = next.unwrap_or(u64::MAX);
-        armed = match next {
+        match next {
             Some(deadline) => {
                 let wait = Duration::from_nanos(deadline.saturating_sub(clock.now()));
-                condition.wait_timeout(armed, wait).unwrap_or_else(std::sync::PoisonError::into_inner).0
+                drop(condition.wait_timeout(armed, wait));
             }
-            None => condition.wait(armed).unwrap_or_else(std::sync::PoisonError::into_inner),
-        };
+            None => drop(condition.wait(armed)),
+        }
     }
 }
 
@@ -378,6 +394,27 @@ mod tests {
         assert_eq!(fired.len(), 1);
         assert!(fired[0] >= due && fired[0] < due + 30_000_000, "{fired:?} for {due}");
         drop((timer, queue));
+    }
+
+    #[test]
+    fn nobody_is_woken_while_the_thread_is_held() {
+        let clock = Arc::new(Clock::new(1_000_000));
+        let queue = TimerQueue::new(clock.clone()).unwrap();
+        let log = Arc::new(Log(clock.clone(), Mutex::default()));
+        let as_target: Arc<dyn TimerTarget> = log.clone();
+        let timer = queue.timer(Arc::downgrade(&as_target));
+        let held = queue.hold();
+        timer.set(Some(clock.now() + 1));
+        std::thread::sleep(Duration::from_millis(30));
+        assert!(log.1.lock().unwrap().is_empty());
+        let freed = clock.now();
+        drop(held);
+        let end = Instant::now() + Duration::from_secs(10);
+        while log.1.lock().unwrap().is_empty() {
+            assert!(Instant::now() < end, "it comes afterwards");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(log.1.lock().unwrap()[0] >= freed);
     }
 
     #[test]

@@ -357,6 +357,8 @@ impl Pc {
     /// # Errors
     /// A device refuses its state; the machine must not run then.
     pub fn restore(&self, state: &PcState) -> Result<(), StateError> {
+        // Timers of devices may be due at once. What they interrupted before the chips have their state would be lost with it.
+        let _held = self.queue.hold();
         self.clock().set(state.clock);
         self.queue.clock_changed();
         // Devices first: the wires that they drive anew find the chips' saved state afterwards.
@@ -377,7 +379,10 @@ impl Pc {
         self.pit.restore(&state.pit)?;
         self.ioapic.restore(&state.ioapic)?;
         self.pic.restore(&state.pic)?;
-        self.lapics.restore(&state.lapics)
+        self.lapics.restore(&state.lapics)?;
+        // The PIC was saved earlier than the local APIC that sees its output.
+        self.pic.tell();
+        Ok(())
     }
 }
 
@@ -546,6 +551,83 @@ mod tests {
         assert!(!pc.local_apic(0).unwrap().status().interrupt);
         let one = Pc::new(config(1, Arc::default())).unwrap();
         assert!(one.restore(&state).is_err());
+    }
+
+    /// Chips of an engine that take their time to be restored, and note what interrupts meanwhile.
+    #[derive(Default)]
+    struct Slow {
+        kept: Mutex<Option<cpu::chips::ChipRegisters>>,
+        early: Mutex<Vec<u32>>,
+        later: Mutex<Vec<u32>>,
+        restoring: std::sync::atomic::AtomicBool,
+    }
+
+    impl cpu::Chips for Slow {
+        fn set_level(&self, gsi: u32, high: bool) {
+            if high {
+                let early = self.restoring.load(std::sync::atomic::Ordering::SeqCst);
+                (if early { &self.early } else { &self.later }).lock().unwrap().push(gsi);
+            }
+        }
+        fn send_msi(&self, _: u64, _: u32) {}
+        fn nmi(&self) {}
+        fn save(&self) -> Result<cpu::chips::ChipRegisters, String> {
+            Ok(self.kept.lock().unwrap().clone().unwrap())
+        }
+        fn restore(&self, registers: &cpu::chips::ChipRegisters) -> Result<(), String> {
+            self.restoring.store(true, std::sync::atomic::Ordering::SeqCst);
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            *self.kept.lock().unwrap() = Some(registers.clone());
+            self.restoring.store(false, std::sync::atomic::Ordering::SeqCst);
+            Ok(())
+        }
+    }
+
+    /// A device's timer that is due while the machine is being restored interrupts afterwards: the chips' state would undo it.
+    #[test]
+    fn timers_wait_until_all_is_restored() {
+        let (saved, bus, _) = pc();
+        // The real-time clock interrupts at 1024 Hz.
+        for (register, value) in [(0xa, 0x26), (0xb, 0x42)] {
+            bus.pio_write(0x70, &[register]);
+            bus.pio_write(0x71, &[value]);
+        }
+        let state = saved.save().unwrap();
+        let chips = Arc::new(Slow::default());
+        let pc = Pc::new(PcConfig { chips: Some(chips.clone()), ..config(2, Arc::default()) }).unwrap();
+        pc.restore(&state).unwrap();
+        assert!(chips.early.lock().unwrap().is_empty());
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while chips.later.lock().unwrap().is_empty() {
+            assert!(std::time::Instant::now() < end, "none came");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        assert_eq!(chips.later.lock().unwrap()[0], rtc::IRQ);
+    }
+
+    /// The timer is between the two edges of its interrupt, or interrupts between two chips, when the machine is saved.
+    #[test]
+    fn saved_in_the_middle_of_an_interrupt() {
+        let (pc, bus, _) = pc();
+        for (port, value) in [(0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 1), (0x21, 0xfe)] {
+            bus.pio_write(port, &[value]);
+        }
+        let before = pc.save().unwrap();
+        pc.pic.set_level(0, true);
+        let between = pc.save().unwrap();
+        let acknowledge = |state: &PcState| {
+            let (other, ..) = self::pc();
+            other.restore(state).unwrap();
+            let cpu = other.local_apic(0).unwrap();
+            let first = cpu.acknowledge();
+            // End of interrupt; and the next one.
+            other.vcpu_bus(0).unwrap().pio_write(0x20, &[0x20]);
+            other.pic.set_level(0, true);
+            (first, cpu.acknowledge())
+        };
+        assert_eq!(acknowledge(&between), (Some(0x30), Some(0x30)));
+        let late = PcState { lapics: between.lapics.clone(), ..before };
+        assert_eq!(acknowledge(&late), (None, Some(0x30)));
     }
 
     /// A guest can do what it wants to any register: nothing panics, nothing hangs.

@@ -328,8 +328,17 @@ impl Pic {
     /// It is none a chip can be in.
     pub fn restore(&self, state: &PicState) -> Result<(), StateError> {
         state.check()?;
-        self.change(|live| *live = *state);
+        self.change(|live| {
+            *live = *state;
+            // The timer interrupts by pulses. Where it was saved within one, the next would be no edge.
+            live.chips[0].lines &= !1;
+        });
         Ok(())
+    }
+
+    /// Tells the CPU of the output again.
+    pub fn tell(&self) {
+        self.change(|_| ());
     }
 }
 
