@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::time::Duration;
+
 use common::{Code, Kernel, Session, engine, tightrope};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -77,7 +79,7 @@ fn a_working_guest_moves_between_engines() {
     // The guest's clock stood still; the real-time clock goes by the host's.
     session.send(b"echo clock-$(cat /sys/class/rtc/rtc0/since_epoch)-\n");
     session.expect("clock-1");
-    session.watch(std::time::Duration::from_millis(500));
+    session.watch(Duration::from_millis(500));
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     let seen = session.seen();
     let shown = seen.rsplit("clock-").find_map(|text| text.split('-').next()?.trim().parse::<u64>().ok());
@@ -114,17 +116,29 @@ fn chain(start: Code, again: &[u8]) -> Kernel {
     Kernel::new(code)
 }
 
-/// Each interrupt of a chain comes of the one before: were one lost in a move, there would be no more.
+/// What 192 interrupts of a chain may take, which come within 200 ms.
+const SOON: Duration = Duration::from_secs(20);
+
+/// Each interrupt of a chain comes of the one before: were one lost in a move, there would be no more. `TIGHTROPE_TEST_MOVES` says how often the
+/// VM moves, for whoever looks for what is rarely lost.
 fn goes_on(kernel: &Kernel) {
     let saved = |number: usize| kernel.dir.path().join(format!("saved-{}", number % 2)).display().to_string();
+    let times = std::env::var("TIGHTROPE_TEST_MOVES").ok().map_or(8, |times| times.parse().expect("a number"));
     let turns = engines().into_iter().take(2).cycle();
     let mut restore: Vec<String> = Vec::new();
-    for (number, engine) in turns.enumerate().take(8) {
+    for (number, engine) in turns.enumerate().take(times) {
+        eprintln!("{number}: {engine}");
         let mut command = tightrope(&["run", "--engine", &engine, "--memory", "32M", "--kernel", &kernel.path]);
         command.args(["--save-to", &saved(number)]).args(&restore);
         let mut session = Session::start(command);
-        session.expect("...");
-        kill_process(Pid::from_raw(session.id()).expect("a process"), Signal::USR2).expect("kill");
+        let process = Pid::from_raw(session.id()).expect("a process");
+        if let Err(why) = session.look_for(&["..."], SOON) {
+            // It says what it has done, and where its vCPU stands.
+            let _ = kill_process(process, Signal::USR1);
+            session.watch(Duration::from_secs(5));
+            panic!("after {number} moves no interrupt comes any more: {why}; {}", session.all_seen());
+        }
+        kill_process(process, Signal::USR2).expect("kill");
         let done = session.finish();
         assert_eq!(done.code(), Some(0), "{}\n{}", done.out, done.err);
         restore = vec!["--restore".into(), saved(number)];

@@ -189,7 +189,7 @@ impl Vm {
             network: network.is_some(),
             uring: config.disks.iter().any(|disk| disk.io == disk::Io::Uring),
             instance: config.instance.is_some(),
-            programs: Vec::new(),
+            traced: Vec::new(),
         };
         signals::restore_terminal_when_fatal();
         // Other processes can have RAM only where it is a file, whose pages are small on most hosts.
@@ -261,7 +261,7 @@ impl Vm {
         if let Some(null) = null {
             rustix::stdio::dup2_stderr(null).map_err(|error| host(error.into()))?;
         }
-        let needs = Needs { programs: vm.cpus.processes(), ..needs };
+        let needs = Needs { traced: vm.cpus.processes(), ..needs };
         sandbox::close(config.sandbox, needs)?;
         Ok(vm)
     }
@@ -527,8 +527,10 @@ impl Vm {
         for thread in &mut self.cpus.threads {
             thread.request_stop();
         }
+        // Ten times a second, not ten seconds: the host itself may have stood still for that long.
+        let mut silent = 0;
         while self.cpus.threads.iter().any(VcpuThread::running) {
-            match self.inbox.recv_timeout(Duration::from_secs(10)) {
+            match self.inbox.recv_timeout(Duration::from_secs(1)) {
                 Ok(Event::VcpuExit(index, exit)) => {
                     let asked = self.cpus.threads.get_mut(index as usize).is_some_and(|thread| thread.exited(&exit));
                     if asked {
@@ -538,6 +540,7 @@ impl Vm {
                     }
                 }
                 Ok(event) => self.deferred.push_back(event),
+                Err(RecvTimeoutError::Timeout) if silent < 10 => silent += 1,
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                     terminal::message("tightrope: a vCPU does not stop; leaving it");
                     break;

@@ -10,6 +10,11 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use patience::{Patience, STEP};
+
+#[path = "patience.rs"]
+mod patience;
+
 /// A limit no test comes near when all is well.
 pub const LIMIT: Duration = Duration::from_secs(120);
 
@@ -153,27 +158,40 @@ impl Session {
 
     /// Waits for one of several texts, and says which came first.
     pub fn expect_one_of(&mut self, texts: &[&str], limit: Duration) -> usize {
-        let deadline = Instant::now() + patient(limit);
+        self.look_for(texts, limit).unwrap_or_else(|why| {
+            let _ = self.child.kill();
+            panic!("{why}; {}", self.all_seen())
+        })
+    }
+
+    /// Waits for one of several texts, and says which came first, or what happened instead.
+    pub fn look_for(&mut self, texts: &[&str], limit: Duration) -> Result<usize, String> {
+        let mut patience = Patience::new(patient(limit));
         loop {
             let place = |text: &str| self.seen[self.searched..].windows(text.len()).position(|w| w == text.as_bytes());
             let found = texts.iter().enumerate().filter_map(|(i, text)| Some((place(text)? + text.len(), i))).min();
             if let Some((end, which)) = found {
                 self.searched += end;
-                return which;
+                return Ok(which);
             }
-            match self.out.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            let lasts = patience.lasts();
+            match self.out.recv_timeout(if lasts { STEP } else { Duration::ZERO }) {
                 Ok(bytes) => self.seen.extend(bytes),
-                Err(why) => {
-                    let what = if why == RecvTimeoutError::Timeout { "in time" } else { "before the end" };
-                    let _ = self.child.kill();
-                    panic!(
-                        "{texts:?} did not come {what}; output: {}\nerrors: {}",
-                        String::from_utf8_lossy(&self.seen),
-                        String::from_utf8_lossy(&self.err.iter().flatten().collect::<Vec<u8>>())
-                    );
-                }
+                Err(RecvTimeoutError::Timeout) if lasts => {}
+                Err(RecvTimeoutError::Timeout) => return Err(format!("{texts:?} did not come in time")),
+                Err(RecvTimeoutError::Disconnected) => return Err(format!("{texts:?} did not come before the end")),
             }
         }
+    }
+
+    /// All output so far, and what came on standard error.
+    pub fn all_seen(&mut self) -> String {
+        let errors: Vec<u8> = if self.child.try_wait().is_ok_and(|ended| ended.is_none()) {
+            self.err.try_iter().flatten().collect()
+        } else {
+            self.err.iter().flatten().collect()
+        };
+        format!("output: {}\nerrors: {}", String::from_utf8_lossy(&self.seen), String::from_utf8_lossy(&errors))
     }
 
     /// The end of what came so far.
@@ -184,14 +202,15 @@ impl Session {
     /// Waits for the end of the process.
     pub fn finish(mut self) -> Finished {
         self.child.stdin = None;
-        let deadline = Instant::now() + patient(LIMIT);
+        let mut patience = Patience::new(patient(LIMIT));
         let status = loop {
             if let Some(status) = self.child.try_wait().expect("wait") {
                 break status;
             }
-            if Instant::now() > deadline {
+            if !patience.lasts() {
+                self.seen.extend(self.out.try_iter().flatten());
                 let _ = self.child.kill();
-                panic!("no end; output: {}", String::from_utf8_lossy(&self.seen));
+                panic!("no end; {}", self.all_seen());
             }
             std::thread::sleep(Duration::from_millis(5));
         };
@@ -415,9 +434,9 @@ impl Drop for Vm {
 
 /// Waits until `condition` holds.
 pub fn wait(what: &str, condition: impl Fn() -> bool) {
-    let end = Instant::now() + patient(LIMIT);
+    let mut patience = Patience::new(patient(LIMIT));
     while !condition() {
-        assert!(Instant::now() < end, "{what} did not come about");
+        assert!(patience.lasts(), "{what} did not come about");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
