@@ -96,13 +96,19 @@ fn space_of(state: &CpuState) -> u64 {
 }
 
 impl Direct {
-    /// Starts the process; to be called on the vCPU's thread. `None`: the host does not let it, or RAM is not shared.
-    pub fn new(ram: &GuestRam) -> Option<Box<Self>> {
-        let mut runner = Runner::start(ram.file()?).ok()?;
+    /// Starts the process. `None`: the host does not let it, or RAM is not shared.
+    pub fn start(ram: &GuestRam) -> Option<Box<Self>> {
+        Self::new(Runner::start(ram.file()?).ok()?)
+    }
+
+    /// With a process that has been started, whatever it has mapped. `None`: it is of no use.
+    pub fn new(mut runner: Runner) -> Option<Box<Self>> {
+        runner.watch(&[]).ok()?.then_some(())?;
+        runner.clear().ok()?;
         let mut switch = Duration::MAX;
         for _ in 0..16 {
             let start = std::time::Instant::now();
-            runner.change(&[runner::Change::Unmap { address: 0, length: 4096 }]).ok()?;
+            runner.follow().ok()?.then_some(())?;
             switch = switch.min(start.elapsed());
         }
         Some(Box::new(Self {
@@ -251,28 +257,29 @@ impl Direct {
         if let Some(address) = self.awaited.take() {
             self.space.fault(&view, address, state.rip, address & !0xfff == state.rip & !0xfff);
         }
-        // The page of the process's own must not hide one of the program's.
-        if cpu::paging::probe(ram, &view.context, STUB, cpu::paging::Access::new(cpu::paging::Kind::Read, true)).is_ok()
-        {
+        // What the process has of its own must not hide a page of the program's.
+        if !tables::is_free(ram, &view.context, STUB) {
             return Ok(false);
         }
         self.make_changes()
     }
 
-    /// Carries the space's changes out. `Ok(false)`: the host refuses.
+    /// Puts the space's changes before what the program does next. `Ok(false)`: the host refuses.
     pub fn make_changes(&mut self) -> Result<bool, String> {
         let changes = self.space.take_changes();
         if let Some(addresses) = self.space.take_watched()
-            && !self.runner.watch(&addresses)
+            && !self.runner.watch(&addresses)?
         {
             self.clear()?;
             return Ok(false);
         }
-        if changes.is_empty() || self.runner.change(&changes)? {
-            return Ok(true);
-        }
-        self.clear()?;
-        Ok(false)
+        self.runner.change(&changes)?;
+        Ok(true)
+    }
+
+    /// The host has refused a change: the process is empty now.
+    pub fn start_over(&mut self) -> Result<(), String> {
+        self.clear()
     }
 
     fn clear(&mut self) -> Result<(), String> {

@@ -41,6 +41,8 @@ pub struct Shared {
     epoch: AtomicU64,
     generation: AtomicU64,
     parking: Option<Parking>,
+    /// Processes of vCPUs of before a reset, for those that come after it.
+    runners: Mutex<Vec<runner::Runner>>,
 }
 
 impl Shared {
@@ -59,7 +61,16 @@ impl Shared {
             has_hits: AtomicBool::new(false),
             epoch: AtomicU64::new(0),
             generation: AtomicU64::new(0),
+            runners: Mutex::new(Vec::new()),
         })
+    }
+
+    fn give_runner(&self, runner: runner::Runner) {
+        self.runners.lock().unwrap_or_else(PoisonError::into_inner).push(runner);
+    }
+
+    fn take_runner(&self) -> Option<runner::Runner> {
+        self.runners.lock().unwrap_or_else(PoisonError::into_inner).pop()
     }
 
     fn cache(&self) -> MutexGuard<'_, Cache> {

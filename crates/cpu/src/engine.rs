@@ -107,7 +107,7 @@ pub struct VcpuSetup {
 /// One virtual CPU.
 pub trait Vcpu: Send {
     /// To be called once, on the thread that will run the vCPU, while the process may still start others. Returns the numbers of the
-    /// processes that it has started: this thread will trace them (ptrace(2)).
+    /// processes that it has started.
     fn attach_thread(&mut self) -> Vec<u32> {
         Vec::new()
     }

@@ -1,30 +1,47 @@
 //! Direct execution: a guest program's code runs as it is on the CPU, in a host process of its own whose memory is what the program can reach.
 //!
-//! * [`Runner`]: the process. The vCPU's thread traces it (ptrace(2)): it starts it with a set of registers and waits until it stops.
+//! * [`Runner`]: the process. A vCPU's thread gives it a set of registers, lets it go on, and waits until it stops.
 //! * [`Change`]: what is to be mapped in it, or no longer.
 //! * [`scan`]: which pages must not be executed, because they hold instructions that would tell of the host.
 //!
-//! What keeps a hostile program inside: the process has no memory but pages of the guest's RAM that the program may reach, and one page of
-//! ours that it can only read. Every system call stops it before the kernel does anything (`PTRACE_SYSEMU`); a seccomp filter refuses all but
-//! `mmap` and `munmap` from that one page besides. It dies with the monitor.
+//! How it stops: whatever is not plain computing is a signal to the program's own thread (faults by themselves, system calls by a seccomp filter, calls for
+//! attention by tgkill(2)). The signal's handler, in a *stub* of ours, makes the one system call that the filter hands to the monitor
+//! (seccomp_unotify(2)), and waits in it. The registers are on the stub's signal stack, in memory that both have.
 //!
-//! What the program could tell from a CPU of its own: the page of ours, at an address that programs do not use ([`STUB`]).
+//! What keeps a hostile program inside, who may jump anywhere in the stub and write what the stub writes:
+//! * The process has no memory but pages of the guest's RAM that the program may reach, and the stub.
+//! * Its thread can make system calls from three places only: the monitor's; rt_sigreturn, which gives it registers that it could have
+//!   anyway; and those that change its memory, if they come with a secret number.
+//! * The kernel tells from where the monitor's call comes, and that the thread is inside it: so a program that is said to have stopped has, and what it does when it is
+//!   answered is the stub's code. What it says of its registers is a claim about itself; of what cannot be true nothing is used.
+//! * Only then the list of changes is there, with the secret, and the stub's code wipes it out as it goes. Whoever can come in between by a signal of its own making (a single
+//!   step, signals that are not blocked) stops inside the stub: such a process is ended at once.
+//! * Who has blocked the signal that calls is killed after a second, and loses what it computed. The process dies with the monitor.
+//!
+//! What the program could tell from a CPU of its own: the stub, at an address that programs do not use ([`STUB`]), with the signal stack.
 //!
 //! Not here: which pages, when, and what to do at a stop. That is the engine's.
 
 #![cfg(target_arch = "x86_64")]
 
+mod birth;
+mod frame;
 mod process;
 mod ptrace;
 pub mod scan;
+mod stub;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use cpu::{CpuState, FpState, rflags};
+use cpu::{CpuState, rflags};
 
-use crate::process::{Control, ENTRIES, Process};
-pub use crate::process::{STUB, Signaller};
+use crate::frame::Frame;
+use crate::process::{End, Process};
+pub use crate::process::{LISTENER_REQUESTS, Signaller};
+pub use crate::ptrace::REQUESTS as PTRACE_REQUESTS;
+use crate::stub::Words;
+pub use crate::stub::{STUB, STUB_SIZE};
 
 /// Programs' addresses are below.
 pub const END: u64 = (1 << 47) - 4096;
@@ -75,6 +92,8 @@ pub enum Stop {
     Fault {
         /// Guest-virtual.
         address: u64,
+        /// How it reached for it, if the host tells.
+        access: Option<Access>,
     },
     /// At an instruction that must be done by somebody else: it is not for programs, or raises an exception.
     Instruction,
@@ -84,51 +103,49 @@ pub enum Stop {
     DebugTrap,
     /// Somebody has called for attention. Between two instructions.
     Called,
+    /// Not at all: the host refused one of the [changes](Runner::change). Those after it have not been made, and the registers are as they were.
+    Refused,
+    /// The program has destroyed its process by way of the stub, as none does by mistake: its registers are lost. The runner is of no use any more.
+    Lost,
 }
 
-/// A process that runs a program's code. To be used by the thread that started it only.
+/// What an instruction wanted of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// To read it.
+    Read,
+    /// To write it.
+    Write,
+    /// To execute it.
+    Fetch,
+}
+
+/// A process that runs a program's code, for one thread at a time.
+#[derive(Debug)]
 pub struct Runner {
     process: Process,
-    control: Control,
     /// Registers of the stopped program.
-    registers: libc::user_regs_struct,
-    /// The process has others: it changed its memory meanwhile.
-    away: bool,
-    /// x87, SSE and AVX state that the process has. `None`: not known.
-    fp: Option<Box<FpState>>,
-    /// Room for the kernel's form of that state.
-    area: Vec<u8>,
+    frame: Frame,
+    words: Words,
+    /// The host has refused a change.
+    refused: bool,
+    lost: bool,
 }
 
 impl Runner {
-    /// Starts the process, traced by the calling thread. `ram`: the file that all of the guest's RAM is in.
+    /// Starts the process. `ram`: the file that all of the guest's RAM is in.
     ///
     /// # Errors
     /// One line why there is none.
     pub fn start(ram: BorrowedFd<'_>) -> Result<Self, String> {
         // Asked now: later the sandbox may not let it.
         scan::catches_cpuid();
-        let control = Control::new()?;
-        let process = Process::start(ram, &control)?;
-        let mut runner = Self {
-            process,
-            control,
-            // SAFETY: plain numbers.
-            registers: unsafe { std::mem::zeroed() },
-            away: true,
-            fp: None,
-            area: Vec::new(),
-        };
-        runner.registers = ptrace::registers(runner.process.pid)?;
-        runner.area = ptrace::extended(runner.process.pid)?;
+        let process = Process::start(ram)?;
+        let words = process.stub.words();
+        let frame = Frame::read(&process.stub, words.context).ok_or("a program's process has no signal stack")?;
+        let mut runner = Self { process, frame, words, refused: false, lost: false };
         runner.clear()?;
-        // Hosts that only look like Linux may not stop before system calls.
-        runner.registers.rip = process::STUB_CALL;
-        runner.away = true;
-        match runner.run()? {
-            Stop::SystemCall => Ok(runner),
-            other => Err(format!("a program's process is not stopped before a system call: {other:?}")),
-        }
+        Ok(runner)
     }
 
     /// Number of the process.
@@ -155,33 +172,16 @@ impl Runner {
     }
 
     /// Gives the program its registers, from `state`.
-    ///
-    /// # Errors
-    /// The process has gone.
-    pub fn load(&mut self, state: &CpuState) -> Result<(), String> {
+    pub fn load(&mut self, state: &CpuState) {
         let g = &state.gpr;
-        let to = &mut self.registers;
-        [to.rax, to.rcx, to.rdx, to.rbx, to.rsp, to.rbp, to.rsi, to.rdi] =
-            [g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]];
-        [to.r8, to.r9, to.r10, to.r11, to.r12, to.r13, to.r14, to.r15] =
-            [g[8], g[9], g[10], g[11], g[12], g[13], g[14], g[15]];
-        to.rip = state.rip;
-        to.eflags = state.rflags & (rflags::ARITH | rflags::DF) | rflags::IF | rflags::FIXED;
-        // No system call that the kernel might want to start again.
-        to.orig_rax = u64::MAX;
-        to.fs_base = state.segments[4].base;
-        to.gs_base = state.segments[5].base;
-        self.away = true;
-        if self.fp.as_ref().is_none_or(|fp| fp.bytes != state.fp.bytes) {
-            self.area[..416].copy_from_slice(&state.fp.bytes[..416]);
-            self.area[464..576].fill(0);
-            self.area[FpState::XSTATE_BV] = 7;
-            self.area[576..832].copy_from_slice(&state.fp.bytes[576..832]);
-            self.area[832..].fill(0);
-            ptrace::set_extended(self.process.pid, &self.area)?;
-            self.fp = Some(Box::new(state.fp.clone()));
-        }
-        Ok(())
+        let frame = &mut self.frame;
+        frame.general =
+            [g[8], g[9], g[10], g[11], g[12], g[13], g[14], g[15], g[7], g[6], g[5], g[3], g[2], g[0], g[1]];
+        (frame.rsp, frame.rip) = (g[4], state.rip);
+        frame.rflags = state.rflags & (rflags::ARITH | rflags::DF) | rflags::IF | rflags::FIXED;
+        self.words.fs_base = state.segments[4].base;
+        self.words.gs_base = state.segments[5].base;
+        frame.write_fp(&self.process.stub, &state.fp);
     }
 
     /// Runs the program until it stops.
@@ -189,113 +189,156 @@ impl Runner {
     /// # Errors
     /// The process has gone.
     pub fn run(&mut self) -> Result<Stop, String> {
-        if std::mem::take(&mut self.away) {
-            ptrace::set_registers(self.process.pid, &self.registers)?;
+        let process = &mut self.process;
+        if self.lost {
+            return Ok(Stop::Lost);
         }
-        self.process.resume(ptrace::SYSEMU)?;
-        let status = self.process.wait()?;
-        self.fp = None;
-        self.registers = ptrace::registers(self.process.pid)?;
-        let registers = &mut self.registers;
-        // Faults leave it set, and watched instructions would not stop where the program goes on.
-        registers.eflags &= !rflags::RF;
-        match libc::WSTOPSIG(status) {
-            process::CALL => return Ok(Stop::Called),
-            ptrace::SYSTEM_CALL => {
-                registers.rip = registers.rip.wrapping_sub(2);
-                registers.rax = registers.orig_rax;
-                registers.orig_rax = u64::MAX;
-                self.away = true;
-                return Ok(Stop::SystemCall);
+        if std::mem::take(&mut self.refused) {
+            process.forget_changes();
+            return Ok(Stop::Refused);
+        }
+        self.frame.write(&process.stub, birth::blocked());
+        let selectors = u64::from(self.words.selectors != 0);
+        process.stub.set_words(Words { context: self.frame.address(), selectors, stay: 0, failed: 0, ..self.words });
+        process.go_on();
+        let result = process.wait();
+        process.signaller.answered();
+        if let Err(end) = result {
+            return self.ended(end);
+        }
+        let words = self.process.stub.words();
+        if words.failed != 0 {
+            return Ok(Stop::Refused);
+        }
+        let canonical = |address: u64| (address as i64) << 16 >> 16 == address as i64;
+        let frame = Frame::read(&self.process.stub, words.context);
+        match frame {
+            Some(frame)
+                if [frame.rip, words.fs_base, words.gs_base].into_iter().all(canonical)
+                    && !(STUB..STUB + STUB_SIZE).contains(&frame.rip) =>
+            {
+                (self.frame, self.words) = (frame, words);
+                Ok(self.stop())
             }
-            libc::SIGSEGV | libc::SIGBUS => {
-                let info = ptrace::signal(self.process.pid)?;
-                // SEGV_MAPERR and SEGV_ACCERR: of the kernel's page-fault handler.
-                if info.si_signo == libc::SIGSEGV && matches!(info.si_code, 1 | 2) {
-                    // SAFETY: a signal that says so has the address.
-                    let address = unsafe { info.si_addr() } as u64;
-                    return Ok(Stop::Fault { address });
+            _ => self.ended(End::ByProgram),
+        }
+    }
+
+    fn ended<T: WhenLost>(&mut self, end: End) -> Result<T, String> {
+        self.lost = true;
+        match end {
+            End::ByProgram => Ok(T::LOST),
+            End::ByHost(why) => Err(why),
+        }
+    }
+
+    /// What the last stop was for. Brings RIP and RSP to where the instruction begins.
+    fn stop(&mut self) -> Stop {
+        let frame = &mut self.frame;
+        // Faults leave it set, and watched instructions would not stop where the program goes on.
+        frame.rflags &= !rflags::RF;
+        match self.words.signal as i32 {
+            birth::CALL => return Stop::Called,
+            libc::SIGSYS => {
+                const VSYSCALLS: u64 = 0xffff_ffff_ff60_0000;
+                if frame.info < VSYSCALLS {
+                    frame.rip = frame.rip.wrapping_sub(2);
+                    return Stop::SystemCall;
                 }
+                // The filter refused a call of the vsyscall page, and the kernel has made it return: back to before it.
+                frame.rip = frame.info;
+                frame.rsp = frame.rsp.wrapping_sub(8);
+            }
+            // SEGV_MAPERR and SEGV_ACCERR: of the kernel's page-fault handler.
+            libc::SIGSEGV if matches!(frame.code, 1 | 2) => {
+                const PAGE_FAULT: u64 = 14;
+                let access = (frame.trap == PAGE_FAULT && frame.cr2 == frame.info).then_some(match frame.error {
+                    error if error & 1 << 4 != 0 => Access::Fetch,
+                    error if error & 1 << 1 != 0 => Access::Write,
+                    _ => Access::Read,
+                });
+                return Stop::Fault { address: frame.info, access };
             }
             libc::SIGTRAP => {
                 const TRAP_HWBKPT: i32 = 4;
                 const SI_KERNEL: i32 = 0x80;
-                match ptrace::signal(self.process.pid)?.si_code {
+                match frame.code {
                     TRAP_HWBKPT => {}
-                    SI_KERNEL => return Ok(Stop::Breakpoint),
-                    _ => return Ok(Stop::DebugTrap),
+                    SI_KERNEL => return Stop::Breakpoint,
+                    _ => return Stop::DebugTrap,
                 }
-            }
-            libc::SIGSYS => {
-                // The filter refused a call of the vsyscall page, and the kernel has made it return (with the call's number in RAX, which the
-                // call would have replaced, too): back to before it.
-                let info = ptrace::signal(self.process.pid)?;
-                // SAFETY: SIGSYS has the address of the call there (sigaction(2), si_call_addr).
-                registers.rip = unsafe { (&raw const info).cast::<u64>().add(2).read() };
-                registers.rsp = registers.rsp.wrapping_sub(8);
-                self.away = true;
             }
             _ => {}
         }
-        Ok(Stop::Instruction)
+        Stop::Instruction
     }
 
     /// RIP of the stopped program.
     pub fn rip(&self) -> u64 {
-        self.registers.rip
+        self.frame.rip
+    }
+
+    /// Selectors that the stopped program has in ES, CS, SS, DS, FS and GS.
+    pub fn selectors(&self) -> [u16; 6] {
+        let [cs, ss] = self.frame.selectors;
+        let [ds, es, fs, gs] = [0, 16, 32, 48].map(|bit| (self.words.selectors >> bit) as u16);
+        [es, cs, ss, ds, fs, gs]
     }
 
     /// Puts the stopped program's registers into `state`.
+    pub fn store(&self, state: &mut CpuState) {
+        let frame = &self.frame;
+        let [r8, r9, r10, r11, r12, r13, r14, r15, rdi, rsi, rbp, rbx, rdx, rax, rcx] = frame.general;
+        state.gpr = [rax, rcx, rdx, rbx, frame.rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15];
+        state.rip = frame.rip;
+        let program = rflags::ARITH | rflags::DF | rflags::AC | rflags::ID | rflags::NT | rflags::TF;
+        state.rflags = state.rflags & !program | frame.rflags & program;
+        state.segments[4].base = self.words.fs_base;
+        state.segments[5].base = self.words.gs_base;
+        frame.read_fp(&self.process.stub, &mut state.fp);
+    }
+
+    /// Changes the process's memory, before the program runs next: see [`Stop::Refused`].
     ///
     /// # Errors
     /// The process has gone.
-    pub fn store(&mut self, state: &mut CpuState) -> Result<(), String> {
-        let r = &self.registers;
-        state.gpr = [
-            r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14,
-            r.r15,
-        ];
-        state.rip = r.rip;
-        let program = rflags::ARITH | rflags::DF | rflags::AC | rflags::ID | rflags::NT | rflags::TF;
-        state.rflags = state.rflags & !program | r.eflags & program;
-        state.segments[4].base = r.fs_base;
-        state.segments[5].base = r.gs_base;
-        if self.fp.is_none() {
-            ptrace::get_extended(self.process.pid, &mut self.area)?;
-            let bytes = &mut state.fp.bytes;
-            bytes[..8].copy_from_slice(&self.area[..8]);
-            // The instruction and data pointers, as everywhere else.
-            bytes[8..24].fill(0);
-            bytes[24..28].copy_from_slice(&self.area[24..28]);
-            bytes[32..416].copy_from_slice(&self.area[32..416]);
-            bytes[FpState::XSTATE_BV] = 7;
-            bytes[576..832].copy_from_slice(&self.area[576..832]);
-            self.fp = Some(Box::new(state.fp.clone()));
+    pub fn change(&mut self, changes: &[Change]) -> Result<(), String> {
+        for change in changes {
+            if !self.process.add(change) {
+                self.refused |= !self.follow()?;
+                self.process.add(change);
+            }
         }
         Ok(())
     }
 
-    /// Changes the process's memory. `Ok(false)`: the host refuses one of the changes, and all after it have not been made.
+    /// Makes the changes now. `Ok(false)`: the host refuses one.
     ///
     /// # Errors
     /// The process has gone.
-    pub fn change(&mut self, changes: &[Change]) -> Result<bool, String> {
-        for part in changes.chunks(ENTRIES) {
-            self.control.write(part, self.process.ram);
-            self.away = true;
-            let done = self.process.follow();
-            self.control.clear(part.len());
-            if !done? {
-                return Ok(false);
-            }
+    pub fn follow(&mut self) -> Result<bool, String> {
+        if self.lost {
+            return Ok(true);
         }
-        Ok(true)
+        match self.process.follow() {
+            Ok(done) => Ok(done && !std::mem::take(&mut self.refused)),
+            Err(end) => self.ended(end),
+        }
     }
 
-    /// From now on the program stops before the instructions at these addresses, [`WATCHED`] at most, with [`Stop::Instruction`]. `false`: the host
+    /// From now on the program stops before the instructions at these addresses, [`WATCHED`] at most, with [`Stop::Instruction`]. `Ok(false)`: the host
     /// refuses.
-    pub fn watch(&mut self, addresses: &[u64]) -> bool {
-        ptrace::watch(self.process.pid, addresses).is_ok()
+    ///
+    /// # Errors
+    /// The process has gone.
+    pub fn watch(&mut self, addresses: &[u64]) -> Result<bool, String> {
+        if self.lost {
+            return Ok(true);
+        }
+        match self.process.watch(addresses) {
+            Ok(done) => Ok(done),
+            Err(end) => self.ended(end),
+        }
     }
 
     /// Takes all memory away.
@@ -305,13 +348,27 @@ impl Runner {
     pub fn clear(&mut self) -> Result<(), String> {
         let all = [
             Change::Unmap { address: 0, length: STUB },
-            Change::Unmap { address: STUB + 4096, length: END - STUB - 4096 },
+            Change::Unmap { address: STUB + STUB_SIZE, length: END - STUB - STUB_SIZE },
         ];
-        match self.change(&all)? {
+        self.change(&all)?;
+        match self.follow()? {
             true => Ok(()),
             false => Err("the host does not take back a process's memory".into()),
         }
     }
+}
+
+/// What is answered when the program has destroyed its process: the next [`Runner::run`] says so.
+trait WhenLost {
+    const LOST: Self;
+}
+
+impl WhenLost for Stop {
+    const LOST: Self = Self::Lost;
+}
+
+impl WhenLost for bool {
+    const LOST: Self = true;
 }
 
 #[cfg(test)]

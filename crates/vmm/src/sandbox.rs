@@ -41,8 +41,8 @@ pub(crate) struct Needs {
     pub uring: bool,
     /// Other commands find this VM: they connect, and the guest's connections have Unix sockets at the host's end.
     pub instance: bool,
-    /// Processes that guest programs run in, traced by vCPUs' threads.
-    pub traced: Vec<u32>,
+    /// Processes that guest programs run in.
+    pub programs: Vec<u32>,
 }
 
 fn host(what: &str) -> impl FnOnce(std::io::Error) -> Error {
@@ -125,8 +125,6 @@ pub(crate) fn close(mode: SandboxMode, needs: Needs) -> Result<(), Error> {
 
 /// System calls that this process is told do not exist, instead of being killed for trying.
 const ABSENT: [i64; 3] = [libc::SYS_clone3, libc::SYS_statx, libc::SYS_newfstatat];
-
-const PTRACE_SYSEMU: u32 = 31;
 
 /// The allow-list.
 fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<Rule>>, seccompiler::BackendError> {
@@ -212,24 +210,23 @@ fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<Rule>>, seccompiler::Backen
     let thread = (libc::CLONE_THREAD | libc::CLONE_VM | libc::CLONE_SIGHAND) as u64;
     rules.insert(libc::SYS_clone, vec![masked(0, thread, thread)?]);
     let pid = u64::from(std::process::id());
-    let traced: Vec<u64> = needs.traced.iter().copied().map(u64::from).collect();
-    rules.insert(libc::SYS_tgkill, one_of(0, &[&[pid][..], &traced].concat())?);
-    if !traced.is_empty() {
-        // Running the programs in them; reading and writing their registers. None starts or attaches to another.
-        let requests = [
-            libc::PTRACE_CONT,
-            PTRACE_SYSEMU,
-            libc::PTRACE_GETREGS,
-            libc::PTRACE_SETREGS,
-            libc::PTRACE_GETREGSET,
-            libc::PTRACE_SETREGSET,
-            libc::PTRACE_GETSIGINFO,
-            libc::PTRACE_POKEUSER,
-        ];
-        rules.insert(libc::SYS_ptrace, one_of(0, &requests.map(u64::from))?);
-        rules.insert(libc::SYS_wait4, one_of(0, &traced)?);
+    let programs: Vec<u64> = needs.programs.iter().copied().map(u64::from).collect();
+    rules.insert(libc::SYS_tgkill, one_of(0, &[&[pid][..], &programs].concat())?);
+    if !programs.is_empty() {
+        // Setting the debug registers of these processes. None is started, nor is the memory of another read.
+        let mut allowed = Vec::new();
+        for request in runner::PTRACE_REQUESTS {
+            for &program in &programs {
+                allowed.push(Rule::new(vec![
+                    Condition::new(0, Len::Dword, Op::Eq, request)?,
+                    Condition::new(1, Len::Dword, Op::Eq, program)?,
+                ])?);
+            }
+        }
+        rules.insert(libc::SYS_ptrace, allowed);
+        rules.insert(libc::SYS_wait4, one_of(0, &programs)?);
         // On the core that their vCPU's thread is on.
-        rules.insert(libc::SYS_sched_setaffinity, one_of(0, &[&[0][..], &traced].concat())?);
+        rules.insert(libc::SYS_sched_setaffinity, one_of(0, &[&[0][..], &programs].concat())?);
     }
     rules.insert(libc::SYS_kill, vec![equals(0, pid)?]);
     // A thread's name, and how exact its timers are: threads that have just been started set them.
@@ -253,6 +250,10 @@ fn allowed(needs: Needs) -> Result<BTreeMap<i64, Vec<Rule>>, seccompiler::Backen
         libc::TIOCGWINSZ,
         libc::FIONBIO,
     ];
+    if !programs.is_empty() {
+        // Hearing of their stops, and answering.
+        requests.extend(runner::LISTENER_REQUESTS);
+    }
     if needs.kvm {
         // None of them makes a VM, a vCPU or a device, adds memory or switches a capability on.
         requests.extend(kvm::after_start());
@@ -364,7 +365,7 @@ mod tests {
                 network: false,
                 uring: deed == "uring",
                 instance: false,
-                traced: Vec::new(),
+                programs: Vec::new(),
             },
         )
         .unwrap();

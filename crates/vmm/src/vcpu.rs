@@ -25,7 +25,7 @@ pub(crate) struct VcpuThread {
     running: bool,
     stop_requested: bool,
     thread: Option<JoinHandle<()>>,
-    /// Processes that the thread traces.
+    /// Processes that guest programs run in.
     processes: Vec<u32>,
 }
 
@@ -58,7 +58,7 @@ impl VcpuThread {
         Ok(Self { index, commands, stop, running: false, stop_requested: false, thread, processes })
     }
 
-    /// Numbers of the processes that the thread traces.
+    /// Numbers of the processes that guest programs run in.
     pub(crate) fn processes(&self) -> &[u32] {
         &self.processes
     }

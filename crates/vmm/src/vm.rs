@@ -189,7 +189,7 @@ impl Vm {
             network: network.is_some(),
             uring: config.disks.iter().any(|disk| disk.io == disk::Io::Uring),
             instance: config.instance.is_some(),
-            traced: Vec::new(),
+            programs: Vec::new(),
         };
         signals::restore_terminal_when_fatal();
         // Other processes can have RAM only where it is a file, whose pages are small on most hosts.
@@ -261,7 +261,7 @@ impl Vm {
         if let Some(null) = null {
             rustix::stdio::dup2_stderr(null).map_err(|error| host(error.into()))?;
         }
-        let needs = Needs { traced: vm.cpus.processes(), ..needs };
+        let needs = Needs { programs: vm.cpus.processes(), ..needs };
         sandbox::close(config.sandbox, needs)?;
         Ok(vm)
     }

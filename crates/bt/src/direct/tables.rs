@@ -15,6 +15,27 @@ pub const REGION: u64 = 2 << 20;
 const ADDRESS: u64 = ((1 << PHYSICAL_BITS) - 1) & !0xfff;
 const RESERVED: u64 = 0x000f_ffff_ffff_f000 & !ADDRESS;
 
+/// Is nothing mapped in the region of `address`, nor could be without a change of a table above it?
+pub fn is_free(ram: &GuestRam, context: &PagingContext, address: u64) -> bool {
+    if context.cr0 & cr0::PG == 0 || context.efer & efer::LMA == 0 {
+        return false;
+    }
+    let mut table = context.cr3 & ADDRESS;
+    for level in [4, 3, 2] {
+        let shift = 12 + 9 * (level - 1);
+        let Some(entry) = ram.atomic_u64(table + ((address >> shift) & 0x1ff) * 8) else { return false };
+        let entry = entry.load(Ordering::Acquire);
+        if entry & pte::P == 0 {
+            return true;
+        }
+        if entry & pte::PS != 0 {
+            return false;
+        }
+        table = entry & ADDRESS;
+    }
+    false
+}
+
 /// A page that the program may read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Page {
@@ -145,6 +166,10 @@ mod tests {
         assert!(large.is_large());
         assert_eq!(large.page(5), Some(Page { gpa: 0x60_5000, executable: false, ..all }));
         assert_eq!(Region::new(&ram, &context, 0x40_0000).page(0), None);
+        for (address, free) in [(0, false), (0x20_0000, false), (0x40_0000, true), (0x4000_0000, true), (1 << 40, true)]
+        {
+            assert_eq!(is_free(&ram, &context, address), free, "{address:#x}");
+        }
         // What a table above takes away is gone for all below it.
         put(0x2000, 0x3000 | ALL & !pte::W | pte::NX);
         assert_eq!(Region::new(&ram, &context, 0).page(0), Some(Page { writable: false, executable: false, ..all }));

@@ -164,3 +164,13 @@ impl Vcpu for BtVcpu {
         out
     }
 }
+
+impl Drop for BtVcpu {
+    fn drop(&mut self) {
+        if let Some(mut direct) = self.direct.take() {
+            direct.leave();
+            // A program may not run in it for the next vCPU before everything has been taken away.
+            self.shared.give_runner(direct.runner);
+        }
+    }
+}

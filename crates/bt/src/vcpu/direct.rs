@@ -3,24 +3,50 @@
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use cpu::Exit;
+use cpu::CpuState;
 use cpu::paging::{self, Access as PageAccess, Kind, PagingContext};
-use runner::Stop;
+use cpu::{Exception, Exit};
+use runner::{Access, Stop};
 
 use super::{BtVcpu, Next};
 use crate::direct::Direct;
 use crate::direct::space::{Answer, View};
 
+/// What comes after a program has stopped.
+enum After {
+    Next(Next),
+    /// The interpreter does the instruction.
+    Interpret,
+    /// It has done what raises this.
+    Raise(Exception),
+    /// There is no more direct execution.
+    Lost,
+}
+
 impl BtVcpu {
-    /// Starts the process that programs run in. On the vCPU's thread.
+    /// Starts the process that programs run in; returns its number.
     pub(super) fn start_direct(&mut self) -> Option<u32> {
-        let mut direct = Direct::new(&self.shared.ram)?;
-        direct.at_once = self.direct_at_once;
+        let direct = Direct::start(&self.shared.ram)?;
         let pid = direct.runner.pid();
-        self.handle.set_signaller(direct.runner.signaller());
-        self.interp.add_process(pid);
-        self.direct = Some(direct);
+        self.adopt(direct);
         u32::try_from(pid).ok()
+    }
+
+    /// Takes the process over that a vCPU of before a reset has left.
+    fn inherit_direct(&mut self) {
+        if self.direct.is_none()
+            && self.direct_wanted
+            && let Some(direct) = self.shared.take_runner().and_then(Direct::new)
+        {
+            self.adopt(direct);
+        }
+    }
+
+    fn adopt(&mut self, mut direct: Box<Direct>) {
+        direct.at_once = self.direct_at_once;
+        self.handle.set_signaller(direct.runner.signaller());
+        self.interp.add_process(direct.runner.pid());
+        self.direct = Some(direct);
     }
 
     /// Does the program run directly, if it is the program's turn?
@@ -44,6 +70,7 @@ impl BtVcpu {
     /// Programs have had the CPU for some time, since `entries` stood at `since`: chooses direct execution if it may pay.
     #[cold]
     pub(super) fn consider_direct(&mut self, since: u32) {
+        self.inherit_direct();
         let block = self.block();
         let Some(direct) = &mut self.direct else { return };
         direct.consider(&block.state, block.entries.wrapping_sub(since));
@@ -58,24 +85,33 @@ impl BtVcpu {
         let Some(mut direct) = self.direct.take() else { return Next::Run };
         let result = self.run_in(&mut direct);
         self.handle.set_inside(false);
+        if matches!(result, Ok(After::Lost)) {
+            // The program has made its own registers unknown: it begins again where it was entered, and nothing runs directly any more.
+            direct.leave();
+            self.direct_wanted = false;
+            return Next::Run;
+        }
         self.direct = Some(direct);
         match result {
-            Ok(Some(next)) => next,
+            Ok(After::Next(next)) => next,
+            Ok(After::Raise(exception)) => match self.interp.deliver_exception(&mut self.block().state, exception) {
+                Ok(()) => Next::Events,
+                Err(_) => Next::Leave(Exit::TripleFault),
+            },
             // One instruction of the program that is not for it alone.
-            Ok(None) => self.interpret(true),
+            Ok(After::Interpret | After::Lost) => self.interpret(true),
             Err(why) => Next::Leave(Exit::Internal(why)),
         }
     }
 
-    /// `Ok(None)`: the interpreter is to go on.
-    fn run_in(&mut self, direct: &mut Direct) -> Result<Option<Next>, String> {
+    fn run_in(&mut self, direct: &mut Direct) -> Result<After, String> {
         let shared = self.shared.clone();
         if !Direct::possible(&self.block().state) || !direct.prepare(&shared.ram, &self.block().state)? {
             direct.refuse();
-            return Ok(Some(Next::Run));
+            return Ok(After::Next(Next::Run));
         }
         self.save_x87();
-        direct.runner.load(&self.block().state)?;
+        direct.runner.load(&self.block().state);
         let view = View { ram: &shared.ram, context: PagingContext::new(&self.block().state) };
         let mut trapped = None;
         // There is nothing to be promoted, and the timer would take the core from the process.
@@ -83,7 +119,7 @@ impl BtVcpu {
         let result = loop {
             self.handle.set_inside(true);
             if self.handle.memory.kick_word().load(Ordering::SeqCst) != 0 {
-                break Some(Next::Events);
+                break After::Next(Next::Events);
             }
             let start = Instant::now();
             let stop = direct.runner.run()?;
@@ -92,36 +128,48 @@ impl BtVcpu {
             match stop {
                 Stop::Called => {
                     direct.counters.called += 1;
-                    break Some(Next::Events);
+                    break After::Next(Next::Events);
                 }
                 Stop::SystemCall => {
                     direct.counters.system_calls += 1;
-                    break None;
+                    break After::Interpret;
                 }
                 Stop::Instruction => {
                     direct.counters.instructions += 1;
-                    break None;
+                    break After::Interpret;
                 }
                 Stop::Breakpoint | Stop::DebugTrap => {
                     direct.counters.instructions += 1;
                     trapped = Some(stop);
-                    break None;
+                    break After::Interpret;
                 }
-                Stop::Fault { address } => match self.meet(direct, &view, address)? {
+                Stop::Lost => return Ok(self.back(After::Lost)),
+                Stop::Refused => {
+                    direct.start_over()?;
+                    direct.refuse();
+                    return Ok(self.back(After::Next(Next::Run)));
+                }
+                Stop::Fault { address, access } => match self.meet(direct, &view, address, access)? {
                     Answer::Mapped if direct.is_active(&self.block().state) => {}
-                    Answer::Mapped => break Some(Next::Run),
+                    Answer::Mapped => break After::Next(Next::Run),
                     Answer::Tells => {
                         direct.counters.tells += 1;
                         direct.interlude = true;
-                        break Some(Next::Run);
+                        break After::Next(Next::Run);
                     }
-                    Answer::Guests => break None,
+                    Answer::Guests => break After::Interpret,
                 },
             }
         };
-        self.sampler.wake();
         let state = &mut self.block().state;
-        direct.runner.store(state)?;
+        direct.runner.store(state);
+        let selectors = direct.runner.selectors();
+        Self::store_selectors(state, selectors);
+        if (selectors[1], selectors[2]) != (state.segments[1].selector, state.segments[2].selector) {
+            // A far transfer to code that is not 64-bit code, which the host does not refuse.
+            let code = Exception::gp(u32::from(selectors[1] & !3));
+            return Ok(self.back(After::Raise(code)));
+        }
         if let Some(stop) = trapped {
             // Back to before it.
             let byte_at = |address| {
@@ -136,18 +184,44 @@ impl BtVcpu {
             };
             state.rip = state.rip.wrapping_sub(length);
         }
+        Ok(self.back(result))
+    }
+
+    /// The state is the translator's again.
+    fn back(&mut self, after: After) -> After {
+        self.sampler.wake();
         self.load_x87();
-        Ok(result)
+        after
+    }
+
+    /// A program that loads data segments loads flat ones: the host has no others for it.
+    fn store_selectors(state: &mut CpuState, selectors: [u16; 6]) {
+        const SS: usize = 2;
+        for (index, selector) in selectors.into_iter().enumerate() {
+            if selector & !3 != 0 && !matches!(index, 1 | SS) {
+                let base = state.segments[index].base;
+                state.segments[index] = cpu::Segment { selector, base, ..state.segments[SS] };
+            }
+        }
     }
 
     /// The program has reached for `address` in vain.
-    fn meet(&mut self, direct: &mut Direct, view: &View<'_>, address: u64) -> Result<Answer, String> {
+    fn meet(
+        &mut self,
+        direct: &mut Direct,
+        view: &View<'_>,
+        address: u64,
+        access: Option<Access>,
+    ) -> Result<Answer, String> {
         if address >= runner::END {
             return Ok(Answer::Guests);
         }
-        // The kernel tells where an access failed, not of what kind it was. An instruction may go on in the next page.
+        // An instruction may go on in the next page.
         let ahead = address.wrapping_sub(direct.runner.rip());
-        let fetch = ahead == 0 || (ahead < 15 && address & 0xfff == 0);
+        let fetch = match access {
+            Some(access) => access == Access::Fetch,
+            None => ahead == 0 || (ahead < 15 && address & 0xfff == 0),
+        };
         let kind = if fetch { Kind::Fetch } else { Kind::Read };
         // Sets the accessed bits that the CPU would set.
         let allowed = paging::walk(view.ram, &view.context, address, PageAccess::new(kind, true)).is_ok();

@@ -38,19 +38,30 @@ fn a_program_that_computes_is_chosen() {
     let mut options = Options::new(Arc::new(CpuidModel::new(1, 1_000_000)));
     options.code_cache = 16 << 20;
     let engine = BtEngine::new(ram.clone(), options).unwrap();
-    let mut guest = start(Guest::with_engine(Kind::Direct, ram, &engine), |a| {
-        let (mut round, mut top) = (a.create_label(), a.create_label());
-        a.set_label(&mut round)?;
-        a.mov(ecx, 3_000_000)?;
-        a.set_label(&mut top)?;
-        a.inc(qword_ptr(rbx))?;
-        a.vpaddq(ymm3, ymm3, ymmword_ptr(rbx + 32))?;
-        a.dec(ecx)?;
-        a.jne(top)?;
-        a.vmovdqu(ymmword_ptr(rbx + 64), ymm3)?;
-        a.int(0x80)?;
-        a.jmp(round)
+    computes(start(Guest::with_engine(Kind::Direct, ram.clone(), &engine), rounds));
+    // A vCPU of after a reset has the process of the one before, on another thread.
+    std::thread::scope(|scope| {
+        scope.spawn(|| computes(start(Guest::after_reset(Kind::Direct, ram, &engine), rounds)));
     });
+}
+
+/// Rounds of three million.
+fn rounds(a: &mut CodeAssembler) -> Built {
+    let (mut round, mut top) = (a.create_label(), a.create_label());
+    a.set_label(&mut round)?;
+    a.mov(ecx, 3_000_000)?;
+    a.set_label(&mut top)?;
+    a.inc(qword_ptr(rbx))?;
+    a.vpaddq(ymm3, ymm3, ymmword_ptr(rbx + 32))?;
+    a.dec(ecx)?;
+    a.jne(top)?;
+    a.vmovdqu(ymmword_ptr(rbx + 64), ymm3)?;
+    a.int(0x80)?;
+    a.jmp(round)
+}
+
+fn computes(mut guest: Guest) {
+    guest.put(USER_DATA, &[0]);
     guest.put(USER_DATA + 32, &[1, 2, 3, 4]);
     let mut rounds = 0;
     while counter(&guest, "direct.stops.system-call") < 5 {
@@ -218,6 +229,53 @@ fn it_is_called() {
             assert!(trap.state.gpr[6] > last, "{kind:?}: it stands still");
             last = trap.state.gpr[6];
             assert!(last - guest.word(USER_DATA) <= 1, "{kind:?}");
+        }
+    });
+}
+
+/// A far jump to code that is not 64-bit code, of which the host has some: refused, as by the translator.
+#[test]
+fn far_jumps_do_not_lead_out_of_64_bit_code() {
+    each(|kind| {
+        let mut guest = start(Guest::new(kind), |a| {
+            // Offset and selector of a far pointer: the host's 32-bit code segment, which this guest does not have.
+            a.mov(dword_ptr(rbx), (USER_CODE + 0x100) as u32)?;
+            a.mov(dword_ptr(rbx + 4), 0x23)?;
+            a.db(&[0xff, 0x2b])?; // jmp far [rbx]
+            a.nops_with_size(0x100 - 15)?;
+            // As 32-bit code, this is a system call, too.
+            a.int(0x80)
+        });
+        assert_eq!(guest.trap().vector, 13, "{kind:?}");
+    });
+}
+
+/// A program that destroys the process it runs in gets an exception for what it did, like any other, and the guest goes on.
+#[test]
+fn a_program_that_destroys_its_process_harms_itself_only() {
+    each(|kind| {
+        let mut guest = start(Guest::new(kind), |a| {
+            a.int(0x80)?;
+            a.mov(rax, bt::OWN_PAGE)?;
+            // Whatever is there.
+            for place in 0..64 {
+                let mut next = a.create_label();
+                a.cmp(qword_ptr(rbx), place)?;
+                a.jne(next)?;
+                a.inc(qword_ptr(rbx))?;
+                a.lea(rcx, qword_ptr(rax + place))?;
+                a.jmp(rcx)?;
+                a.set_label(&mut next)?;
+            }
+            a.jmp(USER_CODE)
+        });
+        guest.stop();
+        for _ in 0..4 {
+            let trap = guest.trap();
+            assert_ne!(trap.vector, 0x80, "{kind:?}");
+            guest.enter_user(USER_CODE);
+            guest.set(|state| state.gpr[3] = USER_DATA);
+            guest.stop();
         }
     });
 }

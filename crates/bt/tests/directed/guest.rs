@@ -248,10 +248,16 @@ impl Guest {
     }
 
     pub fn with_engine(kind: Kind, ram: GuestRam, engine: &dyn Engine) -> Self {
+        let mut guest = Self::after_reset(kind, ram, engine);
+        assert_eq!(guest.vcpu.attach_thread().len(), usize::from(kind == Kind::Direct));
+        guest
+    }
+
+    /// The same at a time when no process can be started.
+    pub fn after_reset(kind: Kind, ram: GuestRam, engine: &dyn Engine) -> Self {
         let fixture = Arc::new(Fixture::default());
         let board = Arc::new(Board(fixture.clone()));
-        let mut vcpu = engine.create_vcpu(VcpuSetup { index: 0, lapic: board.clone(), bus: board }).unwrap();
-        assert_eq!(vcpu.attach_thread().len(), usize::from(kind == Kind::Direct));
+        let vcpu = engine.create_vcpu(VcpuSetup { index: 0, lapic: board.clone(), bus: board }).unwrap();
         assert!(fixture.kick.set(vcpu.kick_handle()).is_ok());
         assert!(fixture.stop.set(vcpu.stop_handle()).is_ok());
         let mut guest = Self { kind, ram, fixture, vcpu };
