@@ -2,11 +2,13 @@
 //! ([`runner`]). What is chatty stays in the translator: each system call, page fault or interrupt costs two switches between processes here,
 //! and nothing there.
 //!
+//! * [`scans`]: what was found on pages of code.
 //! * [`tables`]: the guest's page tables, as they stand.
 //! * [`space`]: what the process has mapped.
 //!
 //! The process is one more TLB of the vCPU: it holds pages of one address space, and every flush of the software TLB tells it, too.
 
+mod scans;
 pub mod space;
 mod tables;
 
@@ -25,9 +27,9 @@ const MAX_STALE: usize = 64;
 /// Stops until the first judgement, and between judgements.
 const GRACE: u32 = 96;
 const JUDGED: u32 = 48;
-/// Direct execution pays if the process runs for so many times of what a switch to it and back costs, that included: translated code takes some
-/// three times as long, and what else there is to do at a stop costs as much again.
-const MIN_RUN: u32 = 2;
+/// Direct execution is given up if the process runs, on the average, for less than so many quarters of what a switch to it and back costs, that, and the
+/// signal that stops it, included. Where it is not far from what the translator needs, going to and fro costs more than staying.
+const MIN_RUN: u32 = 9;
 /// The same for time in translated code.
 const STOP_COST: u32 = 8;
 /// A space that has been chosen stays so as long as it runs once in this time.
@@ -53,6 +55,8 @@ pub struct Counters {
     pub system_calls: u64,
     pub instructions: u64,
     pub tells: u64,
+    /// Changes of the process's memory: mapped and unmapped pages, those that belong together as one.
+    pub changes: u64,
     /// Flushes after which everything was looked at again.
     pub looked_again: u64,
     /// In the process, switches included.
@@ -85,6 +89,8 @@ pub struct Direct {
     stops: u32,
     until_judged: u32,
     spent: Duration,
+    /// Changes that are made before the process runs next.
+    changing: u32,
     /// Address spaces that it did not pay for: not before then, and how long that was.
     given_up: Vec<(u64, std::time::Instant, Duration)>,
     pins: Pins,
@@ -127,6 +133,7 @@ impl Direct {
             stops: 0,
             until_judged: GRACE,
             spent: Duration::ZERO,
+            changing: 0,
             given_up: Vec::new(),
             pins: Pins::new(),
         }))
@@ -150,6 +157,13 @@ impl Direct {
 
     /// Programs have computed for [`STEADY_TIME`] in the translator, and entered the kernel `entries` times: shall they run directly from now on?
     pub fn consider(&mut self, state: &CpuState, entries: u32) {
+        // Each would have been a stop.
+        if STEADY_TIME >= self.switch * entries * STOP_COST {
+            self.choose(state, if self.owner == Some(space_of(state)) { JUDGED } else { GRACE });
+        }
+    }
+
+    fn choose(&mut self, state: &CpuState, grace: u32) {
         let space = space_of(state);
         if self.chosen == Some(space) || !Self::possible(state) {
             return;
@@ -158,17 +172,13 @@ impl Direct {
         if self.chosen.is_some() && self.used.elapsed() < KEPT {
             return;
         }
-        // Each would have been a stop.
-        if STEADY_TIME < self.switch * entries * STOP_COST {
-            return;
-        }
         if self.given_up.iter().any(|&(other, until, _)| other == space && std::time::Instant::now() < until) {
             return;
         }
         self.chosen = Some(space);
         self.used = std::time::Instant::now();
         self.counters.chosen += 1;
-        self.judge_after(if self.owner == Some(space) { JUDGED } else { GRACE });
+        self.judge_after(grace);
         self.pins.pin(self.runner.pid());
     }
 
@@ -193,16 +203,17 @@ impl Direct {
     /// The process has run for `time` and stopped. Gives up where translated code would be faster.
     pub fn account(&mut self, time: Duration) {
         self.counters.time += time;
-        self.spent += time;
+        // Making a change costs somewhat less than a switch.
+        self.spent += time.saturating_sub(self.switch * std::mem::take(&mut self.changing) * 3 / 4);
         self.stops += 1;
         if self.stops < self.until_judged || self.at_once {
             return;
         }
-        if self.spent < self.switch * self.stops * MIN_RUN {
+        if self.spent < self.switch * self.stops * MIN_RUN / 4 {
             self.counters.given_up += 1;
             self.pause(2);
         } else {
-            if self.spent > self.switch * self.stops * MIN_RUN * 4 {
+            if self.spent > self.switch * self.stops * MIN_RUN {
                 let chosen = self.chosen;
                 self.given_up.retain(|&(space, ..)| Some(space) != chosen);
             }
@@ -273,6 +284,8 @@ impl Direct {
             self.clear()?;
             return Ok(false);
         }
+        self.counters.changes += changes.len() as u64;
+        self.changing += changes.len() as u32;
         self.runner.change(&changes)?;
         Ok(true)
     }

@@ -80,6 +80,8 @@ impl Signaller {
     /// From now on, or no longer, [`Self::call`] is to stop the program. Whoever is about to run it sets this first and looks for
     /// calls then.
     pub fn set_inside(&self, inside: bool) {
+        // A call that came too late for the last stop is in the kick word.
+        self.called.store(0, Ordering::SeqCst);
         self.inside.store(inside, Ordering::SeqCst);
     }
 
@@ -162,8 +164,11 @@ impl Process {
         self.entries = 0;
         if let Some(id) = self.stopped.take() {
             let answer = Answer { id, value: 0, error: 0, flags: 0 };
-            // SAFETY: the answer is valid. It fails if a signal has come between, which is the next stop, or if the process has ended.
-            unsafe { libc::ioctl(self.listener.as_raw_fd(), LISTENER_REQUESTS[1], &raw const answer) };
+            // It fails if the thread has been called away, which is the next stop, or if the process has ended.
+            // SAFETY: the answer is valid.
+            while unsafe { libc::ioctl(self.listener.as_raw_fd(), LISTENER_REQUESTS[1], &raw const answer) } != 0
+                && std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted
+            {}
         }
         self.keeper_looks();
     }
@@ -354,7 +359,9 @@ impl Signaller {
     /// Has a call not been answered for too long?
     fn is_deaf(&self) -> bool {
         let called = self.called.load(Ordering::SeqCst);
-        called != 0 && self.born.elapsed().as_nanos() as u64 > called + DEAF.as_nanos() as u64
+        self.inside.load(Ordering::SeqCst)
+            && called != 0
+            && self.born.elapsed().as_nanos() as u64 > called + DEAF.as_nanos() as u64
     }
 }
 

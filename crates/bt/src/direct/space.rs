@@ -7,6 +7,7 @@ use cpu::paging::{self, Access, Kind, PagingContext};
 use memory::GuestRam;
 use runner::{Change, Rights, WATCHED, scan};
 
+use super::scans;
 use super::tables::{PAGES, Page, REGION, Region};
 use crate::tlb::{WROTE_BITS, wrote_bit};
 
@@ -85,15 +86,14 @@ impl View<'_> {
     /// Addresses of instructions on the page that would tell of the host.
     fn telling(&self, gpa: u64, address: u64) -> Vec<u64> {
         const BEYOND: usize = scan::BEYOND;
-        let mut page = [0; 4096];
-        let (mut before, mut after) = ([0; BEYOND], [0; BEYOND]);
-        let end_before = (address & !0xfff).wrapping_sub(BEYOND as u64);
-        let has_before = self.read(end_before, &mut before);
-        let has_after = self.read((address & !0xfff).wrapping_add(4096), &mut after);
-        let part = |has: bool, bytes| if has { bytes } else { &[][..] };
+        let mut bytes = [0; BEYOND + 4096 + BEYOND];
+        let (before, rest) = bytes.split_at_mut(BEYOND);
+        let (page, after) = rest.split_at_mut(4096);
+        let has_before = self.read((address & !0xfff).wrapping_sub(BEYOND as u64), before);
+        let has_after = self.read((address & !0xfff).wrapping_add(4096), after);
         // Without RAM there is nothing that tells, and nothing to be mapped.
-        let _ = self.ram.read(gpa & !0xfff, &mut page);
-        let found = scan::find(&page, part(has_before, &before), part(has_after, &after));
+        let _ = self.ram.read(gpa & !0xfff, page);
+        let found = scans::find(gpa >> 12, &bytes, has_before, has_after);
         found.into_iter().map(|offset| (address & !0xfff).wrapping_add_signed(offset)).collect()
     }
 

@@ -1,0 +1,74 @@
+//! What was found on pages of code, for when the same page is looked at again: for another process, or after a flush. A page is known by a hash of its bytes,
+//! with a key that no guest knows; its number only says where to look.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::hash::BuildHasher;
+
+use foldhash::quality::RandomState;
+use runner::scan::{self, BEYOND};
+
+/// A page with what lies before and behind it.
+pub type Bytes = [u8; BEYOND + 4096 + BEYOND];
+
+/// Pages that are remembered by one thread.
+const MAX_PAGES: usize = 1 << 15;
+
+struct Scan {
+    hash: u64,
+    found: Vec<i64>,
+}
+
+#[derive(Default)]
+struct Scans {
+    key: RandomState,
+    pages: HashMap<u64, Scan>,
+}
+
+thread_local! {
+    static SCANS: RefCell<Scans> = RefCell::new(Scans::default());
+}
+
+/// [`scan::find`] for page `number` of guest-physical memory; the flags tell whether there is something before and behind it.
+pub fn find(number: u64, bytes: &Bytes, has_before: bool, has_after: bool) -> Vec<i64> {
+    SCANS.with_borrow_mut(|scans| {
+        let hash = scans.key.hash_one((has_before, has_after, &bytes[..]));
+        if let Some(scan) = scans.pages.get(&number).filter(|scan| scan.hash == hash) {
+            return scan.found.clone();
+        }
+        let part = |has: bool, range: std::ops::Range<usize>| if has { &bytes[range] } else { &[] };
+        let (before, after) = (part(has_before, 0..BEYOND), part(has_after, BEYOND + 4096..bytes.len()));
+        let mut page = [0; 4096];
+        page.copy_from_slice(&bytes[BEYOND..BEYOND + 4096]);
+        let found = scan::find(&page, before, after);
+        if scans.pages.len() >= MAX_PAGES {
+            scans.pages.clear();
+        }
+        scans.pages.insert(number, Scan { hash, found: found.clone() });
+        found
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_that_has_changed_is_looked_at_again() {
+        let mut bytes = [0x90; BEYOND + 4096 + BEYOND];
+        assert!(find(7, &bytes, true, true).is_empty());
+        bytes[BEYOND + 100] = 0x0f;
+        bytes[BEYOND + 101] = 0x01;
+        bytes[BEYOND + 102] = 0xf9;
+        assert_eq!(find(7, &bytes, true, true), [100]);
+        assert_eq!(find(7, &bytes, true, true), [100]);
+        bytes[BEYOND + 102] = 0x90;
+        assert!(find(7, &bytes, true, true).is_empty());
+        // What lies before it counts where it can be executed.
+        bytes[BEYOND - 1] = 0x0f;
+        bytes[BEYOND] = 0x01;
+        bytes[BEYOND + 1] = 0xf9;
+        assert!(find(7, &bytes, false, true).is_empty());
+        assert_eq!(find(7, &bytes, true, true), [-1]);
+    }
+}
