@@ -25,6 +25,7 @@ fn what_this_host_can_do() {
     for name in [
         "kvm",
         "bt",
+        "direct",
         "cpu",
         "fsgsbase",
         "memory",

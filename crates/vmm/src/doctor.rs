@@ -60,7 +60,7 @@ impl Report {
             (None, Verdict::Good) => Some("bt"),
             _ => None,
         };
-        checks.extend([bt, cpu_check(), fsgsbase_check()]);
+        checks.extend([bt, direct_check(), cpu_check(), fsgsbase_check()]);
         checks.extend([memory_check(), overcommit_check(), mappings_check(), threads_check(), huge_pages_check()]);
         checks.extend([landlock_check(), seccomp_check(), namespaces_check()]);
         checks.extend(more);
@@ -311,6 +311,24 @@ fn huge_pages_check() -> Check {
             Verdict::Limited,
             format!("transparent huge pages: {chosen}"),
             Some("echo madvise >/sys/kernel/mm/transparent_hugepage/enabled"),
+        ),
+    }
+}
+
+/// Can guest programs run as they are (`docs/bt.md`, direct execution)?
+fn direct_check() -> Check {
+    let ram = memory::GuestRam::shareable(2 << 20).map_err(|error| error.to_string());
+    let started = ram.and_then(|ram| {
+        let file = ram.file().ok_or("guest memory is no file")?;
+        runner::Runner::start(file).map(drop)
+    });
+    match started {
+        Ok(()) => check("direct", Verdict::Good, "programs that compute run as they are on the CPU under bt", None),
+        Err(why) => check(
+            "direct",
+            Verdict::Limited,
+            format!("all programs are translated under bt: {why}"),
+            Some("Linux 5.0 or later, and a container that allows seccomp(2) with a listener"),
         ),
     }
 }
