@@ -49,10 +49,20 @@ pub enum Answer {
     Guests,
 }
 
+/// What a process has of a region.
+struct Pages {
+    entries: [Entry; PAGES],
+    /// The size in bytes of the largest page that one of them was part of when it was mapped. INVLPG is for all of such a page, whatever the
+    /// guest's tables say by then.
+    size: u64,
+}
+
 /// The pages that a process has, or will have when [`Space::take_changes`] has been carried out.
 #[derive(Default)]
 pub struct Space {
-    regions: BTreeMap<u64, Box<[Entry; PAGES]>>,
+    regions: BTreeMap<u64, Box<Pages>>,
+    /// Was any of them part of a page larger than a region?
+    huge: bool,
     changes: Vec<Change>,
     mappings: usize,
     /// Executable pages with instructions that would tell of the host, the last one at the end: the process stops there.
@@ -117,6 +127,7 @@ impl Space {
     /// Forgets everything; the process is to be cleared.
     pub fn clear(&mut self) {
         self.regions.clear();
+        self.huge = false;
         self.changes.clear();
         self.wrote.clear();
         self.mappings = 0;
@@ -138,8 +149,8 @@ impl Space {
         self.watched.retain(|(other, _)| *other != page);
         while self.watched.iter().map(|(_, addresses)| addresses.len()).sum::<usize>() + addresses.len() > WATCHED {
             let (other, _) = self.watched.remove(0);
-            if let Some(entries) = self.regions.get_mut(&(other & !(REGION - 1))) {
-                let entry = &mut entries[(other >> 12) as usize % PAGES];
+            if let Some(pages) = self.regions.get_mut(&(other & !(REGION - 1))) {
+                let entry = &mut pages.entries[(other >> 12) as usize % PAGES];
                 if std::mem::replace(entry, Entry::NONE) != Entry::NONE {
                     self.unmap(other);
                 }
@@ -176,7 +187,8 @@ impl Space {
             }
         }
         let first = address & !(REGION - 1);
-        let entries = self.regions.entry(first).or_insert_with(|| Box::new([Entry::NONE; PAGES]));
+        let none = || Box::new(Pages { entries: [Entry::NONE; PAGES], size: 4096 });
+        let Pages { entries, size } = &mut **self.regions.entry(first).or_insert_with(none);
         let before = entries[index].rights();
         if fetch && before == Some(Rights::Execute) || !fetch && before.is_some() && rights != Rights::Write {
             // It had what it can have: reading is allowed everywhere, so it writes.
@@ -192,13 +204,15 @@ impl Space {
         if before == Some(rights) {
             return Answer::Guests;
         }
+        *size = region.page_size().max(*size);
+        self.huge |= *size > REGION;
         let around = if region.is_large() { PAGES } else { AROUND };
         let start = index & !(around - 1);
-        for at in start..start + around {
+        for (at, entry) in entries.iter_mut().enumerate().skip(start).take(around) {
             let address = first + at as u64 * 4096;
             let (page, rights) = if at == index {
                 (page, rights)
-            } else if entries[at] != Entry::NONE {
+            } else if *entry != Entry::NONE {
                 continue;
             } else {
                 let Some(page) = region.page(at) else { continue };
@@ -210,7 +224,7 @@ impl Space {
                 (page, rights)
             };
             let Some(offset) = view.ram.offset_in_file(page.gpa) else { continue };
-            entries[at] = Entry::new(page.gpa, rights);
+            *entry = Entry::new(page.gpa, rights);
             if rights == Rights::Write {
                 note(&mut self.wrote, page.gpa);
             }
@@ -229,36 +243,45 @@ impl Space {
     /// The guest has flushed: takes away what is no longer right.
     pub fn look_again(&mut self, view: &View<'_>) {
         let mut regions = std::mem::take(&mut self.regions);
-        regions.retain(|&first, entries| {
-            let region = Region::new(view.ram, &view.context, first);
-            let mut any = false;
-            for index in 0..PAGES {
-                if entries[index] != Entry::NONE {
-                    any |= self.check(view, &region, first, index, &mut entries[index]);
-                }
-            }
-            any
-        });
+        regions.retain(|&first, pages| self.check_all(view, first, pages));
         self.regions = regions;
     }
 
-    /// The same for the page of `address`.
+    /// The same for the page of `address`, however large it was.
     pub fn look_at(&mut self, view: &View<'_>, address: u64) {
+        const HUGE: u64 = 1 << 30;
+        let first = address & !(HUGE - 1);
+        if self.huge && self.regions.range(first..first + HUGE).any(|(_, pages)| pages.size > REGION) {
+            self.look_again(view);
+            return;
+        }
         let first = address & !(REGION - 1);
-        let Some(mut entries) = self.regions.remove(&first) else { return };
+        let Some(mut pages) = self.regions.remove(&first) else { return };
         let region = Region::new(view.ram, &view.context, address);
-        // A large page goes as a whole.
-        let pages = if region.is_large() {
-            0..PAGES
+        let any = if region.is_large() || pages.size > 4096 {
+            self.check_all(view, first, &mut pages)
         } else {
-            (address >> 12) as usize % PAGES..(address >> 12) as usize % PAGES + 1
+            let index = (address >> 12) as usize % PAGES;
+            if pages.entries[index] != Entry::NONE {
+                self.check(view, &region, first, index, &mut pages.entries[index]);
+            }
+            true
         };
-        for index in pages {
-            if entries[index] != Entry::NONE {
-                self.check(view, &region, first, index, &mut entries[index]);
+        if any {
+            self.regions.insert(first, pages);
+        }
+    }
+
+    /// Takes away what is no longer right of a region. Returns whether anything is left.
+    fn check_all(&mut self, view: &View<'_>, first: u64, pages: &mut Pages) -> bool {
+        let region = Region::new(view.ram, &view.context, first);
+        let mut any = false;
+        for index in 0..PAGES {
+            if pages.entries[index] != Entry::NONE {
+                any |= self.check(view, &region, first, index, &mut pages.entries[index]);
             }
         }
-        self.regions.insert(first, entries);
+        any
     }
 
     /// Takes an entry away if it is no longer right. Returns whether it is still there.
@@ -298,8 +321,8 @@ impl Space {
         }
         let written = Entry::new(gpa, Rights::Write);
         let mut regions = std::mem::take(&mut self.regions);
-        for (&first, entries) in &mut regions {
-            for (index, entry) in entries.iter_mut().enumerate().filter(|(_, entry)| **entry == written) {
+        for (&first, pages) in &mut regions {
+            for (index, entry) in pages.entries.iter_mut().enumerate().filter(|(_, entry)| **entry == written) {
                 *entry = Entry::NONE;
                 self.unmap(first + index as u64 * 4096);
             }
@@ -317,4 +340,46 @@ fn note(bits: &mut Vec<u64>, gpa: u64) {
 fn noted(bits: &[u64], gpa: u64) -> bool {
     let (word, bit) = wrote_bit(gpa);
     bits.get(word).is_some_and(|word| word & bit != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cpu::paging::pte;
+    use cpu::{cr0, efer};
+
+    /// A large page is flushed as a whole by INVLPG at one address of it, also when the guest's tables have something else there by then.
+    #[test]
+    fn large_pages_are_flushed_as_a_whole() {
+        const ALL: u64 = pte::P | pte::U | pte::W | pte::A | pte::D;
+        const AT: u64 = 0x4020_0000;
+        let ram = GuestRam::shareable(32 << 20).unwrap();
+        let put = |gpa: u64, entry: u64| assert!(ram.write(gpa, &entry.to_le_bytes()));
+        let context = PagingContext { cr0: cr0::PG, cr3: 0x1000, cr4: 0, efer: efer::LMA | efer::NXE };
+        let view = View { ram: &ram, context };
+        // The address of the large page's entry, the entry, and what comes after it.
+        for (place, large) in [(0x3008, 0x60_0000), (0x2008, 0)] {
+            for after in [0, 0x4000 | ALL, 0x80_0000 | ALL | pte::PS] {
+                put(0x1000, 0x2000 | ALL);
+                put(0x2008, 0x3000 | ALL);
+                put(place, large | ALL | pte::PS);
+                // The page that is flushed is still right then, if there is a table.
+                put(0x4000 + 3 * 8, (large + 0x3000) | ALL);
+                let mut space = Space::default();
+                assert_eq!(space.fault(&view, AT + 0x5000, 0, false), Answer::Mapped);
+                assert!(matches!(space.take_changes()[..], [Change::Map { address: AT, length: REGION, .. }]));
+                put(0x2008, 0x3000 | ALL);
+                put(0x3008, after);
+                space.look_at(&view, AT + 0x3000);
+                let mut gone = [false; PAGES];
+                for change in space.take_changes() {
+                    let Change::Unmap { address, length } = change else { panic!("{change:?}") };
+                    let first = (address - AT) as usize / 4096;
+                    gone[first..first + length as usize / 4096].fill(true);
+                }
+                let left = gone.iter().filter(|gone| !**gone).count();
+                assert!(left <= 1 && gone[5], "{place:x}, {after:x}: {left} pages are left");
+            }
+        }
+    }
 }

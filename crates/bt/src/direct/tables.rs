@@ -77,8 +77,8 @@ pub struct Region<'a> {
 
 enum What {
     Nothing,
-    /// One page of 2 MiB or more.
-    Large(Page),
+    /// One page of 2 MiB or more: what of it is here, and its size in bytes.
+    Large(Page, u64),
     Table(u64, Left),
 }
 
@@ -107,7 +107,7 @@ impl<'a> Region<'a> {
                     return None;
                 }
                 let first = (entry & ADDRESS & !(size - 1)) + (address & (size - 1) & !(REGION - 1));
-                return Some(What::Large(page(first, entry, left)));
+                return Some(What::Large(page(first, entry, left), size));
             }
             table = entry & ADDRESS;
         }
@@ -116,14 +116,19 @@ impl<'a> Region<'a> {
 
     /// Is the region part of one page?
     pub fn is_large(&self) -> bool {
-        matches!(self.what, What::Large(_))
+        matches!(self.what, What::Large(..))
+    }
+
+    /// The size of its pages, in bytes.
+    pub fn page_size(&self) -> u64 {
+        if let What::Large(_, size) = self.what { size } else { 4096 }
     }
 
     /// Page number `index` of the region, 0 to 511, if the program may read it.
     pub fn page(&self, index: usize) -> Option<Page> {
         match self.what {
             What::Nothing => None,
-            What::Large(first) => Some(Page { gpa: first.gpa + index as u64 * 4096, ..first }),
+            What::Large(first, _) => Some(Page { gpa: first.gpa + index as u64 * 4096, ..first }),
             What::Table(table, left) => {
                 let entry = self.ram.atomic_u64(table + index as u64 * 8)?.load(Ordering::Acquire);
                 Some(page(entry & ADDRESS, entry, left.after(entry, self.nxe)?))
