@@ -40,6 +40,8 @@ struct Answer {
 
 /// How long a program may be deaf to a call: one that has blocked the signal does not hear it.
 const DEAF: Duration = Duration::from_secs(1);
+/// How often one stop may be told again. No host interrupts it that often.
+const AGAIN: u32 = 10_000;
 /// How often is looked after a process that is at work.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -163,14 +165,18 @@ impl Process {
     pub fn go_on(&mut self) {
         self.entries = 0;
         if let Some(id) = self.stopped.take() {
-            let answer = Answer { id, value: 0, error: 0, flags: 0 };
-            // It fails if the thread has been called away, which is the next stop, or if the process has ended.
-            // SAFETY: the answer is valid.
-            while unsafe { libc::ioctl(self.listener.as_raw_fd(), LISTENER_REQUESTS[1], &raw const answer) } != 0
-                && std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted
-            {}
+            self.answer(id);
         }
         self.keeper_looks();
+    }
+
+    fn answer(&self, id: u64) {
+        let answer = Answer { id, value: 0, error: 0, flags: 0 };
+        // It fails if the thread was called away from its stop, which it tells again then, or if the process has ended.
+        // SAFETY: the answer is valid.
+        while unsafe { libc::ioctl(self.listener.as_raw_fd(), LISTENER_REQUESTS[1], &raw const answer) } != 0
+            && std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted
+        {}
     }
 
     /// Somebody has to look after a process that is at work.
@@ -189,6 +195,7 @@ impl Process {
 
     /// Waits until the thread has stopped: it is inside the kernel then, in the stub's call, and does nothing before it is answered.
     pub fn wait(&mut self) -> Result<(), End> {
+        let mut again = 0;
         loop {
             let mut notification = Notification::default();
             // SAFETY: a valid place for the result.
@@ -196,6 +203,15 @@ impl Process {
             if result == 0 {
                 let Notification { id, pid, number, ip, .. } = notification;
                 if (pid as i32, i64::from(number), ip) == (self.pid, NOTIFY, self.stub.places.notified) {
+                    if !self.stub.take_fresh() {
+                        // The answer has not reached it: it tells the same again. Or the program has come there by itself.
+                        again += 1;
+                        if again > AGAIN {
+                            return Err(self.end());
+                        }
+                        self.answer(id);
+                        continue;
+                    }
                     self.stopped = Some(id);
                     return Ok(());
                 }
@@ -209,7 +225,7 @@ impl Process {
                 return Err(self.end());
             }
             match error.raw_os_error() {
-                // ENOENT: it was called away from its stop by a signal, which is the next one.
+                // ENOENT: it was called away from its stop, which it tells again.
                 Some(libc::EINTR | libc::ENOENT) => {}
                 _ => return Err(End::ByHost(format!("a program's process is not heard of any more: {error}"))),
             }
@@ -306,6 +322,7 @@ impl Process {
         // It has been called away from its stop, and comes again.
         if watched.is_ok() {
             self.stopped = None;
+            self.stub.set_fresh(true);
             self.wait()?;
         }
         open(self, false)?;

@@ -25,6 +25,10 @@ pub const WORDS_PAGE: u64 = 8192;
 pub const SIGNAL_STACK: u64 = 12288;
 pub const SIGNAL_STACK_SIZE: u64 = 8 * 4096;
 
+/// Behind [`Words`]: 1 if the stop is one that nobody has seen. The host makes the call [`NOTIFY`] again where it was interrupted: when the process
+/// was stopped and goes on (SIGSTOP, control groups' freezer, suspension), also if the answer was under way.
+const FRESH: u64 = WORDS_PAGE + 56;
+
 /// Words of an entry: the number of the system call and its arguments.
 const WORDS: usize = 7;
 /// Entries that the page has room for. A number of 0 ends the list.
@@ -86,6 +90,8 @@ std::arch::global_asm!(
     "mov word ptr [rip + tightrope_stub + 8192 + 34], es",
     "mov word ptr [rip + tightrope_stub + 8192 + 36], fs",
     "mov word ptr [rip + tightrope_stub + 8192 + 38], gs",
+    "5:",
+    "mov dword ptr [rip + tightrope_stub + 8192 + 56], 1",
     "2:",
     "mov eax, {notify}",
     "syscall",
@@ -116,10 +122,10 @@ std::arch::global_asm!(
     "xor eax, eax",
     "rep stosq",
     "mov dword ptr [rip + tightrope_stub + 8192 + 48], 1",
-    "jmp 2b",
+    "jmp 5b",
     "4:",
     "cmp dword ptr [rip + tightrope_stub + 8192 + 40], 0",
-    "jne 2b",
+    "jne 5b",
     "cmp dword ptr [rip + tightrope_stub + 8192 + 32], 0",
     "je 1f",
     "xor eax, eax",
@@ -258,6 +264,19 @@ impl Stub {
     /// What it is to find.
     pub fn set_words(&self, w: Words) {
         self.write(WORDS_PAGE, &[w.signal, w.context, w.fs_base, w.gs_base, w.selectors, w.stay, w.failed]);
+    }
+
+    /// Is this a stop that nobody has seen? From now on it is none.
+    pub fn take_fresh(&self) -> bool {
+        let mut word = [0];
+        self.read(FRESH, &mut word);
+        self.set_fresh(false);
+        word[0] as u32 != 0
+    }
+
+    /// Whether the next stop is one that nobody has seen, if the thread does not say so.
+    pub fn set_fresh(&self, fresh: bool) {
+        self.write(FRESH, &[fresh.into()]);
     }
 
     /// Makes this entry number `entry` of the list, and the last one.

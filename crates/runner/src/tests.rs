@@ -216,18 +216,22 @@ fn false_stops_are_found_out() {
     let notify = stub::Stub::new().unwrap().places.notified - 2;
     let words = STUB + stub::WORDS_PAGE;
     for context in [0, u64::MAX, STUB, STUB + 8, STUB + STUB_SIZE - 64, DATA, words + 3] {
-        let code = [put(words + 8, context), call_from(stub::NOTIFY, notify)].concat();
+        let code = [put(words + 8, context), put(words + 56, 1), call_from(stub::NOTIFY, notify)].concat();
         let (_memory, mut runner, _) = started(&code);
         assert_eq!(runner.run().unwrap(), Stop::Lost, "{context:#x}");
         assert_eq!(runner.run().unwrap(), Stop::Lost);
         assert!(runner.change(&[Change::Unmap { address: CODE, length: 4096 }]).is_ok());
     }
+    // Without the word that says that the stop is a new one.
+    let (_memory, mut runner, _) = started(&call_from(stub::NOTIFY, notify));
+    assert_eq!(runner.run().unwrap(), Stop::Lost);
     // A base that the CPU does not take, with the registers of the last stop.
     let context = {
         let (_memory, runner, _) = started(&[0x0f, 0x05]);
         runner.frame.address()
     };
-    let code = [put(words + 8, context), put(words + 16, 1 << 63), call_from(stub::NOTIFY, notify)].concat();
+    let code = [put(words + 8, context), put(words + 16, 1 << 63), put(words + 56, 1), call_from(stub::NOTIFY, notify)]
+        .concat();
     let (_memory, mut runner, _) = started(&code);
     assert_eq!(runner.run().unwrap(), Stop::Lost);
 }
@@ -239,7 +243,9 @@ fn a_stop_of_the_programs_own_making_is_one() {
     let (memory, mut runner, mut state) = started(&[]);
     let context = runner.frame.address();
     let words = STUB + stub::WORDS_PAGE;
-    let code = [put(words + 8, context), put(words, libc::SIGILL as u64), call_from(stub::NOTIFY, notify)].concat();
+    let code =
+        [put(words + 8, context), put(words, libc::SIGILL as u64), put(words + 56, 1), call_from(stub::NOTIFY, notify)]
+            .concat();
     // SAFETY: the code's page of the test's own file.
     unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), memory.bytes, code.len()) };
     // inc qword [rbx]; jmp
@@ -486,4 +492,44 @@ fn four_instructions_are_watched() {
         runner.load(&state);
     }
     assert_eq!(runner.run().unwrap(), Stop::SystemCall);
+}
+
+/// A host that stops the process at any time, as a shell, a freezer or a suspension does, changes nothing: no stop is told twice.
+#[test]
+fn a_process_that_is_stopped_and_goes_on() {
+    // inc qword [rbx]; syscall; jmp
+    let (memory, mut runner, mut state) = started(&[0x48, 0xff, 0x03, 0x0f, 0x05, 0xeb, 0xf9]);
+    let pid = runner.pid();
+    // SAFETY: our own child.
+    let signal = move |signal| assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+    let interrupt = move || {
+        signal(libc::SIGSTOP);
+        while !std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap().contains(") T ") {
+            // The other thread may have let it go on.
+            signal(libc::SIGSTOP);
+        }
+        signal(libc::SIGCONT);
+    };
+    let (quit, quits) = std::sync::mpsc::channel::<()>();
+    let other = std::thread::spawn(move || {
+        use std::sync::mpsc::RecvTimeoutError::Timeout;
+        while quits.recv_timeout(std::time::Duration::from_millis(3)) == Err(Timeout) {
+            signal(libc::SIGSTOP);
+            signal(libc::SIGCONT);
+        }
+    });
+    for n in 1..=600 {
+        assert_eq!(runner.run().unwrap(), Stop::SystemCall);
+        runner.store(&mut state);
+        assert_eq!((memory.word(4096), state.rip), (n, CODE + 3));
+        match n % 3 {
+            0 if n < 300 => interrupt(),
+            1 if n % 50 == 1 => assert!(runner.watch(&[CODE + 0x800]).unwrap()),
+            _ => {}
+        }
+        state.rip += 2;
+        runner.load(&state);
+    }
+    drop(quit);
+    other.join().unwrap();
 }
