@@ -30,6 +30,8 @@ const JUDGED: u32 = 48;
 /// Direct execution is given up if the process runs, on the average, for less than so many quarters of what a switch to it and back costs, that, and the
 /// signal that stops it, included. Where it is not far from what the translator needs, going to and fro costs more than staying.
 const MIN_RUN: u32 = 9;
+/// The same where nearly all stops are system calls: faults pass, but a program that does nothing but call the kernel goes on like that.
+const MIN_RUN_OF_CALLS: u32 = 14;
 /// The same for time in translated code.
 const STOP_COST: u32 = 8;
 /// A space that has been chosen stays so as long as it runs once in this time.
@@ -85,8 +87,9 @@ pub struct Direct {
     pub awaited: Option<u64>,
     /// What switching to the process and back costs, at least.
     switch: Duration,
-    /// Since the last judgement: stops, and time in the process.
+    /// Since the last judgement: stops, those of them that were system calls, and time in the process.
     stops: u32,
+    calls: u32,
     until_judged: u32,
     spent: Duration,
     /// Changes that are made before the process runs next.
@@ -131,6 +134,7 @@ impl Direct {
             awaited: None,
             switch,
             stops: 0,
+            calls: 0,
             until_judged: GRACE,
             spent: Duration::ZERO,
             changing: 0,
@@ -201,15 +205,18 @@ impl Direct {
     }
 
     /// The process has run for `time` and stopped. Gives up where translated code would be faster.
-    pub fn account(&mut self, time: Duration) {
+    pub fn account(&mut self, time: Duration, is_call: bool) {
         self.counters.time += time;
         // Making a change costs somewhat less than a switch.
         self.spent += time.saturating_sub(self.switch * std::mem::take(&mut self.changing) * 3 / 4);
         self.stops += 1;
+        self.calls += u32::from(is_call);
         if self.stops < self.until_judged || self.at_once {
             return;
         }
-        if self.spent < self.switch * self.stops * MIN_RUN / 4 {
+        let mostly_calls = self.calls * 10 >= self.stops * 9;
+        let least = if mostly_calls { MIN_RUN_OF_CALLS } else { MIN_RUN };
+        if self.spent < self.switch * self.stops * least / 4 {
             self.counters.given_up += 1;
             self.pause(2);
         } else {
@@ -224,7 +231,7 @@ impl Direct {
 
     /// The next judgement is of so many stops, from now on.
     fn judge_after(&mut self, stops: u32) {
-        (self.stops, self.spent, self.until_judged) = (0, Duration::ZERO, stops);
+        (self.stops, self.calls, self.spent, self.until_judged) = (0, 0, Duration::ZERO, stops);
     }
 
     /// The guest has flushed all translations, or those of its current address space.

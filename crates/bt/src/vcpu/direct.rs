@@ -124,7 +124,7 @@ impl BtVcpu {
             let start = Instant::now();
             let stop = direct.runner.run()?;
             self.handle.set_inside(false);
-            direct.account(start.elapsed());
+            direct.account(start.elapsed(), stop == Stop::SystemCall);
             match stop {
                 Stop::Called => {
                     direct.counters.called += 1;
