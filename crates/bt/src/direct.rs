@@ -32,7 +32,7 @@ const JUDGED: u32 = 48;
 const MIN_RUN: u32 = 9;
 /// The same where nearly all stops are system calls: faults pass, but a program that does nothing but call the kernel goes on like that.
 const MIN_RUN_OF_CALLS: u32 = 14;
-/// The same for time in translated code.
+/// Direct execution is not begun if the program's entries into the kernel, at so many switches each, would have taken the time in which it made them.
 const STOP_COST: u32 = 8;
 /// A space that has been chosen stays so as long as it runs once in this time.
 const KEPT: Duration = Duration::from_millis(20);
@@ -110,10 +110,14 @@ impl Direct {
         Self::new(Runner::start(ram.file()?).ok()?)
     }
 
-    /// With a process that has been started, whatever it has mapped. `None`: it is of no use.
-    pub fn new(mut runner: Runner) -> Option<Box<Self>> {
+    /// With a process that another vCPU has used. `None`: it is of no use any more.
+    pub fn inherit(mut runner: Runner) -> Option<Box<Self>> {
         runner.watch(&[]).ok()?.then_some(())?;
         runner.clear().ok()?;
+        Self::new(runner)
+    }
+
+    fn new(mut runner: Runner) -> Option<Box<Self>> {
         let mut switch = Duration::MAX;
         for _ in 0..16 {
             let start = std::time::Instant::now();
@@ -297,12 +301,8 @@ impl Direct {
         Ok(true)
     }
 
-    /// The host has refused a change: the process is empty now.
-    pub fn start_over(&mut self) -> Result<(), String> {
-        self.clear()
-    }
-
-    fn clear(&mut self) -> Result<(), String> {
+    /// Takes all memory away from the process.
+    pub fn clear(&mut self) -> Result<(), String> {
         self.space.clear();
         self.runner.clear()
     }

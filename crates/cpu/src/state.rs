@@ -169,6 +169,8 @@ impl FpState {
     pub const FCW: usize = 0;
     /// Offset of MXCSR in the area.
     pub const MXCSR: usize = 24;
+    /// MXCSR's bits that exist (SDM volume 1, 10.2.3).
+    pub const MXCSR_MASK: u32 = 0xffff;
     /// Offset of ST0/MM0 in the area; each takes 16 bytes.
     pub const ST: usize = 32;
     /// Offset of XMM0 in the area; each takes 16 bytes.
@@ -195,7 +197,7 @@ impl Default for FpState {
         let mut bytes = [0; 832];
         bytes[0..2].copy_from_slice(&0x037f_u16.to_le_bytes());
         bytes[24..28].copy_from_slice(&0x1f80_u32.to_le_bytes());
-        bytes[28..32].copy_from_slice(&0xffff_u32.to_le_bytes());
+        bytes[28..32].copy_from_slice(&Self::MXCSR_MASK.to_le_bytes());
         bytes[512] = 7;
         Self { bytes }
     }

@@ -30,10 +30,6 @@ const PROGRAM_SELECTORS: u64 = 0x33 | 0x2b << 48;
 const FP_SIZE: u64 = 832;
 /// The area's bytes 464 to 511 are the kernel's.
 const FP_KERNELS: usize = 464;
-const FP_HEADER: usize = 512;
-const MXCSR: usize = 24;
-/// MXCSR's bits that exist (SDM volume 1, 10.2.3).
-const MXCSR_MASK: u32 = 0xffff;
 
 /// General registers and what else a context has, from one look at it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -120,7 +116,7 @@ impl Frame {
         for (bytes, word) in area.chunks_exact_mut(8).zip(words) {
             bytes.copy_from_slice(&word.to_le_bytes());
         }
-        let present = area[FP_HEADER];
+        let present = area[FpState::XSTATE_BV];
         let bytes = &mut to.bytes;
         if present & 1 != 0 {
             bytes[..8].copy_from_slice(&area[..8]);
@@ -131,8 +127,8 @@ impl Frame {
         }
         // The instruction and data pointers, as everywhere else.
         bytes[8..24].fill(0);
-        let mxcsr = u32::from_le_bytes([area[24], area[25], area[26], area[27]]) & MXCSR_MASK;
-        bytes[MXCSR..MXCSR + 4].copy_from_slice(&mxcsr.to_le_bytes());
+        let mxcsr = u32::from_le_bytes([area[24], area[25], area[26], area[27]]) & FpState::MXCSR_MASK;
+        bytes[FpState::MXCSR..FpState::MXCSR + 4].copy_from_slice(&mxcsr.to_le_bytes());
         let part = |bytes: &mut [u8], area: &[u8], there: bool| {
             if there { bytes.copy_from_slice(area) } else { bytes.fill(0) }
         };
@@ -153,9 +149,9 @@ impl Frame {
         let mut legacy = [0; FP_KERNELS / 8];
         words(&from.bytes[..416], &mut legacy);
         stub.write(self.fp, &legacy);
-        let mut rest = [0; (FP_SIZE as usize - FP_HEADER) / 8];
+        let mut rest = [0; (FP_SIZE as usize - FpState::XSTATE_BV) / 8];
         rest[0] = 7;
         words(&from.bytes[576..832], &mut rest[8..]);
-        stub.write(self.fp + FP_HEADER as u64, &rest);
+        stub.write(self.fp + FpState::XSTATE_BV as u64, &rest);
     }
 }

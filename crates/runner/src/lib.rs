@@ -34,6 +34,7 @@ mod stub;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use cpu::paging::is_canonical;
 use cpu::{CpuState, rflags};
 
 use crate::frame::Frame;
@@ -201,20 +202,17 @@ impl Runner {
         let selectors = u64::from(self.words.selectors != 0);
         process.stub.set_words(Words { context: self.frame.address(), selectors, stay: 0, failed: 0, ..self.words });
         process.go_on();
-        let result = process.wait();
-        process.signaller.answered();
-        if let Err(end) = result {
+        if let Err(end) = process.wait() {
             return self.ended(end);
         }
         let words = self.process.stub.words();
         if words.failed != 0 {
             return Ok(Stop::Refused);
         }
-        let canonical = |address: u64| (address as i64) << 16 >> 16 == address as i64;
         let frame = Frame::read(&self.process.stub, words.context);
         match frame {
             Some(frame)
-                if [frame.rip, words.fs_base, words.gs_base].into_iter().all(canonical)
+                if [frame.rip, words.fs_base, words.gs_base].into_iter().all(is_canonical)
                     && !(STUB..STUB + STUB_SIZE).contains(&frame.rip) =>
             {
                 (self.frame, self.words) = (frame, words);

@@ -80,16 +80,10 @@ impl Signaller {
     }
 
     /// From now on, or no longer, [`Self::call`] is to stop the program. Whoever is about to run it sets this first and looks for
-    /// calls then.
+    /// calls then, each time; calls from before have been heard.
     pub fn set_inside(&self, inside: bool) {
-        // A call that came too late for the last stop is in the kick word.
         self.called.store(0, Ordering::SeqCst);
         self.inside.store(inside, Ordering::SeqCst);
-    }
-
-    /// The program has stopped: calls from before have been heard.
-    pub fn answered(&self) {
-        self.called.store(0, Ordering::SeqCst);
     }
 
     fn signal(&self, signal: i32) {

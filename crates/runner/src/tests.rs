@@ -24,9 +24,16 @@ impl Memory {
             let rights = libc::PROT_READ | libc::PROT_WRITE;
             let bytes = libc::mmap(std::ptr::null_mut(), 1 << 20, rights, libc::MAP_SHARED, file.as_raw_fd(), 0);
             assert_ne!(bytes, libc::MAP_FAILED);
-            std::ptr::copy_nonoverlapping(code.as_ptr(), bytes.cast(), code.len());
-            Self { file, bytes: bytes.cast() }
+            let memory = Self { file, bytes: bytes.cast() };
+            memory.put(0, code);
+            memory
         }
+    }
+
+    fn put(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= 1 << 20);
+        // SAFETY: inside the mapping.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.bytes.add(offset), bytes.len()) };
     }
 
     fn word(&self, offset: usize) -> u64 {
@@ -246,12 +253,10 @@ fn a_stop_of_the_programs_own_making_is_one() {
     let code =
         [put(words + 8, context), put(words, libc::SIGILL as u64), put(words + 56, 1), call_from(stub::NOTIFY, notify)]
             .concat();
-    // SAFETY: the code's page of the test's own file.
-    unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), memory.bytes, code.len()) };
+    memory.put(0, &code);
     // inc qword [rbx]; jmp
     let counts = [0x48, 0xff, 0x03, 0xeb, 0xfb];
-    // SAFETY: as above.
-    unsafe { std::ptr::copy_nonoverlapping(counts.as_ptr(), memory.bytes.add(512), counts.len()) };
+    memory.put(512, &counts);
     assert_eq!(runner.run().unwrap(), Stop::Instruction);
     // It does nothing while it is stopped.
     let before = memory.word(4096);
@@ -283,10 +288,9 @@ fn a_program_that_does_not_hear_is_ended() {
         call_from(libc::SYS_rt_sigreturn, give),
     ]
     .concat();
-    // SAFETY: the code's page of the test's own file.
-    unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), memory.bytes, code.len()) };
-    // SAFETY: as above. jmp
-    unsafe { std::ptr::copy_nonoverlapping([0xeb, 0xfe].as_ptr(), memory.bytes.add(512), 2) };
+    memory.put(0, &code);
+    // jmp
+    memory.put(512, &[0xeb, 0xfe]);
     let signaller = runner.signaller();
     signaller.set_inside(true);
     std::thread::spawn(move || {
@@ -324,8 +328,7 @@ fn nobody_sees_the_secret() {
         call_from(stub::NOTIFY, notify),
     ]
     .concat();
-    // SAFETY: the code's page of the test's own file.
-    unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), memory.bytes, code.len()) };
+    memory.put(0, &code);
     state.gpr[4] = DATA + 2048;
     runner.load(&state);
     let map = Change::Map { address: 0x70_0000, offset: 8192, length: 4096, rights: Rights::Read };

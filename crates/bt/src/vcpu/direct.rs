@@ -36,7 +36,7 @@ impl BtVcpu {
     fn inherit_direct(&mut self) {
         if self.direct.is_none()
             && self.direct_wanted
-            && let Some(direct) = self.shared.take_runner().and_then(Direct::new)
+            && let Some(direct) = self.shared.take_runner().and_then(Direct::inherit)
         {
             self.adopt(direct);
         }
@@ -145,7 +145,7 @@ impl BtVcpu {
                 }
                 Stop::Lost => return Ok(self.back(After::Lost)),
                 Stop::Refused => {
-                    direct.start_over()?;
+                    direct.clear()?;
                     direct.refuse();
                     return Ok(self.back(After::Next(Next::Run)));
                 }

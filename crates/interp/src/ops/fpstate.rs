@@ -11,7 +11,7 @@ use super::{Cx, at_stack};
 use crate::decode::Insn;
 
 /// Bits of MXCSR that exist.
-pub(crate) const MXCSR_MASK: u32 = 0xffff;
+pub(crate) const MXCSR_MASK: u32 = FpState::MXCSR_MASK;
 const X87: u64 = 1;
 const SSE: u64 = 2;
 const AVX: u64 = 4;
