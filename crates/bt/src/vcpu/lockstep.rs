@@ -250,13 +250,14 @@ impl BtVcpu {
         }
     }
 
-    /// Has a device written code since `epoch`? It tells after it has written.
+    /// Has a device written code since `epoch`, or are there translations of written code that this vCPU has yet to
+    /// drop? It tells after it has written: first the epoch, then what was hit.
     #[cold]
     fn code_changed(&self, epoch: u64) -> bool {
-        // Its thread may have lost its core between the two.
-        (0..20).any(|_| {
+        // Its thread may have lost its core between any two of these.
+        (0..50).any(|_| {
             std::thread::sleep(Duration::from_millis(10));
-            self.shared.epoch.load(Ordering::Acquire) != epoch
+            self.shared.has_hits.load(Ordering::SeqCst) || self.shared.epoch.load(Ordering::Acquire) != epoch
         })
     }
 
