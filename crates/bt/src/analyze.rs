@@ -81,7 +81,6 @@ pub enum Class {
     Sti,
     Swapgs,
     Rdtsc,
-    Rdtscp,
     Syscall,
     Sysret,
     Iret,
@@ -213,7 +212,6 @@ impl Analyzer {
             F::PREFETCHW,
             F::RDRAND,
             F::RDSEED,
-            F::RDTSCP,
             F::SHA,
             F::SSE,
             F::SSE2,
@@ -504,7 +502,6 @@ impl Analyzer {
             M::Sti => return if mode.user { Class::Step } else { Class::Sti },
             M::Swapgs => return if mode.user { Class::Step } else { Class::Swapgs },
             M::Rdtsc => return if mode.no_tsc { Class::Step } else { Class::Rdtsc },
-            M::Rdtscp => return if mode.no_tsc { Class::Step } else { Class::Rdtscp },
             M::Pushfq => return Class::Pushf,
             M::Leave => return if ins.code() == Code::Leaveq { Class::Leave } else { Class::Step },
             _ => {}
@@ -648,7 +645,7 @@ fn must_step(ins: &Instruction) -> bool {
     use Mnemonic as M;
     if matches!(
         ins.mnemonic(),
-        M::Cld | M::Std | M::Cli | M::Sti | M::Swapgs | M::Rdtsc | M::Rdtscp | M::Pushfq | M::Ret | M::Jmp | M::Call
+        M::Cld | M::Std | M::Cli | M::Sti | M::Swapgs | M::Rdtsc | M::Pushfq | M::Ret | M::Jmp | M::Call
     ) {
         return false;
     }
@@ -677,6 +674,7 @@ fn must_step(ins: &Instruction) -> bool {
                 | M::Iretq
                 | M::Rdpmc
                 | M::Rdpid
+                | M::Rdtscp
                 | M::Xgetbv
                 | M::Xsetbv
                 | M::Sgdt

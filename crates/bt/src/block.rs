@@ -263,7 +263,6 @@ pub mod off {
         (offset_of!(VcpuBlock, state.segments) + index * size_of::<cpu::Segment>()) as i32
     }
     pub const KERNEL_GS_BASE: i32 = offset_of!(VcpuBlock, state.kernel_gs_base) as i32;
-    pub const TSC_AUX: i32 = offset_of!(VcpuBlock, state.tsc_aux) as i32;
 }
 
 /// Index into the target cache for a guest-virtual address: what translated code computes.

@@ -447,10 +447,6 @@ impl<'a> Emitter<'a> {
                 self.hot.store(Mem::gs(off::segment_base(5)), R11);
             }
             Class::Rdtsc => self.hot.raw(&[0x0f, 0x31]),
-            Class::Rdtscp => {
-                self.hot.raw(&[0x0f, 0x01, 0xf9]);
-                self.hot.load32(RCX, Mem::gs(off::TSC_AUX));
-            }
             Class::Syscall => {
                 self.flags_to_host(ALL_FLAGS);
                 self.transition_exit(insn);

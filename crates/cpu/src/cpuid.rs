@@ -3,7 +3,9 @@
 //! A [`CpuidModel`] is a baseline of ours, cut to what the host CPU can execute. It shows an Intel server part (family 6, model 143)
 //! on which Linux needs no mitigations that a translated kernel would pay for ([`ARCH_CAPABILITIES`]), with everything in it that
 //! kernels calibrate clocks by (KVM clock leaves, TSC frequency, invariant TSC), and hides what costs an engine work: SMEP, SMAP,
-//! UMIP, PCID, INVPCID, protection keys, CET, LA57, AVX-512, AMX, MPX, performance counters, MONITOR, TSX, compacted XSAVE, RDPID.
+//! UMIP, INVPCID, protection keys, CET, LA57, AVX-512, AMX, MPX, performance counters, MONITOR, TSX, compacted XSAVE, RDPID, and
+//! RDTSCP: programs that run directly on the CPU would get the number of the host's CPU from it. Kernels read the time stamps of
+//! their clocks by LFENCE and RDTSC without it, at the same cost.
 //!
 //! There is a second form of it, of an AMD part ([`amd`]), for guests whose code runs on such a CPU. Which one a guest sees is chosen when
 //! its VM is made, and is part of the VM's saved state.
@@ -287,6 +289,11 @@ impl CpuidModel {
     /// Is SMAP shown (and so CLAC and STAC)?
     pub fn has_smap(&self) -> bool {
         self.features.leaf7_ebx & leaf7_ebx::SMAP != 0
+    }
+
+    /// Is RDTSCP shown? It was in machines saved by early versions.
+    pub fn has_rdtscp(&self) -> bool {
+        self.features.extended_edx & extended_edx::RDTSCP != 0
     }
 
     /// Is RDPID shown?

@@ -94,7 +94,7 @@ fn tells(code: &[u8], before: &[u8]) -> Tells {
         (0xa2, _) => return Tells::Cpuid,
         // SYSENTER, after which it is not known where it was.
         (0x34, _) => return Tells::IfExecuted,
-        // RDTSCP.
+        // RDTSCP, which guests are not shown.
         (0x01, Some(0xf9)) => return Tells::IfExecuted,
         // SLDT, STR, VERR, VERW, LAR, LSL (which tells the number of the CPU), and SGDT, SIDT, SMSW: of the host's tables and registers, or made up by
         // its kernel.

@@ -74,6 +74,16 @@ pub mod extended_ecx {
     pub const PREFETCHW: u32 = 1 << 8;
 }
 
+/// Feature bits of leaf 0x8000_0001, EDX.
+#[allow(missing_docs)]
+pub mod extended_edx {
+    pub const SYSCALL: u32 = 1 << 11;
+    pub const NX: u32 = 1 << 20;
+    pub const PAGE_1G: u32 = 1 << 26;
+    pub const RDTSCP: u32 = 1 << 27;
+    pub const LONG_MODE: u32 = 1 << 29;
+}
+
 /// Feature bits of leaf 0xd, subleaf 1, EAX.
 #[allow(missing_docs)]
 pub mod leaf_d_eax {
@@ -110,7 +120,7 @@ pub struct Features {
     pub leaf7_edx: u32,
     /// Leaf 0x8000_0001, ECX, see [`extended_ecx`].
     pub extended_ecx: u32,
-    /// Leaf 0x8000_0001, EDX.
+    /// Leaf 0x8000_0001, EDX, see [`extended_edx`].
     pub extended_edx: u32,
     /// Leaf 0xd.1, EAX, see [`leaf_d_eax`].
     pub leaf_d_eax: u32,
@@ -126,6 +136,7 @@ impl Features {
     /// All that a model may show, were the host to have it.
     fn baseline() -> Self {
         use extended_ecx as x;
+        use extended_edx as d;
         use leaf1_ecx as a;
         use leaf7_ebx as b;
         use leaf7_ecx as c;
@@ -167,8 +178,7 @@ impl Features {
             leaf7_ecx: c::GFNI | c::VAES | c::VPCLMULQDQ,
             leaf7_edx: leaf7_edx::FSRM | leaf7_edx::SPEC_CTRL | leaf7_edx::ARCH_CAPABILITIES,
             extended_ecx: x::LAHF | x::LZCNT | x::PREFETCHW,
-            // SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
-            extended_edx: 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29,
+            extended_edx: d::SYSCALL | d::NX | d::PAGE_1G | d::LONG_MODE,
             leaf_d_eax: leaf_d_eax::XSAVEOPT | leaf_d_eax::XGETBV1,
             ..Self::default()
         }
@@ -202,6 +212,7 @@ impl Features {
     /// The names of what a guest's code uses that `self` shows and `other` has not.
     pub fn beyond(&self, other: &Self) -> Vec<&'static str> {
         use extended_ecx as x;
+        use extended_edx as d;
         use leaf1_ecx as a;
         use leaf7_ebx as b;
         use leaf7_ecx as c;
@@ -244,7 +255,7 @@ impl Features {
             ),
             (self.leaf7_ecx & !other.leaf7_ecx, &[("GFNI", c::GFNI), ("VAES", c::VAES), ("VPCLMULQDQ", c::VPCLMULQDQ)]),
             (self.extended_ecx & !other.extended_ecx, &[("LZCNT", x::LZCNT), ("PREFETCHW", x::PREFETCHW)]),
-            (self.extended_edx & !other.extended_edx, &[("1 GiB pages", 1 << 26), ("RDTSCP", 1 << 27)]),
+            (self.extended_edx & !other.extended_edx, &[("1 GiB pages", d::PAGE_1G), ("RDTSCP", d::RDTSCP)]),
             (
                 self.leaf_d_eax & !other.leaf_d_eax,
                 &[("XSAVEOPT", leaf_d_eax::XSAVEOPT), ("XGETBV1", leaf_d_eax::XGETBV1)],

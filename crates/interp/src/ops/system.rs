@@ -148,6 +148,9 @@ pub(super) fn rdtsc(cx: &mut Cx<'_>, _insn: &Insn) -> Result<(), Exception> {
 }
 
 pub(super) fn rdtscp(cx: &mut Cx<'_>, _insn: &Insn) -> Result<(), Exception> {
+    if !cx.it.model.has_rdtscp() {
+        return Err(Exception::ud());
+    }
     tsc_allowed(cx)?;
     put_edx_eax(cx, msr::guest_tsc(cx.st));
     cx.st.gpr[RCX] = cx.st.tsc_aux & 0xffff_ffff;
