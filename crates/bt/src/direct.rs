@@ -203,6 +203,12 @@ impl Direct {
         self.chosen == Some(space_of(state))
     }
 
+    /// Must the program not go on by itself at `rip`, as it has passed a stop that guards what comes?
+    #[inline]
+    pub fn is_guarded_at(&self, rip: u64, state: &CpuState) -> bool {
+        self.space.is_inside(rip) && self.owner == Some(space_of(state))
+    }
+
     /// For tests: they do.
     pub fn choose_at_once(&mut self, state: &CpuState) {
         self.chosen = Self::possible(state).then(|| space_of(state));

@@ -26,6 +26,7 @@
 
 mod birth;
 mod frame;
+pub mod guard;
 mod process;
 mod ptrace;
 pub mod scan;

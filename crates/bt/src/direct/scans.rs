@@ -4,9 +4,11 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::hash::BuildHasher;
+use std::rc::Rc;
 
 use foldhash::quality::RandomState;
-use runner::scan::{self, BEYOND};
+use runner::guard::Telling;
+use runner::scan::BEYOND;
 
 /// A page with what lies before and behind it.
 pub type Bytes = [u8; BEYOND + 4096 + BEYOND];
@@ -16,7 +18,7 @@ const MAX_PAGES: usize = 1 << 15;
 
 struct Scan {
     hash: u64,
-    found: Vec<i64>,
+    found: Rc<Telling>,
 }
 
 #[derive(Default)]
@@ -29,8 +31,8 @@ thread_local! {
     static SCANS: RefCell<Scans> = RefCell::new(Scans::default());
 }
 
-/// [`scan::find`] for page `number` of guest-physical memory; the flags tell whether there is something before and behind it.
-pub fn find(number: u64, bytes: &Bytes, has_before: bool, has_after: bool) -> Vec<i64> {
+/// [`Telling::find`] for page `number` of guest-physical memory; the flags tell whether there is something before and behind it.
+pub fn find(number: u64, bytes: &Bytes, has_before: bool, has_after: bool) -> Rc<Telling> {
     SCANS.with_borrow_mut(|scans| {
         let hash = scans.key.hash_one((has_before, has_after, &bytes[..]));
         if let Some(scan) = scans.pages.get(&number).filter(|scan| scan.hash == hash) {
@@ -40,7 +42,7 @@ pub fn find(number: u64, bytes: &Bytes, has_before: bool, has_after: bool) -> Ve
         let (before, after) = (part(has_before, 0..BEYOND), part(has_after, BEYOND + 4096..bytes.len()));
         let mut page = [0; 4096];
         page.copy_from_slice(&bytes[BEYOND..BEYOND + 4096]);
-        let found = scan::find(&page, before, after);
+        let found = Rc::new(Telling::find(&page, before, after));
         if scans.pages.len() >= MAX_PAGES {
             scans.pages.clear();
         }
@@ -56,19 +58,19 @@ mod tests {
     #[test]
     fn a_page_that_has_changed_is_looked_at_again() {
         let mut bytes = [0x90; BEYOND + 4096 + BEYOND];
-        assert!(find(7, &bytes, true, true).is_empty());
+        assert!(find(7, &bytes, true, true).stops.is_empty());
         bytes[BEYOND + 100] = 0x0f;
         bytes[BEYOND + 101] = 0x01;
         bytes[BEYOND + 102] = 0xf9;
-        assert_eq!(find(7, &bytes, true, true), [100]);
-        assert_eq!(find(7, &bytes, true, true), [100]);
+        assert_eq!(find(7, &bytes, true, true).stops, [100]);
+        assert_eq!(find(7, &bytes, true, true).stops, [100]);
         bytes[BEYOND + 102] = 0x90;
-        assert!(find(7, &bytes, true, true).is_empty());
+        assert!(find(7, &bytes, true, true).stops.is_empty());
         // What lies before it counts where it can be executed.
         bytes[BEYOND - 1] = 0x0f;
         bytes[BEYOND] = 0x01;
         bytes[BEYOND + 1] = 0xf9;
-        assert!(find(7, &bytes, false, true).is_empty());
-        assert_eq!(find(7, &bytes, true, true), [-1]);
+        assert!(find(7, &bytes, false, true).stops.is_empty());
+        assert_eq!(find(7, &bytes, true, true).stops, [-1]);
     }
 }

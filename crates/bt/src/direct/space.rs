@@ -2,9 +2,11 @@
 //! looked at again when the guest flushes.
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 use cpu::paging::{self, Access, Kind, PagingContext};
 use memory::GuestRam;
+use runner::guard::Telling;
 use runner::{Change, Rights, WATCHED, scan};
 
 use super::scans;
@@ -66,7 +68,7 @@ pub struct Space {
     changes: Vec<Change>,
     mappings: usize,
     /// Executable pages with instructions that would tell of the host, the last one at the end: the process stops there.
-    watched: Vec<(u64, Vec<u64>)>,
+    watched: Vec<(u64, Rc<Telling>)>,
     watched_changed: bool,
     /// Writable pages by a hash of their guest-physical address: a bit each.
     wrote: Vec<u64>,
@@ -86,15 +88,15 @@ impl View<'_> {
         }
         Some(if self.keeps(page, Rights::Write) {
             Rights::Write
-        } else if page.executable && !page.writable && self.telling(page.gpa, address).is_empty() {
+        } else if page.executable && !page.writable && self.telling(page.gpa, address).stops.is_empty() {
             Rights::Execute
         } else {
             Rights::Read
         })
     }
 
-    /// Addresses of instructions on the page that would tell of the host.
-    fn telling(&self, gpa: u64, address: u64) -> Vec<u64> {
+    /// Instructions on the page that would tell of the host.
+    fn telling(&self, gpa: u64, address: u64) -> Rc<Telling> {
         const BEYOND: usize = scan::BEYOND;
         let mut bytes = [0; BEYOND + 4096 + BEYOND];
         let (before, rest) = bytes.split_at_mut(BEYOND);
@@ -103,8 +105,7 @@ impl View<'_> {
         let has_after = self.read((address & !0xfff).wrapping_add(4096), after);
         // Without RAM there is nothing that tells, and nothing to be mapped.
         let _ = self.ram.read(gpa & !0xfff, page);
-        let found = scans::find(gpa >> 12, &bytes, has_before, has_after);
-        found.into_iter().map(|offset| (address & !0xfff).wrapping_add_signed(offset)).collect()
+        scans::find(gpa >> 12, &bytes, has_before, has_after)
     }
 
     /// Reads what the program could execute, within a page.
@@ -138,16 +139,31 @@ impl Space {
     /// Where the process must stop, if that has changed.
     pub fn take_watched(&mut self) -> Option<Vec<u64>> {
         std::mem::take(&mut self.watched_changed)
-            .then(|| self.watched.iter().flat_map(|(_, addresses)| addresses).copied().collect())
+            .then(|| self.watched.iter().flat_map(|(page, telling)| stops(*page, telling)).collect())
+    }
+
+    /// Does the program stop at `rip` in place of others on the page? It must not go on by itself before it is elsewhere.
+    pub fn is_guard(&self, rip: u64) -> bool {
+        self.guarding(rip).is_some_and(|(page, telling)| stops(*page, telling).any(|at| at == rip))
+    }
+
+    /// Must the program not go on by itself at `rip`, as it has passed a stop?
+    #[inline]
+    pub fn is_inside(&self, rip: u64) -> bool {
+        self.guarding(rip).is_some_and(|(_, telling)| telling.inside(rip & 0xfff))
+    }
+
+    fn guarding(&self, rip: u64) -> Option<&(u64, Rc<Telling>)> {
+        self.watched.iter().find(|(page, telling)| *page == rip & !0xfff && telling.guards())
     }
 
     /// Makes room for the page's instructions among those watched, by taking other pages away. Returns whether there can be any.
-    fn watch(&mut self, page: u64, addresses: Vec<u64>) -> bool {
-        if addresses.len() > WATCHED {
+    fn watch(&mut self, page: u64, telling: Rc<Telling>) -> bool {
+        if telling.stops.len() > WATCHED {
             return false;
         }
         self.watched.retain(|(other, _)| *other != page);
-        while self.watched.iter().map(|(_, addresses)| addresses.len()).sum::<usize>() + addresses.len() > WATCHED {
+        while self.watched.iter().map(|(_, other)| other.stops.len()).sum::<usize>() + telling.stops.len() > WATCHED {
             let (other, _) = self.watched.remove(0);
             if let Some(pages) = self.regions.get_mut(&(other & !(REGION - 1))) {
                 let entry = &mut pages.entries[(other >> 12) as usize % PAGES];
@@ -156,7 +172,7 @@ impl Space {
                 }
             }
         }
-        self.watched.push((page, addresses));
+        self.watched.push((page, telling));
         self.watched_changed = true;
         true
     }
@@ -182,7 +198,9 @@ impl Space {
         }
         if fetch {
             let telling = view.telling(page.gpa, address);
-            if !telling.is_empty() && !self.watch(address & !0xfff, telling) {
+            // It must not begin where a stop has been passed already.
+            let refused = telling.inside(address & 0xfff);
+            if refused || !telling.stops.is_empty() && !self.watch(address & !0xfff, telling) {
                 return Answer::Tells;
             }
         }
@@ -218,7 +236,7 @@ impl Space {
                 let Some(page) = region.page(at) else { continue };
                 let Some(rights) = view.rights(page, address, fetch) else { continue };
                 // Code that must be watched waits until it is needed.
-                if fetch && !view.telling(page.gpa, address).is_empty() {
+                if fetch && !view.telling(page.gpa, address).stops.is_empty() {
                     continue;
                 }
                 (page, rights)
@@ -300,7 +318,7 @@ impl Space {
     /// Does an executable page have no other instructions that would tell of the host than when it was mapped?
     fn still_tells(&self, view: &View<'_>, gpa: u64, page: u64) -> bool {
         let telling = view.telling(gpa, page);
-        telling.is_empty() || self.watched.iter().any(|(other, watched)| *other == page && *watched == telling)
+        telling.stops.is_empty() || self.watched.iter().any(|(other, watched)| *other == page && *watched == telling)
     }
 
     fn unmap(&mut self, address: u64) {
@@ -329,6 +347,11 @@ impl Space {
         }
         self.regions = regions;
     }
+}
+
+/// The addresses to stop at on `page`.
+fn stops(page: u64, telling: &Telling) -> impl Iterator<Item = u64> {
+    telling.stops.iter().map(move |&offset| page.wrapping_add_signed(offset))
 }
 
 fn note(bits: &mut Vec<u64>, gpa: u64) {

@@ -64,7 +64,10 @@ impl BtVcpu {
         if direct.at_once {
             direct.choose_at_once(&block.state);
         }
-        self.is_direct() && self.direct.as_mut().is_some_and(|direct| !std::mem::take(&mut direct.interlude))
+        self.is_direct()
+            && self.direct.as_mut().is_some_and(|direct| {
+                !std::mem::take(&mut direct.interlude) && !direct.is_guarded_at(block.state.rip, &block.state)
+            })
     }
 
     /// Programs have had the CPU for some time, since `entries` stood at `since`: chooses direct execution if it may pay.
@@ -136,6 +139,10 @@ impl BtVcpu {
                 }
                 Stop::Instruction => {
                     direct.counters.instructions += 1;
+                    if direct.space.is_guard(direct.runner.rip()) {
+                        direct.interlude = true;
+                        break After::Next(Next::Run);
+                    }
                     break After::Interpret;
                 }
                 Stop::Breakpoint | Stop::DebugTrap => {

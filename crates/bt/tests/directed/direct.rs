@@ -79,10 +79,17 @@ fn computes(mut guest: Guest) {
 /// CPUID, LSL and XGETBV answer as everywhere; those of a page with more of them than the CPU can watch, too.
 #[test]
 fn what_would_tell_of_the_host_does_not() {
-    for many in [1, 7] {
+    for (many, guarded) in [(1, false), (7, false), (7, true)] {
         let first = std::cell::OnceCell::new();
         each(|kind| {
             let mut guest = start(Guest::new(kind), |a| {
+                // Where the flow is not known, each is one.
+                let mut ahead = a.create_label();
+                if !guarded {
+                    a.lea(rax, ptr(ahead))?;
+                    a.jmp(rax)?;
+                }
+                a.set_label(&mut ahead)?;
                 for n in 0..many {
                     a.mov(r14, rbx)?;
                     a.mov(eax, if n == 0 { 1 } else { 0x8000_0000_u32 + n })?;
@@ -121,7 +128,7 @@ fn what_would_tell_of_the_host_does_not() {
                 (7, crate::guest::USER_STACK),
                 "XCR0, and what is behind the saved registers"
             );
-            assert_eq!(*first.get_or_init(|| words.clone()), words, "{kind:?}, {many} on the page");
+            assert_eq!(*first.get_or_init(|| words.clone()), words, "{kind:?}, {many} on the page, {guarded}");
             if kind == Kind::Direct {
                 let (stops, tells) =
                     (counter(&guest, "direct.stops.instruction"), counter(&guest, "direct.stops.tells"));
@@ -129,6 +136,58 @@ fn what_would_tell_of_the_host_does_not() {
             }
         });
     }
+}
+
+/// One stop guards a function with many CPUIDs, also where the program is interrupted in its middle, and its neighbours run directly.
+#[test]
+fn functions_with_many_that_would_tell() {
+    let first = std::cell::OnceCell::new();
+    each(|kind| {
+        let mut guest = start(Guest::new(kind), |a| {
+            let (mut again, mut function, mut neighbour) = (a.create_label(), a.create_label(), a.create_label());
+            a.mov(rdi, rbx)?;
+            a.mov(esi, 400)?;
+            a.set_label(&mut again)?;
+            a.call(function)?;
+            a.call(neighbour)?;
+            a.dec(esi)?;
+            a.jne(again)?;
+            a.int(0x80)?;
+            a.set_label(&mut function)?;
+            for leaf in [0_u32, 7, 0x4000_0000, 0x4000_0001, 0x8000_0002, 0x8000_0003, 0x8000_0004, 0x4000_0000] {
+                a.mov(eax, leaf)?;
+                a.xor(ecx, ecx)?;
+                a.cpuid()?;
+                for register in [rax, rbx, rcx, rdx] {
+                    a.rol(r15, 7)?;
+                    a.add(r15, register)?;
+                }
+            }
+            a.ret()?;
+            a.set_label(&mut neighbour)?;
+            a.inc(qword_ptr(rdi))?;
+            a.ret()
+        });
+        let (kick, done) = (guest.vcpu.kick_handle(), std::sync::atomic::AtomicBool::new(false));
+        let sum = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(std::sync::atomic::Ordering::SeqCst) {
+                    kick.kick();
+                    std::thread::sleep(Duration::from_micros(50));
+                }
+            });
+            let state = guest.stop();
+            done.store(true, std::sync::atomic::Ordering::SeqCst);
+            state.gpr[15]
+        });
+        assert_eq!(guest.word(USER_DATA), 400);
+        assert_eq!(*first.get_or_init(|| sum), sum, "{kind:?}");
+        if kind == Kind::Direct {
+            // CPUID may stop the process where the CPU can do that.
+            assert_eq!(counter(&guest, "direct.stops.tells"), 0);
+            assert!(counter(&guest, "direct.stops.instruction") >= 400);
+        }
+    });
 }
 
 /// The bits of page-table entries tell what the program did, and only that.

@@ -93,7 +93,17 @@ fn refused_to_programs() {
             println!("{name}: {}", trap.vector);
             let undefined = matches!(
                 name,
-                "clac" | "stac" | "monitor" | "mwait" | "vmxon" | "vmrun" | "invpcid" | "rsm" | "mov to cr1" | "getsec" | "rdtscp"
+                "clac"
+                    | "stac"
+                    | "monitor"
+                    | "mwait"
+                    | "vmxon"
+                    | "vmrun"
+                    | "invpcid"
+                    | "rsm"
+                    | "mov to cr1"
+                    | "getsec"
+                    | "rdtscp"
             );
             let expected = if undefined { vector::UD } else { vector::GP };
             assert_eq!(trap.vector, expected, "{name} {kind:?}");
