@@ -22,9 +22,9 @@ pub struct Telling {
 }
 
 impl Telling {
-    /// Looks for what tells on a page; `before` and `after` as for [`scan::find`]. More than [`WATCHED`] stops: the page must not be executed.
-    pub fn find(page: &[u8; SIZE], before: &[u8], after: &[u8]) -> Self {
-        let found = scan::find(page, before, after);
+    /// Looks for what tells on a page; the rest is as for [`scan::find`]. More than [`WATCHED`] stops: the page must not be executed.
+    pub fn find(page: &[u8; SIZE], before: &[u8], after: &[u8], written: bool) -> Self {
+        let found = scan::find(page, before, after, written);
         if found.len() > WATCHED
             && let Some(guarded) = guard(page, &found, WATCHED)
         {
@@ -275,7 +275,7 @@ mod tests {
                 page[at..at + what.len()].copy_from_slice(what);
             }
             page[SIZE - 1] = 0xc3;
-            let tells = scan::find(&page, &[], &[]);
+            let tells = scan::find(&page, &[], &[], false);
             let Some(guarded) = guard(&page, &tells, 4) else { continue };
             some += 1;
             let nodes = nodes(&page);

@@ -60,6 +60,8 @@ pub enum Rights {
     Write,
     /// Read and execute.
     Execute,
+    /// Read, write and execute.
+    All,
 }
 
 /// A change of the process's memory. Addresses and lengths are multiples of the page size, in bytes.

@@ -268,6 +268,7 @@ impl Process {
                     Rights::Read => libc::PROT_READ,
                     Rights::Write => libc::PROT_READ | libc::PROT_WRITE,
                     Rights::Execute => libc::PROT_READ | libc::PROT_EXEC,
+                    Rights::All => libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
                 };
                 self.secret.call(libc::SYS_mmap, [address, length, rights as u64, MAP_FLAGS, self.ram as u64, offset])
             }

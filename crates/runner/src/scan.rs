@@ -9,7 +9,10 @@ pub const BEYOND: usize = 3;
 
 /// Where such instructions, or parts of them, are on the page: offsets, which may be somewhat below 0. `before`: the last [`BEYOND`] bytes of the page before it, `after`: the first ones of the
 /// page behind it; empty where nothing is there to be executed (they are looked at with that page then).
-pub fn find(page: &[u8; 4096], before: &[u8], after: &[u8]) -> Vec<i64> {
+///
+/// `written`: the program writes the page itself. Compilers leave data among what they write, which looks like anything; so only instructions that
+/// programs ask for the CPU's features by, or save its state, are looked for there, and only where the bytes around them seem to be instructions.
+pub fn find(page: &[u8; 4096], before: &[u8], after: &[u8], written: bool) -> Vec<i64> {
     let bytes = [before, page, after].concat();
     let catches_cpuid = catches_cpuid();
     let mut found = Vec::new();
@@ -19,9 +22,10 @@ pub fn find(page: &[u8; 4096], before: &[u8], after: &[u8]) -> Vec<i64> {
         from = at + 1;
         let tells = match tells(&bytes[at..], &bytes[..at]) {
             Tells::No => false,
-            Tells::Yes => true,
-            Tells::Cpuid => !catches_cpuid,
-            Tells::IfExecuted => is_instruction(&bytes, at),
+            Tells::Cpuid if catches_cpuid => false,
+            Tells::Yes | Tells::Cpuid => !written || is_instruction(&bytes, at),
+            Tells::OfFeatures => is_instruction(&bytes, at),
+            Tells::IfExecuted => !written && is_instruction(&bytes, at),
         };
         if tells {
             found.extend(starts(&bytes, at).map(|start| start as i64 - before.len() as i64));
@@ -79,6 +83,8 @@ enum Tells {
     Cpuid,
     /// It is frequent as a part of other instructions, and does no harm if a hostile program jumps there.
     IfExecuted,
+    /// The same, and programs ask for features by it.
+    OfFeatures,
 }
 
 /// Does what starts with `code` (0F or CD, and what follows)? `before`: the bytes before.
@@ -103,10 +109,19 @@ fn tells(code: &[u8], before: &[u8]) -> Tells {
         (0x01, Some(third)) if extension(third) == 4 || !register(third) && extension(third) < 2 => {
             return Tells::IfExecuted;
         }
-        // XGETBV; MONITORX, MWAITX, RDPRU; hypercalls; RDPKRU, WRPKRU.
-        (0x01, Some(third)) => matches!(third, 0xd0 | 0xfa | 0xfb | 0xfd | 0xee | 0xef | 0xc1 | 0xd9),
-        // XSAVE, XRSTOR, XSAVEOPT: their areas would be as large as the host makes them.
-        (0xae, Some(third)) => !register(third) && matches!(extension(third), 4..=6),
+        // XGETBV. As others here, it is also what `shl eax, 15` and an addition look like.
+        (0x01, Some(0xd0)) => return Tells::OfFeatures,
+        // MONITORX, MWAITX, RDPRU; hypercalls; RDPKRU, WRPKRU.
+        (0x01, Some(0xfa | 0xfb | 0xfd | 0xee | 0xef | 0xc1 | 0xd9)) => return Tells::IfExecuted,
+        // XSAVE, XRSTOR, XSAVEOPT: their areas would be as large as the host makes them. Behind 66 the last is CLWB.
+        (0xae, Some(third)) => {
+            let operand_size = match before {
+                [.., 0x66] => true,
+                [.., 0x66, rex] => rex & 0xf0 == 0x40,
+                _ => false,
+            };
+            !register(third) && matches!(extension(third), 4..=6) && !(operand_size && extension(third) == 6)
+        }
         // RDPID; XSAVEC, XRSTORS, XSAVES.
         (0xc7, Some(third)) if register(third) => {
             let rep = match before {
@@ -127,18 +142,18 @@ mod tests {
     use super::*;
 
     fn tells_of_host(page: &[u8; 4096], before: &[u8], after: &[u8]) -> bool {
-        !find(page, before, after).is_empty()
+        !find(page, before, after, false).is_empty()
     }
 
     #[test]
     fn places_are_those_of_instructions() {
         let code =
             [0xb9, 0x7b, 0, 0, 0, 0x0f, 0x03, 0xc1, 0x48, 0x0f, 0xc7, 0x64, 0x24, 0x40, 0xf3, 0x41, 0x0f, 0xc7, 0xf8];
-        assert_eq!(find(&page(100, &code), &[], &[]), [105, 108, 109, 114, 116]);
-        assert_eq!(find(&page(0, &[0x24, 0x24]), &[0x90, 0x0f, 0xae], &[]), [-2]);
+        assert_eq!(find(&page(100, &code), &[], &[], false), [105, 108, 109, 114, 116]);
+        assert_eq!(find(&page(0, &[0x24, 0x24]), &[0x90, 0x0f, 0xae], &[], false), [-2]);
         // mov [rsp + 0x278], rdx; xsave [rsp + 0x40]: what is before is no prefix.
         let code = [0x48, 0x89, 0x94, 0x24, 0x78, 0x02, 0, 0, 0x0f, 0xae, 0x64, 0x24, 0x40];
-        assert_eq!(find(&page(100, &code), &[], &[]), [108]);
+        assert_eq!(find(&page(100, &code), &[], &[], false), [108]);
     }
 
     fn page(at: usize, bytes: &[u8]) -> [u8; 4096] {
@@ -193,6 +208,22 @@ mod tests {
         assert!(tells_of_host(&page(100, &[0xb9, 0x7b, 0, 0, 0, 0x0f, 0x03, 0xc1]), &[], &[]));
     }
 
+    /// Where a program writes code: what it asks for features by, not what data look like.
+    #[test]
+    fn written_pages() {
+        for (bytes, found) in [
+            (&[0x0f, 0xa2][..], !catches_cpuid()),
+            (&[0x0f, 0x01, 0xd0], true),
+            (&[0x0f, 0xae, 0x24, 0x24], true),
+            (&[0x0f, 0x01, 0x08], false),
+            (&[0x0f, 0x03, 0xc0], false),
+            // A part of `shl eax, 15; mov [...], ...`.
+            (&[0xc1, 0xe0, 0x0f, 0xa2, 0, 0, 0, 0, 0, 0, 0, 0], false),
+        ] {
+            assert_eq!(!find(&page(100, bytes), &[], &[], true).is_empty(), found, "{bytes:x?}");
+        }
+    }
+
     #[test]
     fn what_does_not_tell_is_left_alone() {
         for bytes in [
@@ -202,6 +233,9 @@ mod tests {
             &[0x0f, 0xae, 0x5c, 0x24, 0x04], // stmxcsr
             &[0xf3, 0x0f, 0xae, 0xc0],       // rdfsbase
             &[0x0f, 0xc7, 0x0f],             // cmpxchg8b
+            &[0x66, 0x0f, 0xae, 0x37],       // clwb
+            &[0x66, 0x41, 0x0f, 0xae, 0x37], // clwb [r15]
+            &[0xc1, 0xe0, 0x0f, 0x01, 0xd0], // shl eax, 15; add eax, edx
             &[0x0f, 0xc7, 0xf8],             // rdseed
             &[0x0f, 0xb6, 0xc0],             // movzx
             &[0xb8, 0x0f, 0, 0, 0],          // mov eax, 15

@@ -31,10 +31,11 @@ thread_local! {
     static SCANS: RefCell<Scans> = RefCell::new(Scans::default());
 }
 
-/// [`Telling::find`] for page `number` of guest-physical memory; the flags tell whether there is something before and behind it.
-pub fn find(number: u64, bytes: &Bytes, has_before: bool, has_after: bool) -> Rc<Telling> {
+/// [`Telling::find`] for page `number` of guest-physical memory; the flags tell whether there is something before and behind it,
+/// and whether the program writes it itself.
+pub fn find(number: u64, bytes: &Bytes, has_before: bool, has_after: bool, written: bool) -> Rc<Telling> {
     SCANS.with_borrow_mut(|scans| {
-        let hash = scans.key.hash_one((has_before, has_after, &bytes[..]));
+        let hash = scans.key.hash_one((has_before, has_after, written, &bytes[..]));
         if let Some(scan) = scans.pages.get(&number).filter(|scan| scan.hash == hash) {
             return scan.found.clone();
         }
@@ -42,7 +43,7 @@ pub fn find(number: u64, bytes: &Bytes, has_before: bool, has_after: bool) -> Rc
         let (before, after) = (part(has_before, 0..BEYOND), part(has_after, BEYOND + 4096..bytes.len()));
         let mut page = [0; 4096];
         page.copy_from_slice(&bytes[BEYOND..BEYOND + 4096]);
-        let found = Rc::new(Telling::find(&page, before, after));
+        let found = Rc::new(Telling::find(&page, before, after, written));
         if scans.pages.len() >= MAX_PAGES {
             scans.pages.clear();
         }
@@ -58,19 +59,20 @@ mod tests {
     #[test]
     fn a_page_that_has_changed_is_looked_at_again() {
         let mut bytes = [0x90; BEYOND + 4096 + BEYOND];
-        assert!(find(7, &bytes, true, true).stops.is_empty());
+        assert!(find(7, &bytes, true, true, false).stops.is_empty());
         bytes[BEYOND + 100] = 0x0f;
         bytes[BEYOND + 101] = 0x01;
         bytes[BEYOND + 102] = 0xf9;
-        assert_eq!(find(7, &bytes, true, true).stops, [100]);
-        assert_eq!(find(7, &bytes, true, true).stops, [100]);
+        assert_eq!(find(7, &bytes, true, true, false).stops, [100]);
+        assert_eq!(find(7, &bytes, true, true, false).stops, [100]);
         bytes[BEYOND + 102] = 0x90;
-        assert!(find(7, &bytes, true, true).stops.is_empty());
+        assert!(find(7, &bytes, true, true, false).stops.is_empty());
         // What lies before it counts where it can be executed.
         bytes[BEYOND - 1] = 0x0f;
         bytes[BEYOND] = 0x01;
         bytes[BEYOND + 1] = 0xf9;
-        assert!(find(7, &bytes, false, true).stops.is_empty());
-        assert_eq!(find(7, &bytes, true, true).stops, [-1]);
+        assert!(find(7, &bytes, false, true, false).stops.is_empty());
+        assert_eq!(find(7, &bytes, true, true, false).stops, [-1]);
+        assert!(find(7, &bytes, true, true, true).stops.is_empty());
     }
 }

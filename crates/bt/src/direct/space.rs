@@ -1,7 +1,7 @@
 //! What a program's process has mapped, kept in step with the guest's page tables like a TLB: entries are made when they are needed, and
 //! looked at again when the guest flushes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
 use cpu::paging::{self, Access, Kind, PagingContext};
@@ -15,6 +15,11 @@ use crate::tlb::{WROTE_BITS, wrote_bit};
 
 /// Pages around a fault that are mapped with it, if they may be.
 const AROUND: usize = 16;
+/// Turns of writing and executing after which a page may be both: compilers put code beside data, and beside code that runs. What is written from then on
+/// is looked at when the guest flushes the page, or the translator comes by.
+const MIXED: u8 = 3;
+/// Pages whose turns are counted.
+const MAX_MIXED: usize = 1 << 14;
 /// More mappings than this are too many for one process of the host, which may have 65,530: all are forgotten.
 const MAX_MAPPINGS: usize = 30_000;
 /// Bytes of the longest instruction.
@@ -36,7 +41,9 @@ impl Entry {
     }
 
     fn rights(self) -> Option<Rights> {
-        [Rights::Read, Rights::Write, Rights::Execute].into_iter().find(|&rights| rights as u64 + 1 == self.0 & 0xfff)
+        [Rights::Read, Rights::Write, Rights::Execute, Rights::All]
+            .into_iter()
+            .find(|&rights| rights as u64 + 1 == self.0 & 0xfff)
     }
 }
 
@@ -70,6 +77,8 @@ pub struct Space {
     /// Executable pages with instructions that would tell of the host, the last one at the end: the process stops there.
     watched: Vec<(u64, Rc<Telling>)>,
     watched_changed: bool,
+    /// How often pages that may be written and executed have gone from one to the other, by guest-physical address.
+    mixed: HashMap<u64, u8>,
     /// Writable pages by a hash of their guest-physical address: a bit each.
     wrote: Vec<u64>,
 }
@@ -81,14 +90,17 @@ pub struct View<'a> {
 }
 
 impl View<'_> {
-    /// What the program gets of a page, if it reads or writes it, or if it executes it.
-    fn rights(&self, page: Page, address: u64, fetch: bool) -> Option<Rights> {
+    /// What the program gets of a page, if it reads or writes it, or if it executes it; `mixed`: it does both by turns.
+    fn rights(&self, page: Page, address: u64, fetch: bool, mixed: bool) -> Option<Rights> {
+        if mixed && self.keeps(page, Rights::All) {
+            return Some(Rights::All);
+        }
         if fetch {
             return page.executable.then_some(Rights::Execute);
         }
         Some(if self.keeps(page, Rights::Write) {
             Rights::Write
-        } else if page.executable && !page.writable && self.telling(page.gpa, address).stops.is_empty() {
+        } else if page.executable && !page.writable && self.telling(page, address).stops.is_empty() {
             Rights::Execute
         } else {
             Rights::Read
@@ -96,16 +108,16 @@ impl View<'_> {
     }
 
     /// Instructions on the page that would tell of the host.
-    fn telling(&self, gpa: u64, address: u64) -> Rc<Telling> {
+    fn telling(&self, page: Page, address: u64) -> Rc<Telling> {
         const BEYOND: usize = scan::BEYOND;
         let mut bytes = [0; BEYOND + 4096 + BEYOND];
         let (before, rest) = bytes.split_at_mut(BEYOND);
-        let (page, after) = rest.split_at_mut(4096);
+        let (own, after) = rest.split_at_mut(4096);
         let has_before = self.read((address & !0xfff).wrapping_sub(BEYOND as u64), before);
         let has_after = self.read((address & !0xfff).wrapping_add(4096), after);
         // Without RAM there is nothing that tells, and nothing to be mapped.
-        let _ = self.ram.read(gpa & !0xfff, page);
-        scans::find(gpa >> 12, &bytes, has_before, has_after)
+        let _ = self.ram.read(page.gpa & !0xfff, own);
+        scans::find(page.gpa >> 12, &bytes, has_before, has_after, page.writable && page.dirty)
     }
 
     /// Reads what the program could execute, within a page.
@@ -120,6 +132,7 @@ impl View<'_> {
             Rights::Read => true,
             Rights::Write => page.writable && page.dirty && !self.ram.code_pages().test(page.gpa >> 12),
             Rights::Execute => page.executable,
+            Rights::All => page.executable && self.keeps(page, Rights::Write),
         }
     }
 }
@@ -131,6 +144,7 @@ impl Space {
         self.huge = false;
         self.changes.clear();
         self.wrote.clear();
+        self.mixed.clear();
         self.mappings = 0;
         self.watched_changed |= !self.watched.is_empty();
         self.watched.clear();
@@ -192,14 +206,16 @@ impl Space {
         let region = Region::new(view.ram, &view.context, address);
         let index = (address >> 12) as usize % PAGES;
         let Some(page) = region.page(index) else { return Answer::Guests };
-        let Some(rights) = view.rights(page, address, fetch) else { return Answer::Guests };
+        let mixed = self.mixed.get(&page.gpa).is_some_and(|&turns| turns >= MIXED)
+            && view.telling(page, address).stops.len() <= WATCHED;
+        let Some(rights) = view.rights(page, address, fetch, mixed) else { return Answer::Guests };
         if view.ram.offset_in_file(page.gpa).is_none() {
             return Answer::Guests;
         }
-        if fetch {
-            let telling = view.telling(page.gpa, address);
+        if executes(rights) && (fetch || mixed) {
+            let telling = view.telling(page, address);
             // It must not begin where a stop has been passed already.
-            let refused = telling.inside(address & 0xfff);
+            let refused = fetch && telling.inside(address & 0xfff);
             if refused || !telling.stops.is_empty() && !self.watch(address & !0xfff, telling) {
                 return Answer::Tells;
             }
@@ -208,19 +224,25 @@ impl Space {
         let none = || Box::new(Pages { entries: [Entry::NONE; PAGES], size: 4096 });
         let Pages { entries, size } = &mut **self.regions.entry(first).or_insert_with(none);
         let before = entries[index].rights();
-        if fetch && before == Some(Rights::Execute) || !fetch && before.is_some() && rights != Rights::Write {
+        if fetch && before == Some(Rights::Execute) && rights == Rights::Execute
+            || !fetch && before.is_some() && !writes(rights)
+        {
             // It had what it can have: reading is allowed everywhere, so it writes.
             return Answer::Guests;
         }
         let of_instruction = [rip, rip.wrapping_add(LONGEST - 1)].iter().any(|at| at & !0xfff == address & !0xfff);
-        if !fetch && before == Some(Rights::Execute) && of_instruction {
+        if !fetch && before == Some(Rights::Execute) && rights == Rights::Write && of_instruction {
             // The instruction writes a page that it is on itself, which the process cannot both execute and write. Once written, it is to be looked at again.
             entries[index] = Entry::NONE;
             self.unmap(address & !0xfff);
+            turn(&mut self.mixed, page.gpa);
             return Answer::Guests;
         }
         if before == Some(rights) {
             return Answer::Guests;
+        }
+        if matches!((before, rights), (Some(Rights::Write), Rights::Execute) | (Some(Rights::Execute), Rights::Write)) {
+            turn(&mut self.mixed, page.gpa);
         }
         *size = region.page_size().max(*size);
         self.huge |= *size > REGION;
@@ -234,16 +256,16 @@ impl Space {
                 continue;
             } else {
                 let Some(page) = region.page(at) else { continue };
-                let Some(rights) = view.rights(page, address, fetch) else { continue };
+                let Some(rights) = view.rights(page, address, fetch, false) else { continue };
                 // Code that must be watched waits until it is needed.
-                if fetch && !view.telling(page.gpa, address).stops.is_empty() {
+                if fetch && !view.telling(page, address).stops.is_empty() {
                     continue;
                 }
                 (page, rights)
             };
             let Some(offset) = view.ram.offset_in_file(page.gpa) else { continue };
             *entry = Entry::new(page.gpa, rights);
-            if rights == Rights::Write {
+            if writes(rights) {
                 note(&mut self.wrote, page.gpa);
             }
             if let Some(Change::Map { address: a, offset: o, length, rights: r }) = self.changes.last_mut()
@@ -305,8 +327,11 @@ impl Space {
     /// Takes an entry away if it is no longer right. Returns whether it is still there.
     fn check(&mut self, view: &View<'_>, region: &Region<'_>, first: u64, index: usize, entry: &mut Entry) -> bool {
         let good = entry.rights().is_some_and(|rights| {
-            region.page(index).is_some_and(|page| page.gpa == entry.gpa() && view.keeps(page, rights))
-                && (rights != Rights::Execute || self.still_tells(view, entry.gpa(), first + index as u64 * 4096))
+            region.page(index).is_some_and(|page| {
+                page.gpa == entry.gpa()
+                    && view.keeps(page, rights)
+                    && (!executes(rights) || self.still_tells(view, page, first + index as u64 * 4096))
+            })
         });
         if !good {
             *entry = Entry::NONE;
@@ -316,9 +341,9 @@ impl Space {
     }
 
     /// Does an executable page have no other instructions that would tell of the host than when it was mapped?
-    fn still_tells(&self, view: &View<'_>, gpa: u64, page: u64) -> bool {
-        let telling = view.telling(gpa, page);
-        telling.stops.is_empty() || self.watched.iter().any(|(other, watched)| *other == page && *watched == telling)
+    fn still_tells(&self, view: &View<'_>, page: Page, at: u64) -> bool {
+        let telling = view.telling(page, at);
+        telling.stops.is_empty() || self.watched.iter().any(|(other, watched)| *other == at && *watched == telling)
     }
 
     fn unmap(&mut self, address: u64) {
@@ -337,16 +362,33 @@ impl Space {
         if !noted(&self.wrote, gpa) {
             return;
         }
-        let written = Entry::new(gpa, Rights::Write);
+        let written = [Entry::new(gpa, Rights::Write), Entry::new(gpa, Rights::All)];
         let mut regions = std::mem::take(&mut self.regions);
         for (&first, pages) in &mut regions {
-            for (index, entry) in pages.entries.iter_mut().enumerate().filter(|(_, entry)| **entry == written) {
+            for (index, entry) in pages.entries.iter_mut().enumerate().filter(|(_, entry)| written.contains(entry)) {
                 *entry = Entry::NONE;
                 self.unmap(first + index as u64 * 4096);
             }
         }
         self.regions = regions;
     }
+}
+
+/// A page that may be written and executed goes from one to the other.
+fn turn(mixed: &mut HashMap<u64, u8>, gpa: u64) {
+    if mixed.len() >= MAX_MIXED {
+        mixed.clear();
+    }
+    let turns = mixed.entry(gpa).or_default();
+    *turns = turns.saturating_add(1);
+}
+
+fn executes(rights: Rights) -> bool {
+    matches!(rights, Rights::Execute | Rights::All)
+}
+
+fn writes(rights: Rights) -> bool {
+    matches!(rights, Rights::Write | Rights::All)
 }
 
 /// The addresses to stop at on `page`.

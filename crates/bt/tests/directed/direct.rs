@@ -190,6 +190,38 @@ fn functions_with_many_that_would_tell() {
     });
 }
 
+/// A compiler that runs what it has just written, on a page with other code and data, need not stop for each.
+#[test]
+fn pages_that_are_written_and_executed_by_turns() {
+    const ROUNDS: u64 = 3000;
+    each(|kind| {
+        let mut guest = start(Guest::new(kind), |a| {
+            let mut again = a.create_label();
+            // mov eax, ECX; ret
+            a.mov(byte_ptr(rbx + 0x800), 0xb8)?;
+            a.mov(byte_ptr(rbx + 0x805), 0xc3)?;
+            a.lea(rsi, ptr(rbx + 0x800))?;
+            a.mov(ecx, ROUNDS as u32)?;
+            a.set_label(&mut again)?;
+            a.mov(dword_ptr(rbx + 0x801), ecx)?;
+            a.call(rsi)?;
+            a.add(qword_ptr(rbx), rax)?;
+            a.dec(ecx)?;
+            a.jne(again)?;
+            a.int(0x80)
+        });
+        guest.stop();
+        assert_eq!(guest.word(USER_DATA), ROUNDS * (ROUNDS + 1) / 2, "{kind:?}");
+        if kind == Kind::Direct {
+            let stops: u64 = ["mapped", "instruction", "tells"]
+                .iter()
+                .map(|what| counter(&guest, &format!("direct.stops.{what}")))
+                .sum();
+            assert!(stops < 100, "{stops}");
+        }
+    });
+}
+
 /// The bits of page-table entries tell what the program did, and only that.
 #[test]
 fn accessed_and_dirty_bits_are_those_of_its_accesses() {
