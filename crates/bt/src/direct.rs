@@ -74,8 +74,10 @@ pub struct Direct {
     chosen: Option<u64>,
     /// When they last did.
     used: std::time::Instant,
-    /// But first some code that must not.
+    /// But first some code that must not: until the translator does not know where it leads.
     pub interlude: bool,
+    /// The same, until the program jumps to where only a register or its stack says, however often it is interrupted.
+    pub until_return: bool,
     /// They always do, for tests.
     pub at_once: bool,
     /// The address space that the process has pages of: CR3 without the bit that keeps translations.
@@ -131,6 +133,7 @@ impl Direct {
             chosen: None,
             used: std::time::Instant::now(),
             interlude: false,
+            until_return: false,
             at_once: false,
             owner: None,
             stale: false,

@@ -620,6 +620,7 @@ impl BtVcpu {
                     }
                     block.state.rip = target;
                     if user && self.is_direct() {
+                        self.direct_returns();
                         return Next::Run;
                     }
                     let Some((next, global)) = self.find(target) else { return self.without_block(target) };

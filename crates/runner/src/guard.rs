@@ -3,8 +3,8 @@
 //! it is not [inside](Telling::inside) any more, has met all others.
 //!
 //! For that the flow of control within the page is followed: from its start, from behind calls, from landing pads and from wherever nothing in the page leads to. A page whose flow is not
-//! known well enough (jumps by registers or out of the page close to such an instruction) is not guarded like that. Who jumps into the middle of
-//! a function from elsewhere meets what he asked for.
+//! known (jumps by registers close to such an instruction, jumps into its middle from its neighbours) is not guarded like that. Where the function goes on in other pages, the program must not go
+//! on by itself there either: until it returns. Who jumps into the middle of a function from elsewhere meets what he asked for.
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
 
@@ -17,8 +17,17 @@ const SIZE: usize = 4096;
 pub struct Telling {
     /// Offsets of the instructions to stop before; they may be somewhat below 0. None: there is nothing that tells.
     pub stops: Vec<i64>,
-    /// There are more, which these guard: a bit for each offset where the program must not go on by itself.
-    inside: Option<Box<[u64; SIZE / 64]>>,
+    /// There are more, which these guard.
+    inside: Option<Box<Inside>>,
+}
+
+/// What stops guard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Inside {
+    /// A bit for each offset where the program must not go on by itself.
+    bits: [u64; SIZE / 64],
+    /// All instructions that tell.
+    found: Vec<i64>,
 }
 
 impl Telling {
@@ -40,8 +49,28 @@ impl Telling {
 
     /// Could what starts at this offset of the page come to an instruction that tells, and to no stop before it?
     pub fn inside(&self, offset: u64) -> bool {
-        let word = self.inside.as_ref().and_then(|inside| inside.get((offset / 64) as usize));
+        let word = self.inside.as_ref().and_then(|inside| inside.bits.get((offset / 64) as usize));
         word.is_some_and(|word| word >> (offset % 64) & 1 != 0)
+    }
+
+    /// The same if nothing were guarded.
+    #[must_use]
+    pub fn unguarded(&self) -> Self {
+        Self { stops: self.inside.as_ref().map_or(&self.stops, |inside| &inside.found).clone(), inside: None }
+    }
+
+    /// Does `other`, a page at this distance in bytes (a positive one is behind it), jump to where the program must not go on by itself?
+    pub fn is_entered_from(&self, other: &[u8; SIZE], distance: i64) -> bool {
+        let mut decoder = Decoder::with_ip(64, other, 0, DecoderOptions::NONE);
+        let mut instruction = Instruction::default();
+        std::iter::from_fn(|| {
+            decoder.can_decode().then(|| {
+                decoder.decode_out(&mut instruction);
+                let target = instruction.near_branch_target() as i64 + distance;
+                instruction.op0_kind() == OpKind::NearBranch64 && self.inside(target as u64)
+            })
+        })
+        .any(|entered| entered)
     }
 }
 
@@ -52,7 +81,7 @@ struct Node {
     starts: bool,
     /// Of this page.
     next: Vec<usize>,
-    /// It also leads to where nobody knows, or out of the page other than by a call or a return.
+    /// It also leads to where nobody knows.
     unknown: bool,
     /// It can be come to from somewhere else.
     entry: bool,
@@ -95,7 +124,8 @@ fn nodes(page: &[u8; SIZE]) -> Vec<Node> {
         for target in targets.into_iter().chain(goes_on.then_some(next as u64)) {
             match usize::try_from(target) {
                 Ok(target) if target < SIZE => node.next.push(target),
-                _ => node.unknown = true,
+                // Out of the page.
+                _ => {}
             }
         }
         nodes[at] = node;
@@ -157,11 +187,14 @@ fn guard(page: &[u8; SIZE], found: &[i64], most: usize) -> Option<Telling> {
     }
     // Back from those that are no stops, to those that are.
     let inside = closure(tells.iter().copied().filter(|at| !stops.contains(at)), &back, |at| stops.contains(&at));
-    let mut bits = Box::new([0; SIZE / 64]);
+    let mut bits = [0; SIZE / 64];
     for (at, _) in inside.iter().enumerate().filter(|&(at, &inside)| inside && !stops.contains(&at)) {
         bits[at / 64] |= 1 << (at % 64);
     }
-    Some(Telling { stops: stops.into_iter().map(|at| at as i64).collect(), inside: Some(bits) })
+    Some(Telling {
+        stops: stops.into_iter().map(|at| at as i64).collect(),
+        inside: Some(Box::new(Inside { bits, found: found.to_vec() })),
+    })
 }
 
 #[cfg(test)]
@@ -230,7 +263,7 @@ mod tests {
 
     #[test]
     fn what_is_not_known_is_not_guarded() {
-        // A jump to where a register says, before or behind; one out of the page.
+        // A jump to where a register says, before or behind.
         let jumps = page(|a| function(a, 6, |a| a.jmp(rax)));
         assert_eq!(guard(&jumps, &cpuids(&jumps), 4), None);
         let behind = page(|a| {
@@ -239,8 +272,6 @@ mod tests {
             a.jmp(rax)
         });
         assert_eq!(guard(&behind, &cpuids(&behind), 4), None);
-        let out = page(|a| function(a, 6, |a| a.jne(0x2000)));
-        assert_eq!(guard(&out, &cpuids(&out), 4), None);
         // Not an instruction, or not of this page.
         let known = page(|a| function(a, 6, |_| Ok(())));
         let mut tells = cpuids(&known);
@@ -248,6 +279,28 @@ mod tests {
         tells[2] -= 1;
         assert_eq!(guard(&known, &tells, 4), None);
         assert_eq!(guard(&known, &[-1], 4), None);
+    }
+
+    /// A function that goes on in another page is one whose middle must not be jumped to from there.
+    #[test]
+    fn functions_in_several_pages() {
+        let out = page(|a| function(a, 6, |a| a.jne(0x2000)));
+        let tells = cpuids(&out);
+        let guarded = guard(&out, &tells, 4).unwrap();
+        assert_eq!(guarded.stops, tells[..1]);
+        let back = |to: u64| {
+            let mut other = [0x90; SIZE];
+            let mut a = CodeAssembler::new(64).unwrap();
+            a.jne(to).unwrap();
+            let bytes = a.assemble(0x1200).unwrap();
+            other[0x200..0x200 + bytes.len()].copy_from_slice(&bytes);
+            other
+        };
+        assert!(guarded.is_entered_from(&back(tells[3] as u64), 4096));
+        assert!(!guarded.is_entered_from(&back(tells[0] as u64), 4096), "it stops there");
+        assert!(!guarded.is_entered_from(&back(tells[3] as u64), -4096));
+        assert!(!guarded.is_entered_from(&[0x90; SIZE], 4096));
+        assert_eq!(guarded.unguarded().stops, tells);
     }
 
     /// Whatever the page holds: from its entries no walk meets what tells before it meets a stop, nor gets inside.

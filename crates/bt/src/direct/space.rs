@@ -117,7 +117,16 @@ impl View<'_> {
         let has_after = self.read((address & !0xfff).wrapping_add(4096), after);
         // Without RAM there is nothing that tells, and nothing to be mapped.
         let _ = self.ram.read(page.gpa & !0xfff, own);
-        scans::find(page.gpa >> 12, &bytes, has_before, has_after, page.writable && page.dirty)
+        let telling = scans::find(page.gpa >> 12, &bytes, has_before, has_after, page.writable && page.dirty);
+        let entered_from = |distance: i64| {
+            let mut other = [0; 4096];
+            self.read((address & !0xfff).wrapping_add_signed(distance), &mut other)
+                && telling.is_entered_from(&other, distance)
+        };
+        if telling.guards() && (entered_from(-4096) || entered_from(4096)) {
+            return Rc::new(telling.unguarded());
+        }
+        telling
     }
 
     /// Reads what the program could execute, within a page.

@@ -66,8 +66,18 @@ impl BtVcpu {
         }
         self.is_direct()
             && self.direct.as_mut().is_some_and(|direct| {
-                !std::mem::take(&mut direct.interlude) && !direct.is_guarded_at(block.state.rip, &block.state)
+                !std::mem::take(&mut direct.interlude)
+                    && !direct.until_return
+                    && !direct.is_guarded_at(block.state.rip, &block.state)
             })
+    }
+
+    /// A program jumps to where a register or its stack says.
+    #[inline]
+    pub(super) fn direct_returns(&mut self) {
+        if let Some(direct) = &mut self.direct {
+            direct.until_return = false;
+        }
     }
 
     /// Programs have had the CPU for some time, since `entries` stood at `since`: chooses direct execution if it may pay.
@@ -140,7 +150,7 @@ impl BtVcpu {
                 Stop::Instruction => {
                     direct.counters.instructions += 1;
                     if direct.space.is_guard(direct.runner.rip()) {
-                        direct.interlude = true;
+                        direct.until_return = true;
                         break After::Next(Next::Run);
                     }
                     break After::Interpret;
