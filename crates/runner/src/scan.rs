@@ -4,10 +4,12 @@
 //! RDTSC is not looked for: it is the engine's to see that the guest's time stamps are the host's. (The kernel would catch it, `PR_SET_TSC`, but
 //! that makes each switch between processes twice as slow in a virtual machine.) Nor is what faults in programs anyway.
 
-/// Longest sequence of bytes that is looked for, less one.
+/// Longest sequence of bytes that is looked for, less one: so many bytes of the next page belong to a page.
 pub const BEYOND: usize = 3;
+/// So many bytes of the page before tell what is an instruction and what a part of one.
+pub const BEFORE: usize = 64;
 
-/// Where such instructions, or parts of them, are on the page: offsets, which may be somewhat below 0. `before`: the last [`BEYOND`] bytes of the page before it, `after`: the first ones of the
+/// Where such instructions, or parts of them, are on the page: offsets, which may be somewhat below 0. `before`: the last [`BEFORE`] bytes of the page before it, `after`: the first [`BEYOND`] ones of the
 /// page behind it; empty where nothing is there to be executed (they are looked at with that page then).
 ///
 /// `written`: the program writes the page itself. Compilers leave data among what they write, which looks like anything; so only instructions that
@@ -16,7 +18,7 @@ pub fn find(page: &[u8; 4096], before: &[u8], after: &[u8], written: bool) -> Ve
     let bytes = [before, page, after].concat();
     let catches_cpuid = catches_cpuid();
     let mut found = Vec::new();
-    let mut from = 0;
+    let mut from = before.len().saturating_sub(BEYOND);
     while let Some(at) = memchr::memchr2(0x0f, 0xcd, &bytes[from..]) {
         let at = from + at;
         from = at + 1;
@@ -60,42 +62,30 @@ pub(crate) fn catches_cpuid() -> bool {
 /// Is there an instruction at `at`, and not the middle of one? Instructions are of many lengths, but who decodes from a wrong place soon gets to the right
 /// ones: most ways that start some bytes before come by.
 fn is_instruction(bytes: &[u8], at: usize) -> bool {
-    // Those that start close by may not be right yet.
-    let starts = (at.saturating_sub(58)..at.saturating_sub(32).max(at.min(1))).step_by(3);
-    let all = starts.len();
-    let come_by = starts
-        .filter(|&start| {
-            let mut decoder = iced_x86::Decoder::new(64, &bytes[start..], iced_x86::DecoderOptions::NONE);
-            let mut instruction = iced_x86::Instruction::default();
-            while start + decoder.position() < at && decoder.can_decode() {
-                decoder.decode_out(&mut instruction);
-            }
-            start + decoder.position() == at
-        })
-        .count();
+    let (come_by, all) = ways(bytes, at);
     come_by * 2 > all || all == 0
 }
 
-/// Could there be one? No: nobody comes by who decodes from wherever he may, [`NEAR`] to [`FAR`] bytes before.
+/// Could there be one? No: nobody comes by, wherever he starts.
 fn may_be_instruction(bytes: &[u8], at: usize) -> bool {
+    let (come_by, all) = ways(bytes, at);
+    come_by > 0 || all < 24
+}
+
+/// How many of the ways that start some bytes before `at`, one at each byte, come by, and how many there are. Those that start close by
+/// are not counted, as they may not be right yet.
+fn ways(bytes: &[u8], at: usize) -> (usize, usize) {
     const NEAR: usize = 24;
-    const FAR: usize = 64;
-    let first = at.saturating_sub(FAR);
-    if at < first + 2 * NEAR {
-        return true;
-    }
-    let mut comes_by = [false; FAR];
+    let first = at.saturating_sub(BEFORE);
+    let mut comes_by = [false; BEFORE];
     // From the end: what leads to a start that is known to come by does so, too.
     for start in (first..at).rev() {
         let mut decoder = iced_x86::Decoder::new(64, &bytes[start..], iced_x86::DecoderOptions::NONE);
-        let length = decoder.decode().len();
-        comes_by[start - first] = match start + length {
-            next if next == at => true,
-            next if next < at => comes_by[next - first],
-            _ => false,
-        };
+        let next = start + decoder.decode().len();
+        comes_by[start - first] = next == at || next < at && comes_by[next - first];
     }
-    comes_by[..at - NEAR - first].contains(&true)
+    let counted = (at - first).saturating_sub(NEAR).max(usize::from(at > first));
+    (comes_by[..counted].iter().filter(|&&by| by).count(), counted)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -136,16 +126,22 @@ fn tells(code: &[u8], before: &[u8]) -> Tells {
         (0x01, Some(0xd0)) => return Tells::OfFeatures,
         // MONITORX, MWAITX, RDPRU; hypercalls; RDPKRU, WRPKRU.
         (0x01, Some(0xfa | 0xfb | 0xfd | 0xee | 0xef | 0xc1 | 0xd9)) => return Tells::IfExecuted,
-        // XSAVE, XRSTOR, XSAVEOPT: their areas would be as large as the host makes them. Behind 66 the last is CLWB.
+        // XSAVE and XSAVEOPT: what they write would be as large as the host makes it. Behind 66 the last is CLWB. (XRSTOR reads what one of them has written
+        // for the guest; XSAVEC guests are not shown.)
         (0xae, Some(third)) => {
             let operand_size = match before {
                 [.., 0x66] => true,
                 [.., 0x66, rex] => rex & 0xf0 == 0x40,
                 _ => false,
             };
-            !register(third) && matches!(extension(third), 4..=6) && !(operand_size && extension(third) == 6)
+            !register(third)
+                && match extension(third) {
+                    4 => true,
+                    6 => !operand_size,
+                    _ => false,
+                }
         }
-        // RDPID; XSAVEC, XRSTORS, XSAVES.
+        // RDPID.
         (0xc7, Some(third)) if register(third) => {
             let rep = match before {
                 [.., 0xf3] => true,
@@ -154,7 +150,6 @@ fn tells(code: &[u8], before: &[u8]) -> Tells {
             };
             extension(third) == 7 && rep
         }
-        (0xc7, Some(third)) => matches!(extension(third), 3..=5),
         _ => false,
     };
     if yes { Tells::Yes } else { Tells::No }
@@ -171,7 +166,7 @@ mod tests {
     #[test]
     fn places_are_those_of_instructions() {
         let code =
-            [0xb9, 0x7b, 0, 0, 0, 0x0f, 0x03, 0xc1, 0x48, 0x0f, 0xc7, 0x64, 0x24, 0x40, 0xf3, 0x41, 0x0f, 0xc7, 0xf8];
+            [0xb9, 0x7b, 0, 0, 0, 0x0f, 0x03, 0xc1, 0x48, 0x0f, 0xae, 0x64, 0x24, 0x40, 0xf3, 0x41, 0x0f, 0xc7, 0xf8];
         assert_eq!(find(&page(100, &code), &[], &[], false), [105, 108, 109, 114, 116]);
         assert_eq!(find(&page(0, &[0x24, 0x24]), &[0x90, 0x0f, 0xae], &[], false), [-2]);
         // mov [rsp + 0x278], rdx; xsave [rsp + 0x40]: what is before is no prefix.
@@ -199,8 +194,7 @@ mod tests {
             &[0x0f, 0x01, 0xe0],             // smsw eax
             &[0x0f, 0x00, 0xc8],             // str eax
             &[0x0f, 0xae, 0x24, 0x24],       // xsave [rsp]
-            &[0x0f, 0xae, 0x6c, 0x24, 0x40], // xrstor [rsp + 64]
-            &[0x0f, 0xc7, 0x64, 0x24, 0x40], // xsavec [rsp + 64]
+            &[0x0f, 0xae, 0x74, 0x24, 0x40], // xsaveopt [rsp + 64]
             &[0xf3, 0x0f, 0xc7, 0xf8],       // rdpid rax
             &[0xf3, 0x41, 0x0f, 0xc7, 0xf8], // rdpid r8
         ] {
@@ -257,6 +251,8 @@ mod tests {
             &[0x0f, 0xae, 0x5c, 0x24, 0x04], // stmxcsr
             &[0xf3, 0x0f, 0xae, 0xc0],       // rdfsbase
             &[0x0f, 0xc7, 0x0f],             // cmpxchg8b
+            &[0x0f, 0xae, 0x6c, 0x24, 0x40], // xrstor [rsp + 64]
+            &[0x0f, 0xc7, 0x64, 0x24, 0x40], // xsavec [rsp + 64]
             &[0x66, 0x0f, 0xae, 0x37],       // clwb
             &[0x66, 0x41, 0x0f, 0xae, 0x37], // clwb [r15]
             &[0xc1, 0xe0, 0x0f, 0x01, 0xd0], // shl eax, 15; add eax, edx

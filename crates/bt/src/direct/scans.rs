@@ -8,10 +8,10 @@ use std::rc::Rc;
 
 use foldhash::quality::RandomState;
 use runner::guard::Telling;
-use runner::scan::BEYOND;
+use runner::scan::{BEFORE, BEYOND};
 
 /// A page with what lies before and behind it.
-pub type Bytes = [u8; BEYOND + 4096 + BEYOND];
+pub type Bytes = [u8; BEFORE + 4096 + BEYOND];
 
 /// Pages that are remembered by one thread.
 const MAX_PAGES: usize = 1 << 15;
@@ -40,9 +40,9 @@ pub fn find(number: u64, bytes: &Bytes, has_before: bool, has_after: bool, writt
             return scan.found.clone();
         }
         let part = |has: bool, range: std::ops::Range<usize>| if has { &bytes[range] } else { &[] };
-        let (before, after) = (part(has_before, 0..BEYOND), part(has_after, BEYOND + 4096..bytes.len()));
+        let (before, after) = (part(has_before, 0..BEFORE), part(has_after, BEFORE + 4096..bytes.len()));
         let mut page = [0; 4096];
-        page.copy_from_slice(&bytes[BEYOND..BEYOND + 4096]);
+        page.copy_from_slice(&bytes[BEFORE..BEFORE + 4096]);
         let found = Rc::new(Telling::find(&page, before, after, written));
         if scans.pages.len() >= MAX_PAGES {
             scans.pages.clear();
@@ -58,19 +58,19 @@ mod tests {
 
     #[test]
     fn a_page_that_has_changed_is_looked_at_again() {
-        let mut bytes = [0x90; BEYOND + 4096 + BEYOND];
+        let mut bytes = [0x90; BEFORE + 4096 + BEYOND];
         assert!(find(7, &bytes, true, true, false).stops.is_empty());
-        bytes[BEYOND + 100] = 0x0f;
-        bytes[BEYOND + 101] = 0x01;
-        bytes[BEYOND + 102] = 0xf9;
+        bytes[BEFORE + 100] = 0x0f;
+        bytes[BEFORE + 101] = 0x01;
+        bytes[BEFORE + 102] = 0xf9;
         assert_eq!(find(7, &bytes, true, true, false).stops, [100]);
         assert_eq!(find(7, &bytes, true, true, false).stops, [100]);
-        bytes[BEYOND + 102] = 0x90;
+        bytes[BEFORE + 102] = 0x90;
         assert!(find(7, &bytes, true, true, false).stops.is_empty());
         // What lies before it counts where it can be executed.
-        bytes[BEYOND - 1] = 0x0f;
-        bytes[BEYOND] = 0x01;
-        bytes[BEYOND + 1] = 0xf9;
+        bytes[BEFORE - 1] = 0x0f;
+        bytes[BEFORE] = 0x01;
+        bytes[BEFORE + 1] = 0xf9;
         assert!(find(7, &bytes, false, true, false).stops.is_empty());
         assert_eq!(find(7, &bytes, true, true, false).stops, [-1]);
         assert!(find(7, &bytes, true, true, true).stops.is_empty());

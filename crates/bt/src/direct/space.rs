@@ -109,11 +109,10 @@ impl View<'_> {
 
     /// Instructions on the page that would tell of the host.
     fn telling(&self, page: Page, address: u64) -> Rc<Telling> {
-        const BEYOND: usize = scan::BEYOND;
-        let mut bytes = [0; BEYOND + 4096 + BEYOND];
-        let (before, rest) = bytes.split_at_mut(BEYOND);
+        let mut bytes = [0; scan::BEFORE + 4096 + scan::BEYOND];
+        let (before, rest) = bytes.split_at_mut(scan::BEFORE);
         let (own, after) = rest.split_at_mut(4096);
-        let has_before = self.read((address & !0xfff).wrapping_sub(BEYOND as u64), before);
+        let has_before = self.read((address & !0xfff).wrapping_sub(scan::BEFORE as u64), before);
         let has_after = self.read((address & !0xfff).wrapping_add(4096), after);
         // Without RAM there is nothing that tells, and nothing to be mapped.
         let _ = self.ram.read(page.gpa & !0xfff, own);
