@@ -272,6 +272,7 @@ mod tests {
                 a.jz(skip)?;
                 a.jmp(rax)?;
                 a.set_label(&mut skip)?;
+                a.nop()?;
             }
             a.set_label(&mut again)?;
             a.cpuid()?;
