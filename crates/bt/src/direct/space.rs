@@ -338,7 +338,8 @@ impl Space {
             region.page(index).is_some_and(|page| {
                 page.gpa == entry.gpa()
                     && view.keeps(page, rights)
-                    && (!executes(rights) || self.still_tells(view, page, first + index as u64 * 4096))
+                    // What has not been written is as it was.
+                    && (!executes(rights) || !page.dirty || self.still_tells(view, page, first + index as u64 * 4096))
             })
         });
         if !good {
