@@ -60,7 +60,7 @@ fn expected(disk: &Disk, setup: &Setup) -> Result<BTreeMap<String, String>> {
     eprintln!("bench: making the right results on the host, once");
     let mut sums = BTreeMap::new();
     let names = rows::pick("all")?.iter().map(|r| r.name.to_owned()).collect();
-    session::run(&Engine::Native, setup, Boot::Direct, &disk.image, &Task::Rows(names), |_, line, _| {
+    session::run(&Engine::Native(None), setup, Boot::Direct, &disk.image, &Task::Rows(names), |_, line, _| {
         match rows::result(line)? {
             Some((name, Ok(sample))) => drop(sums.insert(format!("row={name}"), sample.sum)),
             Some((name, Err(e))) => bail!("{name} does not work on the host itself: {e}"),

@@ -96,8 +96,11 @@ enum Sub {
 /// What can run the user land.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum EngineName {
-    /// The host itself
+    /// The host itself, on as many of its CPUs as the guests have
     Native,
+    /// The same on two CPUs
+    #[value(name = "native-2")]
+    Native2,
     /// QEMU TCG
     Qemu,
     /// QEMU TCG with two CPUs
@@ -108,6 +111,12 @@ enum EngineName {
     /// Tightrope with two CPUs
     #[value(name = "tightrope-2")]
     Tightrope2,
+}
+
+impl EngineName {
+    fn is_native(self) -> bool {
+        matches!(self, Self::Native | Self::Native2)
+    }
 }
 
 #[derive(Args)]
@@ -229,13 +238,13 @@ fn run(cli: &Cli) -> Result<bool> {
             verify::run(&disk, &setup, &engines, cases, *systemd)
         }
         Some(Sub::Soak { minutes, workers, engine: name }) => {
-            ensure!(*name != EngineName::Native, "a soak writes to its disk and drops caches: it needs a guest");
+            ensure!(!name.is_native(), "a soak writes to its disk and drops caches: it needs a guest");
             ensure!(*minutes > 0 && *workers > 0, "--minutes and --workers must be at least 1");
             let (disk, setup) = prepare(common, Land::Usual)?;
             endure::soak(&disk, &setup, &engine(*name, common)?, *minutes, *workers)
         }
         Some(Sub::Boots { count, engine: name, direct }) => {
-            ensure!(*name != EngineName::Native, "the host itself is not booted here");
+            ensure!(!name.is_native(), "the host itself is not booted here");
             let (disk, setup) = prepare(common, Land::Usual)?;
             endure::boots(&disk, &setup, &engine(*name, common)?, *count, *direct)
         }
@@ -253,7 +262,7 @@ fn measure_or_compare(args: &MeasureArgs, common: &Common) -> Result<bool> {
     ensure!(args.runs > 0, "--runs must be at least 1");
     let engines = match args.compare.as_slice() {
         [a, b] => {
-            let mut list = vec![Engine::Native];
+            let mut list = vec![Engine::Native(None)];
             list.retain(|_| args.engines.contains(&EngineName::Native));
             list.push(tightrope("A", a, common, None)?);
             list.push(tightrope("B", b, common, None)?);
@@ -291,7 +300,8 @@ fn guest_kernel(common: &Common) -> Result<(PathBuf, PathBuf)> {
 
 fn engine(name: EngineName, common: &Common) -> Result<Engine> {
     match name {
-        EngineName::Native => Ok(Engine::Native),
+        EngineName::Native => Ok(Engine::Native(None)),
+        EngineName::Native2 => Ok(Engine::Native(Some(2))),
         EngineName::Qemu => Ok(Engine::Qemu(qemu(common)?, None)),
         EngineName::Qemu2 => Ok(Engine::Qemu(qemu(common)?, Some(2))),
         EngineName::Tightrope | EngineName::Tightrope2 => {

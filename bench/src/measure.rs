@@ -42,7 +42,7 @@ pub fn run(disk: &Disk, setup: &Setup, engines: &[Engine], plan: &Plan, json: Op
         for (engine, column) in engines.iter().zip(&mut report.columns) {
             eprintln!("bench: run {number} of {}: {engine}", plan.runs);
             one_run(engine, setup, disk, plan, column)?;
-            if plan.login && !matches!(engine, Engine::Native) {
+            if plan.login && !matches!(engine, Engine::Native(_)) {
                 login(engine, setup, disk, column)?;
             }
         }
@@ -69,7 +69,7 @@ fn write(report: &Report, path: &Path) -> Result<()> {
 fn one_run(engine: &Engine, setup: &Setup, disk: &Disk, plan: &Plan, column: &mut Column) -> Result<()> {
     let mut left: Vec<String> = plan.rows.iter().map(|r| r.name.to_owned()).collect();
     let mut booted = false;
-    while !left.is_empty() || !booted && !matches!(engine, Engine::Native) {
+    while !left.is_empty() || !booted && !matches!(engine, Engine::Native(_)) {
         booted = true;
         let mut current: Option<String> = None;
         let before = left.len();

@@ -133,17 +133,19 @@ fn right(text: &str, width: usize) -> String {
 }
 
 impl Report {
-    /// Pairs of columns whose ratio is printed: each guest to native, and each guest to the guest in the column before it.
+    /// Pairs of columns whose ratio is printed: each guest to native (on two CPUs if it has two, and that was measured), and each guest to the guest
+    /// in the column before it.
     fn pairs(&self) -> Vec<(usize, usize)> {
         let find = |name: &str| self.columns.iter().position(|c| c.engine == name);
-        let native = find("native");
+        let natives = [find("native"), find("native-2")];
+        let guests: Vec<usize> = (0..self.columns.len()).filter(|i| !natives.contains(&Some(*i))).collect();
         let mut pairs = Vec::new();
-        for i in 0..self.columns.len() {
-            if let Some(n) = native.filter(|n| *n != i) {
+        for &i in &guests {
+            let of_two = self.columns.get(i).is_some_and(|c| c.engine.ends_with("-2"));
+            if let Some(n) = natives[1].filter(|_| of_two).or(natives[0]).or(natives[1]) {
                 pairs.push((i, n));
             }
         }
-        let guests: Vec<usize> = (0..self.columns.len()).filter(|i| Some(*i) != native).collect();
         pairs.extend(guests.windows(2).filter_map(|w| Some((*w.get(1)?, *w.first()?))));
         pairs
     }

@@ -14,8 +14,8 @@ use crate::console::{Console, Event};
 /// What runs the user land.
 #[derive(Debug, Clone)]
 pub enum Engine {
-    /// The host itself, in a chroot.
-    Native,
+    /// The host itself, in a chroot, on so many of its CPUs if not as many as the machine has.
+    Native(Option<u32>),
     /// QEMU without hardware support, with so many CPUs if not as many as the machine.
     Qemu(Qemu, Option<u32>),
     /// Tightrope; the label tells two builds apart.
@@ -44,7 +44,8 @@ impl Engine {
     /// Column title.
     pub fn label(&self) -> &str {
         match self {
-            Self::Native => "native",
+            Self::Native(None) => "native",
+            Self::Native(Some(_)) => "native-2",
             Self::Qemu(_, None) => "qemu",
             Self::Qemu(_, Some(_)) => "qemu-2",
             Self::Tightrope { label, .. } => label,
@@ -169,11 +170,11 @@ pub fn run(
     mut take: impl FnMut(&str, &str, u32) -> Result<()>,
 ) -> Result<Outcome> {
     let command = match engine {
-        Engine::Native => {
+        Engine::Native(cpus) => {
             let args = task.agent_args();
             let mut words = vec!["/opt/bench/agent"];
             words.extend(args.iter().map(String::as_str));
-            chroot::command(&setup.root, &words)
+            bound(&chroot::command(&setup.root, &words), cpus.unwrap_or(setup.machine.cpus))?
         }
         Engine::Qemu(qemu, cpus) => qemu_command(qemu, *cpus, setup, boot, image, task)?,
         Engine::Tightrope { path, args, cpus, .. } => tightrope_command(path, args, *cpus, setup, boot, image, task),
@@ -232,6 +233,16 @@ pub fn run(
     out.trouble =
         trouble.or_else(|| bad_end(status)).map(|t| format!("{t}; the console's last lines:\n{}", console.tail()));
     Ok(out)
+}
+
+/// The command on so many of the CPUs that we may use, as a guest has no more either.
+fn bound(command: &Command, cpus: u32) -> Result<Command> {
+    let allowed = rustix::thread::sched_getaffinity(None)?;
+    let all = (0..rustix::thread::CpuSet::MAX_CPU).filter(|&cpu| allowed.is_set(cpu));
+    let list = all.take(cpus as usize).map(|cpu| cpu.to_string()).collect::<Vec<_>>().join(",");
+    let mut c = Command::new("taskset");
+    c.args(["--cpu-list", &list]).arg(command.get_program()).args(command.get_args());
+    Ok(c)
 }
 
 /// The same command, but it ends when we are killed: no guest is left running behind.
@@ -369,7 +380,7 @@ fn absolute(path: &Path) -> Result<PathBuf> {
 /// It cannot be run.
 pub fn version(engine: &Engine) -> Result<String> {
     let mut command = match engine {
-        Engine::Native => {
+        Engine::Native(_) => {
             let mut c = Command::new("uname");
             c.args(["-s", "-r", "-m"]);
             c

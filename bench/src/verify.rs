@@ -24,7 +24,7 @@ const SHOWN: usize = 12;
 /// # Errors
 /// The chroot does not work.
 pub fn native(setup: &Setup, disk: &Disk, cases: &[String]) -> Result<BTreeMap<String, Printed>> {
-    let (printed, trouble) = collect(&Engine::Native, setup, Boot::Direct, disk, cases)?;
+    let (printed, trouble) = collect(&Engine::Native(None), setup, Boot::Direct, disk, cases)?;
     match trouble {
         None => Ok(printed),
         Some(t) => anyhow::bail!("the suite does not work on the host itself: {t}"),
