@@ -6,22 +6,28 @@
 //! * [`tables`]: the guest's page tables, as they stand.
 //! * [`space`]: what the process has mapped.
 //!
-//! The process is one more TLB of the vCPU: it holds pages of one address space, and every flush of the software TLB tells it, too.
+//! A process is one more TLB of the vCPU: it holds pages of one address space, and every flush of the software TLB tells it, too. There are several, for programs that
+//! take turns.
 
 mod scans;
 pub mod space;
 mod tables;
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cpu::paging::PagingContext;
 use cpu::{CpuState, cr0, cr4, rflags};
 use memory::GuestRam;
-use runner::{Runner, STUB};
+use runner::{Runner, STUB, Signaller};
 
 use self::space::{Space, View};
 use crate::sampler::STEADY_TIME;
 
+/// Processes of a VM, for programs that take turns on a vCPU; one for each vCPU at least.
+const PROCESSES: usize = 8;
+/// Processes of a vCPU, at most.
+const MOST_PROCESSES: usize = 4;
 /// Flushed pages that are kept in mind one by one.
 const MAX_STALE: usize = 64;
 /// Stops until the first judgement, and between judgements.
@@ -36,6 +42,8 @@ const MIN_RUN_OF_CALLS: u32 = 14;
 const STOP_COST: u32 = 8;
 /// A space that has been chosen stays so as long as it runs once in this time.
 const KEPT: Duration = Duration::from_millis(20);
+/// One that has not run for so long need not be chosen any more.
+const FORGOTTEN: Duration = Duration::from_secs(1);
 /// Shortest and longest time in the translator after direct execution has not paid.
 const MIN_PAUSE: Duration = Duration::from_millis(8);
 const MAX_PAUSE: Duration = Duration::from_secs(1);
@@ -65,30 +73,24 @@ pub struct Counters {
     pub time: Duration,
 }
 
-/// One vCPU's direct execution.
-pub struct Direct {
+/// What runs the programs of one address space: a process, and what is known of it.
+pub struct Program {
     pub runner: Runner,
     pub space: Space,
-    pub counters: Counters,
-    /// The programs of one address space run directly, for now: CR3 without the bit that keeps translations.
-    chosen: Option<u64>,
-    /// When they last did.
-    used: std::time::Instant,
-    /// But first some code that must not: until the translator does not know where it leads.
-    pub interlude: bool,
-    /// The same, until the program jumps to where only a register or its stack says, however often it is interrupted.
-    pub until_return: bool,
-    /// They always do, for tests.
-    pub at_once: bool,
-    /// The address space that the process has pages of: CR3 without the bit that keeps translations.
+    signaller: Arc<Signaller>,
+    /// The address space that it is for: CR3 without the bit that keeps translations.
     owner: Option<u64>,
+    /// The programs of that space run directly, for now.
+    chosen: bool,
+    /// When they last did.
+    used: Instant,
+    /// It has pages of another space.
+    foreign: bool,
     /// The guest flushed everything of it, or these pages.
     stale: bool,
     stale_pages: Vec<u64>,
     /// A page that the program is about to reach for: its page fault was the last thing that it did.
-    pub awaited: Option<u64>,
-    /// What switching to the process and back costs, at least.
-    switch: Duration,
+    awaited: Option<u64>,
     /// Since the last judgement: stops, those of them that were system calls, and time in the process.
     stops: u32,
     calls: u32,
@@ -96,8 +98,92 @@ pub struct Direct {
     spent: Duration,
     /// Changes that are made before the process runs next.
     changing: u32,
+    /// The core of the host that it is bound to.
+    core: Option<usize>,
+}
+
+impl Program {
+    fn new(runner: Runner) -> Self {
+        Self {
+            signaller: runner.signaller(),
+            runner,
+            space: Space::default(),
+            owner: None,
+            chosen: false,
+            used: Instant::now(),
+            foreign: false,
+            stale: false,
+            stale_pages: Vec::new(),
+            awaited: None,
+            stops: 0,
+            calls: 0,
+            until_judged: GRACE,
+            spent: Duration::ZERO,
+            changing: 0,
+            core: None,
+        }
+    }
+
+    /// The next judgement is of so many stops, from now on.
+    fn judge_after(&mut self, stops: u32) {
+        (self.stops, self.calls, self.spent, self.until_judged) = (0, 0, Duration::ZERO, stops);
+    }
+
+    fn flush_page(&mut self, address: u64) {
+        if self.stale_pages.len() == MAX_STALE {
+            self.stale = true;
+        } else {
+            self.stale_pages.push(address);
+        }
+    }
+
+    /// The program is about to run, or has stopped.
+    pub fn set_inside(&self, inside: bool) {
+        self.signaller.set_inside(inside);
+    }
+
+    /// The program's page fault is the guest's: the page is wanted as soon as it is there.
+    pub fn expect(&mut self, address: u64) {
+        self.awaited = Some(address);
+    }
+
+    /// Puts the space's changes before what the program does next. Returns how many there are; `None`: the host refuses.
+    fn make_changes(&mut self) -> Result<Option<usize>, String> {
+        let changes = self.space.take_changes();
+        if let Some(addresses) = self.space.take_watched()
+            && !self.runner.watch(&addresses)?
+        {
+            self.clear()?;
+            return Ok(None);
+        }
+        self.changing += changes.len() as u32;
+        self.runner.change(&changes)?;
+        Ok(Some(changes.len()))
+    }
+
+    /// Takes all memory away from the process.
+    pub fn clear(&mut self) -> Result<(), String> {
+        self.space.clear();
+        self.runner.clear()
+    }
+}
+
+/// One vCPU's direct execution.
+pub struct Direct {
+    programs: Vec<Program>,
+    /// The one that ran last.
+    last: usize,
+    pub counters: Counters,
+    /// But first some code that must not: until the translator does not know where it leads.
+    pub interlude: bool,
+    /// The same, until the program jumps to where only a register or its stack says, however often it is interrupted.
+    pub until_return: bool,
+    /// They always do, for tests.
+    pub at_once: bool,
+    /// What switching to a process and back costs, at least.
+    switch: Duration,
     /// Address spaces that it did not pay for: not before then, and how long that was.
-    given_up: Vec<(u64, std::time::Instant, Duration)>,
+    given_up: Vec<(u64, Instant, Duration)>,
     pins: Pins,
 }
 
@@ -106,48 +192,61 @@ fn space_of(state: &CpuState) -> u64 {
     state.cr3 & !(1 << 63)
 }
 
+/// How many processes each vCPU of a VM has.
+pub fn processes(cpus: u32) -> usize {
+    (PROCESSES / cpus.max(1) as usize).clamp(1, MOST_PROCESSES)
+}
+
 impl Direct {
-    /// Starts the process. `None`: the host does not let it, or RAM is not shared.
-    pub fn start(ram: &GuestRam) -> Option<Box<Self>> {
-        Self::new(Runner::start(ram.file()?).ok()?)
+    /// Starts `count` processes. `None`: the host does not let us, or RAM is not shared.
+    pub fn start(ram: &GuestRam, count: usize) -> Option<Box<Self>> {
+        let file = ram.file()?;
+        Self::new((0..count).map(|_| Runner::start(file).ok()).collect::<Option<_>>()?)
     }
 
-    /// With a process that another vCPU has used. `None`: it is of no use any more.
-    pub fn inherit(mut runner: Runner) -> Option<Box<Self>> {
-        runner.watch(&[]).ok()?.then_some(())?;
-        runner.clear().ok()?;
-        Self::new(runner)
+    /// With processes that another vCPU has used. `None`: they are of no use any more.
+    pub fn inherit(mut runners: Vec<Runner>) -> Option<Box<Self>> {
+        for runner in &mut runners {
+            runner.watch(&[]).ok()?.then_some(())?;
+            runner.clear().ok()?;
+        }
+        Self::new(runners)
     }
 
-    fn new(mut runner: Runner) -> Option<Box<Self>> {
+    fn new(mut runners: Vec<Runner>) -> Option<Box<Self>> {
         let mut switch = Duration::MAX;
+        let first = runners.first_mut()?;
         for _ in 0..16 {
-            let start = std::time::Instant::now();
-            runner.follow().ok()?.then_some(())?;
+            let start = Instant::now();
+            first.follow().ok()?.then_some(())?;
             switch = switch.min(start.elapsed());
         }
         Some(Box::new(Self {
-            runner,
-            space: Space::default(),
+            programs: runners.into_iter().map(Program::new).collect(),
+            last: 0,
             counters: Counters::default(),
-            chosen: None,
-            used: std::time::Instant::now(),
             interlude: false,
             until_return: false,
             at_once: false,
-            owner: None,
-            stale: false,
-            stale_pages: Vec::new(),
-            awaited: None,
             switch,
-            stops: 0,
-            calls: 0,
-            until_judged: GRACE,
-            spent: Duration::ZERO,
-            changing: 0,
             given_up: Vec::new(),
             pins: Pins::new(),
         }))
+    }
+
+    /// The processes, for a vCPU of after a reset.
+    pub fn into_runners(self) -> impl Iterator<Item = Runner> {
+        self.programs.into_iter().map(|program| program.runner)
+    }
+
+    /// Numbers of the processes.
+    pub fn pids(&self) -> impl Iterator<Item = i32> {
+        self.programs.iter().map(|program| program.runner.pid())
+    }
+
+    /// To call the programs from other threads.
+    pub fn signallers(&self) -> Vec<Arc<Signaller>> {
+        self.programs.iter().map(|program| program.signaller.clone()).collect()
     }
 
     /// Can a program in this state run directly at all?
@@ -168,34 +267,60 @@ impl Direct {
 
     /// Programs have computed for [`STEADY_TIME`] in the translator, and entered the kernel `entries` times: shall they run directly from now on?
     pub fn consider(&mut self, state: &CpuState, entries: u32) {
+        // Who has ended, or waits for long, need not bind the thread to a core.
+        for program in &mut self.programs {
+            program.chosen &= program.used.elapsed() < FORGOTTEN;
+        }
+        self.unpin();
         // Each would have been a stop.
         if STEADY_TIME >= self.switch * entries * STOP_COST {
-            self.choose(state, if self.owner == Some(space_of(state)) { JUDGED } else { GRACE });
+            self.choose(state);
         }
     }
 
-    fn choose(&mut self, state: &CpuState, grace: u32) {
+    fn choose(&mut self, state: &CpuState) {
         let space = space_of(state);
-        if self.chosen == Some(space) || !Self::possible(state) {
+        if self.is_active(state) || !Self::possible(state) {
             return;
         }
-        // Two that take turns would only undo each other's work.
-        if self.chosen.is_some() && self.used.elapsed() < KEPT {
+        if self.given_up.iter().any(|&(other, until, _)| other == space && Instant::now() < until) {
             return;
         }
-        if self.given_up.iter().any(|&(other, until, _)| other == space && std::time::Instant::now() < until) {
-            return;
+        let known = self.programs.iter().position(|program| program.owner == Some(space));
+        // Else the one that has not run for longest; but those that take turns would only undo each other's work.
+        let free = |program: &&Program| !program.chosen || program.used.elapsed() >= KEPT;
+        let oldest = || {
+            let indices = self.programs.iter().enumerate().filter(|(_, program)| free(program));
+            indices.min_by_key(|(_, program)| (program.owner.is_some(), program.used)).map(|(index, _)| index)
+        };
+        let Some(index) = known.or_else(oldest) else { return };
+        let program = &mut self.programs[index];
+        if known.is_none() {
+            program.foreign = true;
+            program.owner = Some(space);
         }
-        self.chosen = Some(space);
-        self.used = std::time::Instant::now();
+        program.chosen = true;
+        program.used = Instant::now();
+        program.judge_after(if known.is_some() { JUDGED } else { GRACE });
         self.counters.chosen += 1;
-        self.judge_after(grace);
-        self.pins.pin(self.runner.pid());
+        self.pins.pin();
     }
 
-    /// Back to the translator.
+    fn of(&self, space: u64) -> Option<usize> {
+        self.programs.iter().position(|program| program.chosen && program.owner == Some(space))
+    }
+
+    /// All go back to the translator.
     pub fn leave(&mut self) {
-        if self.chosen.take().is_some() {
+        for program in &mut self.programs {
+            program.chosen = false;
+        }
+        self.unpin();
+    }
+
+    /// Lets the host choose the core if nobody runs directly.
+    fn unpin(&mut self) {
+        if !self.programs.iter().any(|program| program.chosen) {
             self.pins.unpin();
         }
     }
@@ -203,90 +328,114 @@ impl Direct {
     /// Do programs in this state run directly?
     #[inline]
     pub fn is_active(&self, state: &CpuState) -> bool {
-        self.chosen == Some(space_of(state))
+        self.of(space_of(state)).is_some()
     }
 
     /// Must the program not go on by itself at `rip`, as it has passed a stop that guards what comes?
     #[inline]
     pub fn is_guarded_at(&self, rip: u64, state: &CpuState) -> bool {
-        self.space.is_inside(rip) && self.owner == Some(space_of(state))
+        let of_space = |program: &&Program| program.owner == Some(space_of(state)) && !program.foreign;
+        self.programs.iter().find(of_space).is_some_and(|program| program.space.is_inside(rip))
     }
 
     /// For tests: they do.
     pub fn choose_at_once(&mut self, state: &CpuState) {
-        self.chosen = Self::possible(state).then(|| space_of(state));
+        for program in &mut self.programs {
+            program.chosen = false;
+        }
+        self.given_up.clear();
+        self.choose(state);
+    }
+
+    /// The program that ran last, or is about to.
+    pub fn program(&mut self) -> &mut Program {
+        &mut self.programs[self.last]
     }
 
     /// The process has run for `time` and stopped. Gives up where translated code would be faster.
     pub fn account(&mut self, time: Duration, is_call: bool) {
         self.counters.time += time;
+        let switch = self.switch;
+        let at_once = self.at_once;
+        let program = self.program();
         // Making a change costs somewhat less than a switch.
-        self.spent += time.saturating_sub(self.switch * std::mem::take(&mut self.changing) * 3 / 4);
-        self.stops += 1;
-        self.calls += u32::from(is_call);
-        if self.stops < self.until_judged || self.at_once {
+        program.spent += time.saturating_sub(switch * std::mem::take(&mut program.changing) * 3 / 4);
+        program.stops += 1;
+        program.calls += u32::from(is_call);
+        if program.stops < program.until_judged || at_once {
             return;
         }
-        let mostly_calls = self.calls * 10 >= self.stops * 9;
+        let mostly_calls = program.calls * 10 >= program.stops * 9;
         let least = if mostly_calls { MIN_RUN_OF_CALLS } else { MIN_RUN };
-        if self.spent < self.switch * self.stops * least / 4 {
+        let (spent, stops, owner) = (program.spent, program.stops, program.owner);
+        program.judge_after(JUDGED);
+        if spent < switch * stops * least / 4 {
             self.counters.given_up += 1;
             self.pause(2);
         } else {
-            if self.spent > self.switch * self.stops * MIN_RUN {
-                let chosen = self.chosen;
-                self.given_up.retain(|&(space, ..)| Some(space) != chosen);
+            if spent > switch * stops * MIN_RUN {
+                self.given_up.retain(|&(space, ..)| Some(space) != owner);
             }
-            self.pins.look(self.runner.pid());
+            self.pins.look();
         }
-        self.judge_after(JUDGED);
-    }
-
-    /// The next judgement is of so many stops, from now on.
-    fn judge_after(&mut self, stops: u32) {
-        (self.stops, self.calls, self.spent, self.until_judged) = (0, 0, Duration::ZERO, stops);
     }
 
     /// The guest has flushed all translations, or those of its current address space.
     pub fn flush(&mut self) {
-        self.stale = true;
+        for program in &mut self.programs {
+            program.stale = true;
+        }
     }
 
     /// The guest has gone to another address space; `flushed`: what was known of it is void.
     pub fn switched(&mut self, to: u16, flushed: bool) {
-        if flushed && self.owner.is_some_and(|owner| owner as u16 & 0xfff == to) {
-            self.stale = true;
+        if flushed {
+            for program in self.programs.iter_mut().filter(|program| program.is_of(to)) {
+                program.stale = true;
+            }
         }
     }
 
-    /// The guest has flushed the page of `address`.
-    pub fn flush_page(&mut self, address: u64) {
-        if self.stale_pages.len() == MAX_STALE {
-            self.stale = true;
-        } else if address < runner::END {
-            self.stale_pages.push(address);
+    /// The guest has flushed the page of `address`, of space `current` and where it is global.
+    pub fn flush_page(&mut self, address: u64, current: u16) {
+        if address < runner::END {
+            for program in &mut self.programs {
+                if program.is_of(current) || program.space.has_global() {
+                    program.flush_page(address);
+                }
+            }
+        }
+    }
+
+    /// The page holds translated code now: no program must write it.
+    pub fn protect(&mut self, gpa: u64) {
+        for program in &mut self.programs {
+            program.space.protect(gpa);
         }
     }
 
     /// Makes the process what the state's program is to find. `Ok(false)`: it cannot run here now.
     pub fn prepare(&mut self, ram: &GuestRam, state: &CpuState) -> Result<bool, String> {
-        self.used = std::time::Instant::now();
+        let Some(index) = self.of(space_of(state)) else { return Ok(false) };
+        self.last = index;
+        let program = &mut self.programs[index];
+        program.used = Instant::now();
+        self.pins.bind(program.runner.pid(), &mut program.core);
         let view = View { ram, context: PagingContext::new(state) };
-        let (stale, stale_pages) = (std::mem::take(&mut self.stale), std::mem::take(&mut self.stale_pages));
-        if self.owner != Some(space_of(state)) || self.space.is_full() {
-            self.owner = Some(space_of(state));
+        let (stale, stale_pages) = (std::mem::take(&mut program.stale), std::mem::take(&mut program.stale_pages));
+        if std::mem::take(&mut program.foreign) || program.space.is_full() {
             self.counters.spaces += 1;
-            self.clear()?;
+            program.clear()?;
         } else if stale {
             self.counters.looked_again += 1;
-            self.space.look_again(&view);
+            program.space.look_again(&view);
         } else {
             for address in stale_pages {
-                self.space.look_at(&view, address);
+                program.space.look_at(&view, address);
             }
         }
-        if let Some(address) = self.awaited.take() {
-            self.space.fault(&view, address, state.rip, address & !0xfff == state.rip & !0xfff);
+        if let Some(address) = program.awaited.take() {
+            program.space.fault(&view, address, state.rip, address & !0xfff == state.rip & !0xfff);
         }
         // What the process has of its own must not hide a page of the program's.
         if !tables::is_free(ram, &view.context, STUB) {
@@ -297,52 +446,47 @@ impl Direct {
 
     /// Puts the space's changes before what the program does next. `Ok(false)`: the host refuses.
     pub fn make_changes(&mut self) -> Result<bool, String> {
-        let changes = self.space.take_changes();
-        if let Some(addresses) = self.space.take_watched()
-            && !self.runner.watch(&addresses)?
-        {
-            self.clear()?;
-            return Ok(false);
-        }
-        self.counters.changes += changes.len() as u64;
-        self.changing += changes.len() as u32;
-        self.runner.change(&changes)?;
-        Ok(true)
+        let made = self.program().make_changes()?;
+        self.counters.changes += made.unwrap_or(0) as u64;
+        Ok(made.is_some())
     }
 
-    /// Takes all memory away from the process.
-    pub fn clear(&mut self) -> Result<(), String> {
-        self.space.clear();
-        self.runner.clear()
-    }
-
-    /// Leaves, and does not come back soon.
+    /// The program that ran last leaves, and does not come back soon.
     pub fn refuse(&mut self) {
         self.interlude = true;
         self.pause(u32::MAX);
     }
 
-    /// Leaves for so many times as long as the last time.
+    /// It leaves for so many times as long as the last time.
     fn pause(&mut self, times: u32) {
-        let Some(space) = self.chosen else { return };
+        let program = self.program();
+        if !std::mem::take(&mut program.chosen) {
+            return;
+        }
+        let Some(space) = program.owner else { return };
         let last = self.given_up.iter().position(|&(other, ..)| other == space).map(|at| self.given_up.remove(at).2);
         let pause = last.unwrap_or(MIN_PAUSE / 2).saturating_mul(times).min(MAX_PAUSE);
         if self.given_up.len() == MAX_GIVEN_UP {
             self.given_up.remove(0);
         }
-        self.given_up.push((space, std::time::Instant::now() + pause, pause));
-        self.leave();
+        self.given_up.push((space, Instant::now() + pause, pause));
+        self.unpin();
     }
 }
 
-/// The process and the vCPU's thread on one core of the host: handing over to a core that sleeps costs ten times as much.
+impl Program {
+    /// Is it for a space with this process-context identifier?
+    fn is_of(&self, identifier: u16) -> bool {
+        self.owner.is_some_and(|owner| owner as u16 & 0xfff == identifier)
+    }
+}
+
+/// The processes and the vCPU's thread on one core of the host: handing over to a core that sleeps costs ten times as much.
 struct Pins {
     /// Where the thread may run.
     all: libc::cpu_set_t,
-    /// Since when it is bound to one core.
-    bound: Option<std::time::Instant>,
-    /// Where the process is bound to.
-    process: Option<usize>,
+    /// The core that the thread is bound to, and since when.
+    bound: Option<(usize, Instant)>,
 }
 
 /// The choice of the core is looked at again after this time.
@@ -354,7 +498,7 @@ impl Pins {
         unsafe {
             let mut all: libc::cpu_set_t = std::mem::zeroed();
             libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut all);
-            Self { all, bound: None, process: None }
+            Self { all, bound: None }
         }
     }
 
@@ -363,29 +507,45 @@ impl Pins {
         unsafe { libc::sched_setaffinity(pid, size_of::<libc::cpu_set_t>(), set) };
     }
 
-    /// Binds both to the core that the thread is on.
-    fn pin(&mut self, pid: i32) {
-        // SAFETY: tells the number of the core; a set of bits.
-        let (core, mut set) = unsafe { (libc::sched_getcpu().max(0) as usize, std::mem::zeroed::<libc::cpu_set_t>()) };
-        if core >= 8 * size_of::<libc::cpu_set_t>() {
+    /// Binds a thread to one core.
+    fn set_core(pid: i32, core: usize) {
+        // SAFETY: a set of bits; the number is in range.
+        unsafe {
+            let mut set = std::mem::zeroed::<libc::cpu_set_t>();
+            libc::CPU_SET(core, &mut set);
+            Self::set(pid, &set);
+        }
+    }
+
+    /// Binds the vCPU's thread to the core that it is on.
+    fn pin(&mut self) {
+        if self.bound.is_some() {
             return;
         }
-        // SAFETY: the number is in range.
-        unsafe { libc::CPU_SET(core, &mut set) };
-        Self::set(0, &set);
-        if self.process != Some(core) {
-            Self::set(pid, &set);
-            self.process = Some(core);
+        // SAFETY: tells the number of the core.
+        let core = unsafe { libc::sched_getcpu().max(0) as usize };
+        if core < 8 * size_of::<libc::cpu_set_t>() {
+            Self::set_core(0, core);
+            self.bound = Some((core, Instant::now()));
         }
-        self.bound = Some(std::time::Instant::now());
+    }
+
+    /// Binds a process to the thread's core. `is_on`: where it is bound to.
+    fn bind(&self, pid: i32, is_on: &mut Option<usize>) {
+        if let Some((core, _)) = self.bound
+            && *is_on != Some(core)
+        {
+            Self::set_core(pid, core);
+            *is_on = Some(core);
+        }
     }
 
     /// From time to time, lets the host choose another core.
-    fn look(&mut self, pid: i32) {
-        if self.bound.is_some_and(|since| since.elapsed() > PINNED) {
+    fn look(&mut self) {
+        if self.bound.is_some_and(|(_, since)| since.elapsed() > PINNED) {
             self.unpin();
             std::thread::yield_now();
-            self.pin(pid);
+            self.pin();
         }
     }
 

@@ -101,8 +101,8 @@ pub struct KickHandle {
     pub running: AtomicBool,
     pub mail: Mutex<Mail>,
     pub has_mail: AtomicBool,
-    /// Calls the program that runs directly, if there is a process for that.
-    program: OnceLock<Arc<Signaller>>,
+    /// Call the program that runs directly, if there are processes for that.
+    programs: OnceLock<Vec<Arc<Signaller>>>,
 }
 
 impl KickHandle {
@@ -119,24 +119,17 @@ impl KickHandle {
             running: AtomicBool::new(false),
             mail: Mutex::new(Mail::default()),
             has_mail: AtomicBool::new(false),
-            program: OnceLock::new(),
+            programs: OnceLock::new(),
         })
     }
 
-    /// The process that this vCPU's programs may run in.
-    pub fn set_signaller(&self, signaller: Arc<Signaller>) {
-        let _ = self.program.set(signaller);
-    }
-
-    /// A program is about to run directly, or has stopped. Calls from before are in the kick word.
-    pub fn set_inside(&self, inside: bool) {
-        if let Some(program) = self.program.get() {
-            program.set_inside(inside);
-        }
+    /// The processes that this vCPU's programs may run in.
+    pub fn set_signallers(&self, signallers: Vec<Arc<Signaller>>) {
+        let _ = self.programs.set(signallers);
     }
 
     fn call_program(&self) {
-        if let Some(program) = self.program.get() {
+        for program in self.programs.get().into_iter().flatten() {
             program.call();
         }
     }

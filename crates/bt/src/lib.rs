@@ -181,6 +181,7 @@ impl Engine for BtEngine {
         vcpu.fast_transitions = self.options.fast_transitions;
         vcpu.tamper = self.options.tamper;
         vcpu.direct_at_once = self.options.direct_at_once;
+        vcpu.processes = direct::processes(self.options.model.cpus);
         vcpu.direct_wanted = self.options.direct && !self.options.lockstep && self.options.tamper.is_none();
         if self.options.step_histogram {
             vcpu.step_histogram = Some(Default::default());

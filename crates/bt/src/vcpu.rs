@@ -65,12 +65,15 @@ impl Shared {
         })
     }
 
-    fn give_runner(&self, runner: runner::Runner) {
-        self.runners.lock().unwrap_or_else(PoisonError::into_inner).push(runner);
+    fn give_runners(&self, runners: impl Iterator<Item = runner::Runner>) {
+        self.runners.lock().unwrap_or_else(PoisonError::into_inner).extend(runners);
     }
 
-    fn take_runner(&self) -> Option<runner::Runner> {
-        self.runners.lock().unwrap_or_else(PoisonError::into_inner).pop()
+    /// So many, or fewer.
+    fn take_runners(&self, count: usize) -> Vec<runner::Runner> {
+        let mut runners = self.runners.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = runners.len().saturating_sub(count);
+        runners.split_off(left)
     }
 
     fn cache(&self) -> MutexGuard<'_, Cache> {
@@ -175,8 +178,10 @@ pub struct BtVcpu {
     /// Check sites that shall stop predicting: number, position in the cache.
     unpredictable: Vec<(u16, u32)>,
     sampler: Box<Sampler>,
-    /// The process that programs run in directly, if there is one.
+    /// The processes that programs run in directly, if there are any.
     direct: Option<Box<Direct>>,
+    /// How many there are, or shall be.
+    pub processes: usize,
     /// See [`crate::Options::direct`].
     pub direct_wanted: bool,
     /// See [`crate::Options::direct_at_once`].
@@ -263,6 +268,7 @@ impl BtVcpu {
             unpredictable: Vec::new(),
             sampler: Box::new(Sampler::new()),
             direct: None,
+            processes: 1,
             direct_wanted: false,
             direct_at_once: false,
             code_start,

@@ -21,8 +21,8 @@ const PREEMPTED: u64 = 16;
 pub(crate) struct StealClock {
     /// TSC and CPU time at the last look; `None`: not running.
     since: Option<(u64, u64)>,
-    /// Clock of a process that works for the vCPU, too.
-    process: Option<libc::clockid_t>,
+    /// Clocks of processes that work for the vCPU, too.
+    processes: Vec<libc::clockid_t>,
 }
 
 /// CPU time by this clock, in nanoseconds.
@@ -42,7 +42,7 @@ impl StealClock {
     /// CPU time of this process counts as the vCPU's.
     pub fn add_process(&mut self, pid: i32) {
         // CPUCLOCK_SCHED of a process, as clock_getcpuclockid(3) makes it.
-        self.process = Some((!pid << 3) | 2);
+        self.processes.push((!pid << 3) | 2);
     }
 
     /// The vCPU is halted, or stands still: what passes is nobody's.
@@ -71,7 +71,8 @@ impl StealClock {
         if passed.is_some_and(|passed| passed < INTERVAL) {
             return;
         }
-        let used = cpu_time(libc::CLOCK_THREAD_CPUTIME_ID) + self.process.map_or(0, cpu_time);
+        let used =
+            cpu_time(libc::CLOCK_THREAD_CPUTIME_ID) + self.processes.iter().map(|&clock| cpu_time(clock)).sum::<u64>();
         let before = self.since.replace((now, used));
         if let (Some(passed), Some((_, used_before))) = (passed, before) {
             let stolen = passed.saturating_sub(used.saturating_sub(used_before));

@@ -72,6 +72,8 @@ pub struct Space {
     regions: BTreeMap<u64, Box<Pages>>,
     /// Was any of them part of a page larger than a region?
     huge: bool,
+    /// Was any of them global?
+    global: bool,
     changes: Vec<Change>,
     mappings: usize,
     /// Executable pages with instructions that would tell of the host, the last one at the end: the process stops there.
@@ -150,6 +152,7 @@ impl Space {
     pub fn clear(&mut self) {
         self.regions.clear();
         self.huge = false;
+        self.global = false;
         self.changes.clear();
         self.wrote.clear();
         self.mixed.clear();
@@ -197,6 +200,11 @@ impl Space {
         self.watched.push((page, telling));
         self.watched_changed = true;
         true
+    }
+
+    /// May it have pages that the guest has mapped globally, for all address spaces?
+    pub fn has_global(&self) -> bool {
+        self.global
     }
 
     /// Is there so much that it should be cleared?
@@ -273,6 +281,7 @@ impl Space {
             };
             let Some(offset) = view.ram.offset_in_file(page.gpa) else { continue };
             *entry = Entry::new(page.gpa, rights);
+            self.global |= page.global;
             if writes(rights) {
                 note(&mut self.wrote, page.gpa);
             }

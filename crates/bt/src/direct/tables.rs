@@ -47,6 +47,8 @@ pub struct Page {
     pub dirty: bool,
     /// The program may execute it.
     pub executable: bool,
+    /// It is in all address spaces, for the TLB.
+    pub global: bool,
 }
 
 /// Rights that tables above have left.
@@ -138,7 +140,13 @@ impl<'a> Region<'a> {
 }
 
 fn page(gpa: u64, entry: u64, left: Left) -> Page {
-    Page { gpa, writable: left.writable, dirty: entry & pte::D != 0, executable: left.executable }
+    Page {
+        gpa,
+        writable: left.writable,
+        dirty: entry & pte::D != 0,
+        executable: left.executable,
+        global: entry & pte::G != 0,
+    }
 }
 
 #[cfg(test)]
@@ -160,12 +168,12 @@ mod tests {
         put(0x4008, 0xa000 | ALL & !pte::A);
         put(0x4010, 0xb000 | ALL & !pte::U);
         put(0x4018, 0xc000 | ALL & !pte::W | pte::NX);
-        let all = Page { gpa: 0x9000, writable: true, dirty: true, executable: true };
+        let all = Page { gpa: 0x9000, writable: true, dirty: true, executable: true, global: false };
         let region = Region::new(&ram, &context, 0x12_3456);
         assert!(!region.is_large());
         assert_eq!(region.page(0), Some(all));
         assert_eq!([region.page(1), region.page(2), region.page(4)], [None; 3]);
-        let read = Page { gpa: 0xc000, writable: false, dirty: false, executable: false };
+        let read = Page { gpa: 0xc000, writable: false, dirty: false, executable: false, global: false };
         assert_eq!(region.page(3), Some(read));
         let large = Region::new(&ram, &context, 0x20_0000);
         assert!(large.is_large());

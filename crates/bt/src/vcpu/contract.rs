@@ -46,7 +46,7 @@ impl Vcpu for BtVcpu {
         if !self.direct_wanted || self.direct.is_some() {
             return Vec::new();
         }
-        self.start_direct().into_iter().collect()
+        self.start_direct()
     }
 
     fn state(&mut self) -> CpuState {
@@ -171,7 +171,7 @@ impl Drop for BtVcpu {
         if let Some(mut direct) = self.direct.take() {
             direct.leave();
             // A program may not run in it for the next vCPU before everything has been taken away.
-            self.shared.give_runner(direct.runner);
+            self.shared.give_runners(direct.into_runners());
         }
     }
 }

@@ -24,19 +24,19 @@ enum After {
 }
 
 impl BtVcpu {
-    /// Starts the process that programs run in; returns its number.
-    pub(super) fn start_direct(&mut self) -> Option<u32> {
-        let direct = Direct::start(&self.shared.ram)?;
-        let pid = direct.runner.pid();
+    /// Starts the processes that programs run in; returns their numbers.
+    pub(super) fn start_direct(&mut self) -> Vec<u32> {
+        let Some(direct) = Direct::start(&self.shared.ram, self.processes) else { return Vec::new() };
+        let pids = direct.pids().filter_map(|pid| u32::try_from(pid).ok()).collect();
         self.adopt(direct);
-        u32::try_from(pid).ok()
+        pids
     }
 
-    /// Takes the process over that a vCPU of before a reset has left.
+    /// Takes the processes over that a vCPU of before a reset has left.
     fn inherit_direct(&mut self) {
         if self.direct.is_none()
             && self.direct_wanted
-            && let Some(direct) = self.shared.take_runner().and_then(Direct::inherit)
+            && let Some(direct) = Direct::inherit(self.shared.take_runners(self.processes))
         {
             self.adopt(direct);
         }
@@ -44,8 +44,10 @@ impl BtVcpu {
 
     fn adopt(&mut self, mut direct: Box<Direct>) {
         direct.at_once = self.direct_at_once;
-        self.handle.set_signaller(direct.runner.signaller());
-        self.interp.add_process(direct.runner.pid());
+        self.handle.set_signallers(direct.signallers());
+        for pid in direct.pids() {
+            self.interp.add_process(pid);
+        }
         self.direct = Some(direct);
     }
 
@@ -97,7 +99,7 @@ impl BtVcpu {
     pub(super) fn run_directly(&mut self) -> Next {
         let Some(mut direct) = self.direct.take() else { return Next::Run };
         let result = self.run_in(&mut direct);
-        self.handle.set_inside(false);
+        direct.program().set_inside(false);
         if matches!(result, Ok(After::Lost)) {
             // The program has made its own registers unknown: it begins again where it was entered, and nothing runs directly any more.
             direct.leave();
@@ -124,19 +126,19 @@ impl BtVcpu {
             return Ok(After::Next(Next::Run));
         }
         self.save_x87();
-        direct.runner.load(&self.block().state);
+        direct.program().runner.load(&self.block().state);
         let view = View { ram: &shared.ram, context: PagingContext::new(&self.block().state) };
         let mut trapped = None;
         // There is nothing to be promoted, and the timer would take the core from the process.
         self.sampler.sleep();
         let result = loop {
-            self.handle.set_inside(true);
+            direct.program().set_inside(true);
             if self.handle.memory.kick_word().load(Ordering::SeqCst) != 0 {
                 break After::Next(Next::Events);
             }
             let start = Instant::now();
-            let stop = direct.runner.run()?;
-            self.handle.set_inside(false);
+            let stop = direct.program().runner.run()?;
+            direct.program().set_inside(false);
             direct.account(start.elapsed(), stop == Stop::SystemCall);
             match stop {
                 Stop::Called => {
@@ -149,7 +151,8 @@ impl BtVcpu {
                 }
                 Stop::Instruction => {
                     direct.counters.instructions += 1;
-                    if direct.space.is_guard(direct.runner.rip()) {
+                    let program = direct.program();
+                    if program.space.is_guard(program.runner.rip()) {
                         direct.until_return = true;
                         break After::Next(Next::Run);
                     }
@@ -162,7 +165,7 @@ impl BtVcpu {
                 }
                 Stop::Lost => return Ok(self.back(After::Lost)),
                 Stop::Refused => {
-                    direct.clear()?;
+                    direct.program().clear()?;
                     direct.refuse();
                     return Ok(self.back(After::Next(Next::Run)));
                 }
@@ -179,8 +182,8 @@ impl BtVcpu {
             }
         };
         let state = &mut self.block().state;
-        direct.runner.store(state);
-        let selectors = direct.runner.selectors();
+        direct.program().runner.store(state);
+        let selectors = direct.program().runner.selectors();
         Self::store_selectors(state, selectors);
         if (selectors[1], selectors[2]) != (state.segments[1].selector, state.segments[2].selector) {
             // A far transfer to code that is not 64-bit code, which the host does not refuse.
@@ -234,7 +237,7 @@ impl BtVcpu {
             return Ok(Answer::Guests);
         }
         // An instruction may go on in the next page.
-        let ahead = address.wrapping_sub(direct.runner.rip());
+        let ahead = address.wrapping_sub(direct.program().runner.rip());
         let fetch = match access {
             Some(access) => access == Access::Fetch,
             None => ahead == 0 || (ahead < 15 && address & 0xfff == 0),
@@ -242,8 +245,9 @@ impl BtVcpu {
         let kind = if fetch { Kind::Fetch } else { Kind::Read };
         // Sets the accessed bits that the CPU would set.
         let allowed = paging::walk(view.ram, &view.context, address, PageAccess::new(kind, true)).is_ok();
-        let answer =
-            if allowed { direct.space.fault(view, address, direct.runner.rip(), fetch) } else { Answer::Guests };
+        let program = direct.program();
+        let rip = program.runner.rip();
+        let answer = if allowed { program.space.fault(view, address, rip, fetch) } else { Answer::Guests };
         match answer {
             Answer::Mapped => {
                 direct.counters.mapped += 1;
@@ -251,7 +255,7 @@ impl BtVcpu {
                     direct.refuse();
                 }
             }
-            Answer::Guests => direct.awaited = Some(address),
+            Answer::Guests => direct.program().expect(address),
             Answer::Tells => {}
         }
         Ok(answer)

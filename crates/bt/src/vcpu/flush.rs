@@ -85,10 +85,10 @@ impl BtVcpu {
         if let Some(trace) = &self.trace {
             trace.line(format_args!("tlb cpu{} flush page {address:#x}", self.setup.index));
         }
-        if let Some(direct) = &mut self.direct {
-            direct.flush_page(address);
-        }
         let block = self.block();
+        if let Some(direct) = &mut self.direct {
+            direct.flush_page(address, block.state.cr3 as u16 & 0xfff);
+        }
         if self.tlbs.flush_page(block, address, |slot| self.shared.thunk(slot)) {
             self.reset_call_stacks();
         }
@@ -240,7 +240,7 @@ impl BtVcpu {
             self.tlbs.protect(self.block(), host as u64);
         }
         if let Some(direct) = &mut self.direct {
-            direct.space.protect(gpa);
+            direct.protect(gpa);
         }
     }
 

@@ -249,7 +249,7 @@ impl Guest {
 
     pub fn with_engine(kind: Kind, ram: GuestRam, engine: &dyn Engine) -> Self {
         let mut guest = Self::after_reset(kind, ram, engine);
-        assert_eq!(guest.vcpu.attach_thread().len(), usize::from(kind == Kind::Direct));
+        assert_eq!(!guest.vcpu.attach_thread().is_empty(), kind == Kind::Direct);
         guest
     }
 
