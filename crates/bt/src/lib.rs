@@ -32,6 +32,7 @@ mod table;
 mod tlb;
 mod trace;
 mod vcpu;
+mod walks;
 mod world;
 
 use std::sync::Arc;

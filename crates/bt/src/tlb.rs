@@ -38,8 +38,6 @@ struct Fetch {
 /// The epoch of a page that is mapped globally: until all jumps are forgotten.
 const GLOBALLY: u64 = u64::MAX;
 const FETCH_ENTRIES: usize = 512;
-/// Twice the entries of all software TLBs: when a journal of them is full, most of it is void.
-const JOURNAL: usize = 8 * TLB_ENTRIES;
 /// Bits of [`Tlbs::wrote`].
 pub const WROTE_BITS: usize = 1 << 15;
 
@@ -64,6 +62,8 @@ pub struct Tlbs {
     fetch: Vec<Option<Fetch>>,
     /// Software-TLB entries filled from non-global pages: table * TLB_ENTRIES + index.
     local_tlb: Vec<u32>,
+    /// A bit for each entry that is in it.
+    in_local_tlb: Box<[u64; 4 * TLB_ENTRIES / 64]>,
     /// A bit for each entry of the software TLBs that was filled from a global page.
     global_tlb: Box<[u64; 4 * TLB_ENTRIES / 64]>,
     /// Slots resolved, by whether their target's page is global.
@@ -96,6 +96,7 @@ impl Tlbs {
         Self {
             fetch: vec![None; FETCH_ENTRIES],
             local_tlb: Vec::new(),
+            in_local_tlb: Box::new([0; 4 * TLB_ENTRIES / 64]),
             global_tlb: Box::new([0; 4 * TLB_ENTRIES / 64]),
             local_slots: Vec::new(),
             global_slots: Vec::new(),
@@ -121,6 +122,7 @@ impl Tlbs {
             }
         }
         self.local_tlb.clear();
+        self.in_local_tlb.fill(0);
         self.local_overflow = false;
         self.spaces.clear();
         self.wrote.fill(0);
@@ -169,6 +171,7 @@ impl Tlbs {
             let (table, index) = (number as usize / TLB_ENTRIES, number as usize % TLB_ENTRIES);
             block.tlb[table][index].tag = never(index);
         }
+        self.in_local_tlb.fill(0);
         for Resolved { slot, thunk, .. } in self.local_slots.drain(..) {
             block.slots[slot as usize].store(thunk, Ordering::Relaxed);
         }
@@ -282,12 +285,10 @@ impl Tlbs {
             return;
         }
         self.global_tlb[word] &= !bit;
-        if self.local_tlb.len() == JOURNAL {
-            // Entries that were filled again and again: each once is enough.
-            self.local_tlb.sort_unstable();
-            self.local_tlb.dedup();
+        if self.in_local_tlb[word] & bit == 0 {
+            self.in_local_tlb[word] |= bit;
+            self.local_tlb.push(number as u32);
         }
-        self.local_tlb.push(number as u32);
     }
 
     /// Was entry `number` of the software TLBs filled from a global page?

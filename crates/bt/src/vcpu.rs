@@ -25,6 +25,7 @@ use crate::kick::KickHandle;
 use crate::sampler::Sampler;
 use crate::signals::{self, ThreadInfo};
 use crate::tlb::Tlbs;
+use crate::walks::Walks;
 use crate::world::{CAUSES, Cause, World};
 
 /// What all vCPUs and the device threads share.
@@ -178,6 +179,8 @@ pub struct BtVcpu {
     /// Check sites that shall stop predicting: number, position in the cache.
     unpredictable: Vec<(u16, u32)>,
     sampler: Box<Sampler>,
+    /// Page tables that were found.
+    walks: Walks,
     /// The processes that programs run in directly, if there are any.
     direct: Option<Box<Direct>>,
     /// How many there are, or shall be.
@@ -267,6 +270,7 @@ impl BtVcpu {
             page_fault: None,
             unpredictable: Vec::new(),
             sampler: Box::new(Sampler::new()),
+            walks: Walks::default(),
             direct: None,
             processes: 1,
             direct_wanted: false,
@@ -768,6 +772,15 @@ impl BtVcpu {
         let block = self.block();
         let kind = if access.write { Kind::Write } else { Kind::Read };
         let context = PagingContext::new(&block.state);
+        if let Some(found) = self.walks.find(&context, address, user, access.write)
+            && self.trace.is_none()
+        {
+            let host = self.shared.ram.host_page(found.page)? as u64;
+            if access.write && self.shared.ram.code_pages().test(found.page >> 12) {
+                return None;
+            }
+            return Some(self.tlbs.fill(block, user, access.write, address, host, found.global, 4096));
+        }
         let mapping = match paging::walk(&self.shared.ram, &context, address, PageAccess::new(kind, user)) {
             Ok(mapping) => mapping,
             Err(fault) => {
@@ -781,6 +794,7 @@ impl BtVcpu {
         if access.write && self.shared.ram.code_pages().test(mapping.gpa >> 12) {
             return None;
         }
+        self.walks.learn(&self.shared.ram, address, &mapping);
         self.trace_fill(if access.write { "write" } else { "read" }, user, address & !0xfff, &mapping);
         Some(self.tlbs.fill(block, user, access.write, address, host, mapping.global, mapping.page_size))
     }

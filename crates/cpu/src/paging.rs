@@ -42,9 +42,9 @@ pub mod fault_code {
 }
 
 /// Bits 51 to 12 of an entry: the address field.
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+pub const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 /// The address bits above [`PHYSICAL_BITS`]: reserved in every entry.
-const ABOVE_PHYSICAL: u64 = ADDRESS & !((1 << PHYSICAL_BITS) - 1);
+pub const ABOVE_PHYSICAL: u64 = ADDRESS & !((1 << PHYSICAL_BITS) - 1);
 
 /// Is `address` canonical for 48-bit linear addresses: bits 63 to 47 all equal?
 #[inline]

@@ -66,6 +66,8 @@ pub struct GuestRam {
     memory: Arc<VmMemory>,
     code_pages: Arc<CodePages>,
     size: u64,
+    /// Its pieces, of which there are one or two: guest-physical start, length, and host address. [`Self::host_page`] is on the way of each walk of page tables.
+    pieces: [(u64, u64, usize); 2],
     /// What it is a mapping of, where other processes are to have it, too.
     file: Option<Arc<File>>,
 }
@@ -123,7 +125,11 @@ impl GuestRam {
             regions.push(GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or(RamError::Size(size))?);
         }
         let memory = VmMemory::from_regions(regions).map_err(|e| RamError::Host(e.to_string()))?;
-        Ok(Self { memory: Arc::new(memory), code_pages, size, file })
+        let mut pieces = [(0, 0, 0); 2];
+        for (piece, region) in pieces.iter_mut().zip(memory.iter()) {
+            *piece = (region.start_addr().0, region.len(), region.as_ptr() as usize);
+        }
+        Ok(Self { memory: Arc::new(memory), code_pages, size, pieces, file })
     }
 
     /// The file that all of RAM is in, if it was made [shareable](Self::shareable).
@@ -198,7 +204,9 @@ impl GuestRam {
     /// The host address of guest-physical page `gpa` (rounded down to the page), or `None` where there is no RAM.
     #[inline]
     pub fn host_page(&self, gpa: u64) -> Option<*mut u8> {
-        self.memory.get_host_address(GuestAddress(gpa & !(crate::PAGE_SIZE - 1))).ok()
+        let gpa = gpa & !(crate::PAGE_SIZE - 1);
+        let piece = self.pieces.iter().find(|(start, len, _)| gpa.wrapping_sub(*start) < *len);
+        piece.map(|(start, _, host)| (host + (gpa - start) as usize) as *mut u8)
     }
 
     /// The aligned 8 bytes at guest-physical address `gpa` as an atomic, or `None` where they are not RAM or `gpa` is not a multiple

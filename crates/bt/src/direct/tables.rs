@@ -3,7 +3,7 @@
 
 use std::sync::atomic::Ordering;
 
-use cpu::paging::{PHYSICAL_BITS, PagingContext, pte};
+use cpu::paging::{self, ABOVE_PHYSICAL, PagingContext, pte};
 use cpu::{cr0, efer};
 use memory::GuestRam;
 
@@ -12,8 +12,7 @@ pub const PAGES: usize = 512;
 /// Bytes of a region.
 pub const REGION: u64 = 2 << 20;
 
-const ADDRESS: u64 = ((1 << PHYSICAL_BITS) - 1) & !0xfff;
-const RESERVED: u64 = 0x000f_ffff_ffff_f000 & !ADDRESS;
+const ADDRESS: u64 = paging::ADDRESS & !ABOVE_PHYSICAL;
 
 /// Is nothing mapped in the region of `address`, nor could be without a change of a table above it?
 pub fn is_free(ram: &GuestRam, context: &PagingContext, address: u64) -> bool {
@@ -62,7 +61,7 @@ impl Left {
     /// What `entry` leaves of them; `None`: nothing, for programs, or not without setting an accessed bit.
     fn after(self, entry: u64, nxe: bool) -> Option<Self> {
         const NEEDED: u64 = pte::P | pte::U | pte::A;
-        let good = entry & NEEDED == NEEDED && entry & RESERVED == 0 && (nxe || entry & pte::NX == 0);
+        let good = entry & NEEDED == NEEDED && entry & ABOVE_PHYSICAL == 0 && (nxe || entry & pte::NX == 0);
         good.then_some(Self {
             writable: self.writable && entry & pte::W != 0,
             executable: self.executable && entry & pte::NX == 0,

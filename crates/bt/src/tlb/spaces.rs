@@ -102,6 +102,7 @@ impl Tlbs {
         }
         self.local_tlb = journal;
         self.local_tlb.clear();
+        self.in_local_tlb.fill(0);
         for resolved in self.local_slots.drain(..) {
             let place = &block.slots[resolved.slot as usize];
             // It may have been forgotten meanwhile.

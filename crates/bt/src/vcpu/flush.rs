@@ -40,6 +40,7 @@ impl BtVcpu {
 
     pub(super) fn flush_all(&mut self) {
         self.counters.flush_all += 1;
+        self.walks.forget();
         if let Some(trace) = &self.trace {
             trace.line(format_args!("tlb cpu{} flush all", self.setup.index));
         }
@@ -53,6 +54,7 @@ impl BtVcpu {
 
     pub(super) fn flush_local(&mut self) {
         self.counters.flush_local += 1;
+        self.walks.forget();
         if let Some(trace) = &self.trace {
             trace.line(format_args!("tlb cpu{} flush non-global", self.setup.index));
         }
@@ -71,6 +73,7 @@ impl BtVcpu {
             trace.line(format_args!("tlb cpu{} switch {from:#x} to {to:#x}{kept}", self.setup.index));
         }
         self.counters.switches += 1;
+        self.walks.forget();
         let block = self.block();
         let kept = self.tlbs.switch(block, from, to, keep, |slot| self.shared.thunk(slot));
         self.counters.switches_kept += u64::from(kept);
@@ -82,6 +85,7 @@ impl BtVcpu {
 
     pub(super) fn flush_page(&mut self, address: u64) {
         self.counters.flush_page += 1;
+        self.walks.forget();
         if let Some(trace) = &self.trace {
             trace.line(format_args!("tlb cpu{} flush page {address:#x}", self.setup.index));
         }

@@ -11,6 +11,7 @@ mod guest;
 mod interrupts;
 mod lockstep;
 mod mappings;
+mod measures;
 mod modified;
 mod movable;
 mod sensitive;

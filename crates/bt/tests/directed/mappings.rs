@@ -4,14 +4,17 @@ use cpu::{cr0, cr4, rflags, vector};
 use iced_x86::code_asm::*;
 
 use crate::guest::{
-    Built, CODE, CR3, CR3_B, DATA, GLOBAL, Guest, NX, PRESENT, STACK, STOP, TABLES, USER, USER_CODE, USER_STACK, WRITE,
-    each,
+    Built, CODE, CR3, CR3_B, DATA, GLOBAL, Guest, NX, PRESENT, STACK, STOP, TABLES, TABLES_B, USER, USER_CODE,
+    USER_STACK, WRITE, each,
 };
 
 /// A page whose mapping changes, and the two pages of RAM it may lead to.
 const PAGE: u64 = DATA + 0x1_0000;
 const ONE: u64 = DATA + 0x2_0000;
 const TWO: u64 = DATA + 0x3_0000;
+
+/// What has it may be found by a table that is remembered.
+const ACCESSED: u64 = 1 << 5;
 
 fn entry(page: u64) -> i32 {
     (TABLES + (page >> 12) * 8) as i32
@@ -28,6 +31,56 @@ fn guest(kind: crate::guest::Kind) -> Guest {
     }
     guest.map(PAGE, ONE | PRESENT | WRITE);
     guest
+}
+
+/// A table takes the place of another: INVLPG of any page, and CR3, are for what is remembered of tables, too.
+#[test]
+fn tables() {
+    let flushes: [fn(&mut CodeAssembler) -> Built; 3] = [
+        |a| a.invlpg(ptr(DATA)),
+        |a| {
+            a.mov(rax, cr3)?;
+            a.mov(cr3, rax)
+        },
+        |a| {
+            a.mov(rax, cr4)?;
+            a.xor(rax, cr4::PGE as i32)?;
+            a.mov(cr4, rax)
+        },
+    ];
+    each(|kind| {
+        for (i, flush) in flushes.into_iter().enumerate() {
+            let guest = &mut Guest::new(kind);
+            // Pages of the region lead to one of two: by the first table to ONE, by the second to TWO.
+            guest.put(ONE, &[1]);
+            guest.put(TWO, &[2]);
+            for page in 0..64 {
+                guest.map(PAGE + 0x4_0000 + page * 4096, ONE | ACCESSED | PRESENT | WRITE);
+                guest.map_b(PAGE + 0x4_0000 + page * 4096, TWO | ACCESSED | PRESENT | WRITE);
+            }
+            let at = (CR3 + 0x2000 + (PAGE >> 21) * 8) as i32;
+            guest.code(CODE, |a| {
+                let mut again = a.create_label();
+                a.mov(edi, PAGE as u32 + 0x4_0000)?;
+                a.mov(ecx, 32)?;
+                a.set_label(&mut again)?;
+                // Two neighbours, of which the second is not in the TLB.
+                a.add(r8, qword_ptr(rdi))?;
+                a.xor(qword_ptr(at), (TABLES as i32 + 0x2000) ^ TABLES_B as i32)?;
+                flush(a)?;
+                a.shl(r9, 1)?;
+                a.add(r9, qword_ptr(rdi + 4096))?;
+                a.add(rdi, 8192)?;
+                a.dec(ecx)?;
+                a.jne(again)?;
+                a.out(STOP, al)
+            });
+            let state = guest.stop();
+            // Each turn goes from one table to the other: 1 and 2, then 2 and 1.
+            let seconds = (0..32).fold(0_u64, |sum, turn| (sum << 1) + if turn % 2 == 0 { 2 } else { 1 });
+            assert_eq!((state.gpr[8], state.gpr[9]), (48, seconds), "flush {i} {kind:?}");
+        }
+    });
 }
 
 /// INVLPG of a page whose code is cached, called in every way.
