@@ -71,7 +71,8 @@ impl Walks {
     pub fn find(&self, context: &PagingContext, address: u64, user: bool, write: bool) -> Option<Found> {
         let region = address >> REGION_BITS;
         let walk = &self.entries[region as usize % ENTRIES];
-        if walk.region != region || walk.version != self.version || user > walk.user || write > walk.writable {
+        let allowed = (!user || walk.user) && (!write || walk.writable);
+        if walk.region != region || walk.version != self.version || !allowed {
             return None;
         }
         let index = (address >> 12) as usize & 511;
@@ -80,6 +81,6 @@ impl Walks {
         let needed = pte::P | pte::A | if write { pte::W | pte::D } else { 0 } | if user { pte::U } else { 0 };
         let reserved = ABOVE_PHYSICAL | if context.efer & efer::NXE == 0 { pte::NX } else { 0 };
         (entry & needed == needed && entry & reserved == 0)
-            .then(|| Found { page: entry & ADDRESS, global: entry & pte::G != 0 && context.cr4 & cr4::PGE != 0 })
+            .then_some(Found { page: entry & ADDRESS, global: entry & pte::G != 0 && context.cr4 & cr4::PGE != 0 })
     }
 }
