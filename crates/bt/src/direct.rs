@@ -65,6 +65,8 @@ pub struct Counters {
     pub system_calls: u64,
     pub instructions: u64,
     pub tells: u64,
+    /// Those with something in registers that guests are not shown: the program has found out what the host's CPU has.
+    pub unshown: u64,
     /// Changes of the process's memory: mapped and unmapped pages, those that belong together as one.
     pub changes: u64,
     /// Flushes after which everything was looked at again.

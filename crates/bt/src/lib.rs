@@ -64,6 +64,8 @@ pub struct Options {
     /// Let programs that compute for long run as they are, in processes of their own, where the host and RAM (see
     /// [`GuestRam::shareable`](::memory::GuestRam::shareable)) let them.
     pub direct: bool,
+    /// Remember where page tables were found, as the CPU's paging-structure caches do.
+    pub remember_tables: bool,
     /// For tests: programs run directly from their first instruction on, whether it pays or not.
     #[doc(hidden)]
     pub direct_at_once: bool,
@@ -91,6 +93,7 @@ impl Options {
             fast_transitions: true,
             tiers: true,
             direct: true,
+            remember_tables: true,
             direct_at_once: false,
             step_histogram: false,
             lockstep: false,
@@ -182,6 +185,7 @@ impl Engine for BtEngine {
         vcpu.fast_transitions = self.options.fast_transitions;
         vcpu.tamper = self.options.tamper;
         vcpu.direct_at_once = self.options.direct_at_once;
+        vcpu.remember_tables = self.options.remember_tables;
         vcpu.processes = direct::processes(self.options.model.cpus);
         vcpu.direct_wanted = self.options.direct && !self.options.lockstep && self.options.tamper.is_none();
         if self.options.step_histogram {

@@ -179,8 +179,9 @@ pub struct BtVcpu {
     /// Check sites that shall stop predicting: number, position in the cache.
     unpredictable: Vec<(u16, u32)>,
     sampler: Box<Sampler>,
-    /// Page tables that were found.
+    /// Page tables that were found, and whether they are remembered: see [`crate::Options::remember_tables`].
     walks: Walks,
+    pub remember_tables: bool,
     /// The processes that programs run in directly, if there are any.
     direct: Option<Box<Direct>>,
     /// How many there are, or shall be.
@@ -271,6 +272,7 @@ impl BtVcpu {
             unpredictable: Vec::new(),
             sampler: Box::new(Sampler::new()),
             walks: Walks::default(),
+            remember_tables: true,
             direct: None,
             processes: 1,
             direct_wanted: false,
@@ -794,7 +796,9 @@ impl BtVcpu {
         if access.write && self.shared.ram.code_pages().test(mapping.gpa >> 12) {
             return None;
         }
-        self.walks.learn(&self.shared.ram, address, &mapping);
+        if self.remember_tables {
+            self.walks.learn(&self.shared.ram, address, &mapping);
+        }
         self.trace_fill(if access.write { "write" } else { "read" }, user, address & !0xfff, &mapping);
         Some(self.tlbs.fill(block, user, access.write, address, host, mapping.global, mapping.page_size))
     }

@@ -108,8 +108,8 @@ impl Frame {
         stub.write(at(MASK), &[mask]);
     }
 
-    /// The program's x87, SSE and AVX state.
-    pub fn read_fp(&self, stub: &Stub, to: &mut FpState) {
+    /// The program's x87, SSE and AVX state. Returns whether it has used more than that.
+    pub fn read_fp(&self, stub: &Stub, to: &mut FpState) -> bool {
         let mut words = [0; FP_SIZE as usize / 8];
         stub.read(self.fp, &mut words);
         let mut area = [0; FP_SIZE as usize];
@@ -135,6 +135,7 @@ impl Frame {
         part(&mut bytes[160..416], &area[160..416], present & 2 != 0);
         part(&mut bytes[576..832], &area[576..832], present & 4 != 0);
         bytes[FpState::XSTATE_BV] = 7;
+        present & !7 != 0
     }
 
     /// Gives the program that state.

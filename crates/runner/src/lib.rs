@@ -286,8 +286,8 @@ impl Runner {
         [es, cs, ss, ds, fs, gs]
     }
 
-    /// Puts the stopped program's registers into `state`.
-    pub fn store(&self, state: &mut CpuState) {
+    /// Puts the stopped program's registers into `state`. Returns whether it has used others, which guests are not shown (AVX-512) and which are lost.
+    pub fn store(&self, state: &mut CpuState) -> bool {
         let frame = &self.frame;
         let [r8, r9, r10, r11, r12, r13, r14, r15, rdi, rsi, rbp, rbx, rdx, rax, rcx] = frame.general;
         state.gpr = [rax, rcx, rdx, rbx, frame.rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15];
@@ -296,7 +296,7 @@ impl Runner {
         state.rflags = state.rflags & !program | frame.rflags & program;
         state.segments[4].base = self.words.fs_base;
         state.segments[5].base = self.words.gs_base;
-        frame.read_fp(&self.process.stub, &mut state.fp);
+        frame.read_fp(&self.process.stub, &mut state.fp)
     }
 
     /// Changes the process's memory, before the program runs next: see [`Stop::Refused`].

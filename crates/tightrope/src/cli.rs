@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use crate::complete;
 use clap::{Args, Parser, Subcommand, ValueHint};
 use vmm::{
-    DiskConfig, EngineChoice, GdbAddress, NetConfig, PortConfig, PortForward, SerialMode, ShareConfig, StatsFormat,
-    TraceConfig, Vendor, WatchdogAction,
+    DiskConfig, EngineChoice, GdbAddress, NetConfig, Optimization, PortConfig, PortForward, SerialMode, ShareConfig,
+    StatsFormat, TraceConfig, Vendor, WatchdogAction,
 };
 
 const EXAMPLES: &str = "\
@@ -362,13 +362,15 @@ pub struct RunArgs {
     #[arg(long, hide = true)]
     pub monitor: bool,
 
-    /// Run every block in the interpreter too, and stop at the first difference
-    #[arg(long, hide = true)]
+    /// Run every block in the interpreter too, and stop at the first difference [engine bt, one CPU]
+    #[arg(long, help_heading = "Debugging")]
     pub lockstep: bool,
 
-    /// Translate all programs, also those that compute for long and could run directly on the CPU [engine bt]
-    #[arg(long, help_heading = "Debugging")]
-    pub no_direct: bool,
+    /// Do without what makes engine bt fast, to see whether it is to blame: direct (programs that compute for long run on the
+    /// CPU), tiers (hot code is translated again), transitions (system calls stay in translated code), tables (page tables
+    /// are remembered)
+    #[arg(long, value_name = "WHAT,…", value_delimiter = ',', help_heading = "Debugging", add = complete::optimizations())]
+    pub without: Vec<Optimization>,
 
     /// Where SIGUSR2 saves the VM, which then ends
     #[arg(long, hide = true, value_name = "FILE")]

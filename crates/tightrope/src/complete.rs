@@ -129,6 +129,11 @@ fn kept() -> Vec<CompletionCandidate> {
     all.into_iter().map(|(name, kept)| candidate(name, format!("kept, of {}", kept.image))).collect()
 }
 
+/// What engine bt can do without.
+pub fn optimizations() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| ["direct", "tiers", "transitions", "tables"].map(CompletionCandidate::new).into())
+}
+
 /// For engines.
 pub fn engines() -> ArgValueCandidates {
     ArgValueCandidates::new(|| ["auto", "bt", "kvm", "interp"].map(CompletionCandidate::new).into())

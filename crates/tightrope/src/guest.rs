@@ -44,7 +44,7 @@ pub fn configure(args: &RunArgs, settings: &Settings) -> Result<VmConfig> {
     config.trace = args.trace.clone();
     config.gdb = args.gdb.clone();
     config.lockstep = args.lockstep;
-    config.direct = !args.no_direct;
+    config.without = args.without.clone();
     config.save_to = args.save_to.clone();
     config.restore = args.restore.clone();
     config.sandbox = match (args.no_sandbox, args.sandbox_debug) {

@@ -34,6 +34,20 @@ fn boots_in_lockstep() {
     assert!(compared > Some(100_000) && impossible < Some(1_000), "{compared:?} compared, {impossible:?} impossible");
 }
 
+/// With nothing that makes the translator fast but the translator itself; and computing for long does not run directly then.
+#[test]
+fn boots_without_optimizations() {
+    if common::engine() != "bt" {
+        return;
+    }
+    let without = ["--without", "direct,tiers,transitions,tables", "--stats=json"];
+    let done = finish(run(&without), b"i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; echo $((i+1)); poweroff\n");
+    assert_eq!(done.code(), Some(0), "{}", done.err);
+    assert!(done.out.contains("300001"), "{}", done.out);
+    let json: serde_json::Value = serde_json::from_str(done.err.lines().last().unwrap_or_default()).unwrap();
+    assert_eq!(json["counters"]["direct.chosen"].as_u64(), None, "{}", json["counters"]);
+}
+
 #[test]
 fn a_script_by_pipe() {
     let input = b"echo $((6*7))0; for i in 1 2 3; do echo line-$i; done; poweroff\n";

@@ -31,6 +31,7 @@ fn wrong_usage_is_exit_code_2() {
     fails(&["run", "--memory", "12"], 2, &["--memory", "32 MiB"]);
     fails(&["run", "--memory", "1X"], 2, &["--memory", "512M"]);
     fails(&["run", "--engine", "xen"], 2, &["'xen'", "auto, bt, kvm or interp"]);
+    fails(&["run", "--without", "tiers,magic"], 2, &["'magic'", "direct, tiers, transitions and tables"]);
     fails(&["run", "--initrd", "x"], 2, &["--kernel"]);
     fails(&["run", "--disk", "a,cow"], 2, &["'cow'", "ro, "]);
     fails(&["run", "--gdb", "everywhere"], 2, &["--gdb", "PORT"]);

@@ -83,8 +83,8 @@ pub struct VmConfig {
     pub sandbox: SandboxMode,
     /// Run the translator beside the interpreter and stop at the first difference.
     pub lockstep: bool,
-    /// Engine `bt` may run programs that compute for long directly, in processes of their own.
-    pub direct: bool,
+    /// What engine `bt` does without.
+    pub without: Vec<Optimization>,
     /// Where SIGUSR2 saves the VM, which then ends.
     pub save_to: Option<PathBuf>,
     /// A saved VM that goes on instead of a boot. Everything else must be as it was for that VM.
@@ -127,7 +127,7 @@ impl VmConfig {
             gdb: None,
             sandbox: SandboxMode::On,
             lockstep: false,
-            direct: true,
+            without: Vec::new(),
             save_to: None,
             restore: None,
             ready_marker: None,
@@ -168,6 +168,33 @@ impl FromStr for EngineChoice {
             "kvm" => Ok(Self::Kvm),
             "interp" => Ok(Self::Interp),
             _ => Err(format!("there is no engine '{text}': choose auto, bt, kvm or interp")),
+        }
+    }
+}
+
+/// What engine `bt` does to be fast, and can do without: to find out whether it is to blame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Optimization {
+    /// Programs that compute for long run directly on the CPU, in processes of their own.
+    Direct,
+    /// Code is translated to be short first, and again to be fast where it is hot.
+    Tiers,
+    /// System calls, returns from them and from interrupts stay in translated code.
+    Transitions,
+    /// Page tables that were found are remembered.
+    Tables,
+}
+
+impl FromStr for Optimization {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "direct" => Ok(Self::Direct),
+            "tiers" => Ok(Self::Tiers),
+            "transitions" => Ok(Self::Transitions),
+            "tables" => Ok(Self::Tables),
+            _ => Err(format!("there is no '{text}' to do without: choose of direct, tiers, transitions and tables")),
         }
     }
 }

@@ -8,7 +8,7 @@ use cpu::Engine;
 use cpu::cpuid::{CpuidModel, Vendor};
 use memory::GuestRam;
 
-use crate::config::{EngineChoice, MAX_CPUS, SerialMode, VmConfig};
+use crate::config::{EngineChoice, MAX_CPUS, Optimization, SerialMode, VmConfig};
 use crate::error::Error;
 
 /// What was found out about KVM before the process confines itself.
@@ -231,7 +231,11 @@ fn bt(config: &VmConfig, ram: GuestRam, model: CpuidModel, trace: Option<TraceSi
     options.parking = (config.cpus > 1)
         .then_some(bt::Parking { code: machine::layout::PARKING_CODE, mailbox: machine::layout::MAILBOX });
     options.lockstep = config.lockstep;
-    options.direct = config.direct;
+    let with = |what| !config.without.contains(&what);
+    options.direct = with(Optimization::Direct);
+    options.tiers = with(Optimization::Tiers);
+    options.fast_transitions = with(Optimization::Transitions);
+    options.remember_tables = with(Optimization::Tables);
     if let (Some(kinds), Some(sink)) = (&config.trace, trace) {
         let mut trace = bt::Trace::new(sink);
         trace.interrupts = kinds.interrupts;

@@ -44,8 +44,8 @@ mod vcpu;
 mod vm;
 
 pub use config::{
-    DEFAULT_MEMORY, DiskConfig, EngineChoice, GdbAddress, MAX_CPUS, SandboxMode, SerialMode, StatsFormat, TraceConfig,
-    Vendor, VmConfig, WatchdogAction, parse_memory,
+    DEFAULT_MEMORY, DiskConfig, EngineChoice, GdbAddress, MAX_CPUS, Optimization, SandboxMode, SerialMode, StatsFormat,
+    TraceConfig, Vendor, VmConfig, WatchdogAction, parse_memory,
 };
 pub use error::Error;
 pub use instance::Instance;

@@ -16,7 +16,7 @@ use memory::GuestRam;
 
 use crate::agent::Agent;
 use crate::board::{Board, BoardMaker};
-use crate::config::{GdbAddress, SerialMode, StatsFormat, VmConfig, WatchdogAction};
+use crate::config::{GdbAddress, Optimization, SerialMode, StatsFormat, VmConfig, WatchdogAction};
 use crate::console::Output;
 use crate::control::{self, Hub};
 use crate::error::Error;
@@ -193,7 +193,8 @@ impl Vm {
         };
         signals::restore_terminal_when_fatal();
         // Other processes can have RAM only where it is a file, whose pages are small on most hosts.
-        let direct = config.direct && !config.lockstep && engine::is_bt(config, &kvm);
+        let without = config.lockstep || config.without.contains(&Optimization::Direct);
+        let direct = !without && engine::is_bt(config, &kvm);
         let ram = if direct {
             // A host that has no such files can still translate.
             GuestRam::shareable(config.memory).or_else(|_| GuestRam::new(config.memory))

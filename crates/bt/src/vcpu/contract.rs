@@ -145,6 +145,7 @@ impl Vcpu for BtVcpu {
                 ("direct.stops.system-call", c.system_calls),
                 ("direct.stops.instruction", c.instructions),
                 ("direct.stops.tells", c.tells),
+                ("direct.stops.with-unshown-registers", c.unshown),
                 ("direct.changes", c.changes),
                 ("direct.looked-again", c.looked_again),
                 ("time.direct-us", c.time.as_micros() as u64),

@@ -182,7 +182,7 @@ impl BtVcpu {
             }
         };
         let state = &mut self.block().state;
-        direct.program().runner.store(state);
+        direct.counters.unshown += u64::from(direct.program().runner.store(state));
         let selectors = direct.program().runner.selectors();
         Self::store_selectors(state, selectors);
         if (selectors[1], selectors[2]) != (state.segments[1].selector, state.segments[2].selector) {

@@ -222,6 +222,23 @@ fn pages_that_are_written_and_executed_by_turns() {
     });
 }
 
+/// Who uses registers that guests are not shown is counted: it should not know of them.
+#[test]
+fn registers_that_are_not_shown() {
+    let used = std::arch::is_x86_feature_detected!("avx512f");
+    for wide in [false, used] {
+        let mut guest = start(Guest::new(Kind::Direct), |a| {
+            if wide {
+                a.vpternlogd(zmm20, zmm20, zmm20, 0xff)?;
+            }
+            a.vpaddq(ymm1, ymm1, ymm1)?;
+            a.int(0x80)
+        });
+        guest.stop();
+        assert_eq!(counter(&guest, "direct.stops.with-unshown-registers"), u64::from(wide));
+    }
+}
+
 /// The bits of page-table entries tell what the program did, and only that.
 #[test]
 fn accessed_and_dirty_bits_are_those_of_its_accesses() {
