@@ -301,6 +301,11 @@ impl CpuidModel {
         self.features.leaf7_ecx & leaf7_ecx::RDPID != 0
     }
 
+    /// Does IA32_TSC_AUX exist, which RDTSCP and RDPID read (SDM volume 4, table 2-2)?
+    pub fn has_tsc_aux(&self) -> bool {
+        self.has_rdtscp() || self.has_rdpid()
+    }
+
     /// Is XGETBV with ECX = 1 shown?
     pub fn has_xgetbv1(&self) -> bool {
         self.features.leaf_d_eax & leaf_d_eax::XGETBV1 != 0

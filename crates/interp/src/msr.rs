@@ -89,7 +89,7 @@ pub fn read(env: &MsrEnv<'_>, state: &CpuState, msr: u32) -> Result<u64, MsrErro
         n::FS_BASE => base(SegmentIndex::Fs),
         n::GS_BASE => base(SegmentIndex::Gs),
         n::KERNEL_GS_BASE => state.kernel_gs_base,
-        n::TSC_AUX => state.tsc_aux,
+        n::TSC_AUX if env.model.has_tsc_aux() => state.tsc_aux,
         _ if env.model.vendor == Vendor::Amd => return amd::read_msr(msr).ok_or(MsrError),
         _ => return Err(MsrError),
     })
@@ -195,7 +195,7 @@ pub fn write(env: &MsrEnv<'_>, state: &mut CpuState, msr: u32, value: u64) -> Re
             check(is_canonical(value))?;
             state.kernel_gs_base = value;
         }
-        n::TSC_AUX => {
+        n::TSC_AUX if env.model.has_tsc_aux() => {
             check(value >> 32 == 0)?;
             state.tsc_aux = value;
         }
