@@ -326,19 +326,22 @@ fn a_vm_in_the_background_lets_go_of_its_caller() {
 /// An agent that hangs, and one that is gone for good: commands say so, the VM goes on, and it can be stopped.
 #[test]
 fn agents_that_do_not_answer() {
+    // What is done to the agent is done when the console says so.
+    let afterwards = |vm: &Vm, script: &str| {
+        let script = format!("(sleep 0.2; {script}; echo it is $((6 * 7)) >/dev/console) >/dev/null 2>&1 &");
+        assert_eq!(vm.sh(&script).code(), Some(0));
+        wait("what is done to the agent", || finish(tightrope(&["logs", &vm.name]), b"").out.contains("it is 42"));
+    };
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let vm = Vm::start("hangs", &[]);
-            assert_eq!(vm.sh("(sleep 0.2; kill -STOP $(pidof agent)) >/dev/null 2>&1 &").code(), Some(0));
-            std::thread::sleep(Duration::from_secs(1));
+            afterwards(&vm, "kill -STOP $(pidof agent)");
             let parts = [&vm.name, "does not answer (it says nothing)", "tightrope logs"];
             fails(&vm.sh("true"), 1, &parts);
         });
         scope.spawn(|| {
             let vm = Vm::start("gone", &[]);
-            let script = "(sleep 0.2; mv /tightrope/agent /tightrope/hidden; killall -9 agent) >/dev/null 2>&1 &";
-            assert_eq!(vm.sh(script).code(), Some(0));
-            std::thread::sleep(Duration::from_secs(2));
+            afterwards(&vm, "mv /tightrope/agent /tightrope/hidden; killall -9 agent");
             let late = std::thread::scope(|inner| {
                 let late = inner.spawn(|| vm.sh("echo late"));
                 std::thread::sleep(Duration::from_secs(22));
