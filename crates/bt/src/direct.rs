@@ -92,7 +92,7 @@ pub struct Program {
     stale: bool,
     stale_pages: Vec<u64>,
     /// A page that the program is about to reach for: its page fault was the last thing that it did.
-    awaited: Option<u64>,
+    pub awaited: Option<u64>,
     /// Since the last judgement: stops, those of them that were system calls, and time in the process.
     stops: u32,
     calls: u32,
@@ -126,6 +126,11 @@ impl Program {
         }
     }
 
+    /// Is it for a space with this process-context identifier?
+    fn is_of(&self, identifier: u16) -> bool {
+        self.owner.is_some_and(|owner| owner as u16 & 0xfff == identifier)
+    }
+
     /// The next judgement is of so many stops, from now on.
     fn judge_after(&mut self, stops: u32) {
         (self.stops, self.calls, self.spent, self.until_judged) = (0, 0, Duration::ZERO, stops);
@@ -142,11 +147,6 @@ impl Program {
     /// The program is about to run, or has stopped.
     pub fn set_inside(&self, inside: bool) {
         self.signaller.set_inside(inside);
-    }
-
-    /// The program's page fault is the guest's: the page is wanted as soon as it is there.
-    pub fn expect(&mut self, address: u64) {
-        self.awaited = Some(address);
     }
 
     /// Puts the space's changes before what the program does next. Returns how many there are; `None`: the host refuses.
@@ -473,13 +473,6 @@ impl Direct {
         }
         self.given_up.push((space, Instant::now() + pause, pause));
         self.unpin();
-    }
-}
-
-impl Program {
-    /// Is it for a space with this process-context identifier?
-    fn is_of(&self, identifier: u16) -> bool {
-        self.owner.is_some_and(|owner| owner as u16 & 0xfff == identifier)
     }
 }
 

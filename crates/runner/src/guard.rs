@@ -141,12 +141,16 @@ fn nodes(page: &[u8; SIZE]) -> Vec<Node> {
 }
 
 /// All that `from` and what it leads to lead to, themselves included; what `ends` says leads no further.
-fn closure(from: impl IntoIterator<Item = usize>, next: &[Vec<usize>], ends: impl Fn(usize) -> bool) -> Vec<bool> {
+fn closure<'a>(
+    from: impl IntoIterator<Item = usize>,
+    next: impl Fn(usize) -> &'a [usize],
+    ends: impl Fn(usize) -> bool,
+) -> Vec<bool> {
     let mut seen = vec![false; SIZE];
     let mut left: Vec<usize> = from.into_iter().collect();
     while let Some(at) = left.pop() {
         if !std::mem::replace(&mut seen[at], true) && !ends(at) {
-            left.extend(&next[at]);
+            left.extend(next(at));
         }
     }
     seen
@@ -160,18 +164,18 @@ fn guard(page: &[u8; SIZE], found: &[i64], most: usize) -> Option<Telling> {
     if !tells.iter().all(|&at| nodes[at].starts) {
         return None;
     }
-    let next: Vec<Vec<usize>> = nodes.iter().map(|node| node.next.clone()).collect();
     let mut back = vec![Vec::new(); SIZE];
     for (at, node) in nodes.iter().enumerate() {
         for &target in &node.next {
             back[target].push(at);
         }
     }
+    let (next, back) = (|at: usize| &nodes[at].next[..], |at: usize| &back[at][..]);
     // Each stop is one that can be come to without any of the others.
     let entries = || (0..SIZE).filter(|&at| nodes[at].entry);
     let mut stops: Vec<usize> = Vec::new();
     loop {
-        let reached = closure(entries(), &next, |at| stops.contains(&at));
+        let reached = closure(entries(), next, |at| stops.contains(&at));
         match tells.iter().find(|&&at| reached[at] && !stops.contains(&at)) {
             None => break,
             Some(_) if stops.len() == most => return None,
@@ -180,15 +184,15 @@ fn guard(page: &[u8; SIZE], found: &[i64], most: usize) -> Option<Telling> {
     }
     stops.sort_unstable();
     // What the program comes to by itself around them must be known. Behind a stop it does not go on by itself.
-    let before = closure(tells.iter().copied(), &back, |_| false);
-    let behind = closure(stops.iter().copied(), &next, |_| false);
-    let by_itself = closure(entries().filter(|&at| before[at] || behind[at]), &next, |at| stops.contains(&at));
+    let before = closure(tells.iter().copied(), back, |_| false);
+    let behind = closure(stops.iter().copied(), next, |_| false);
+    let by_itself = closure(entries().filter(|&at| before[at] || behind[at]), next, |at| stops.contains(&at));
     let unknown = |at: usize, node: &Node| by_itself[at] && node.unknown || (before[at] || behind[at]) && !node.starts;
     if nodes.iter().enumerate().any(|(at, node)| unknown(at, node)) {
         return None;
     }
     // Back from those that are no stops, to those that are.
-    let inside = closure(tells.iter().copied().filter(|at| !stops.contains(at)), &back, |at| stops.contains(&at));
+    let inside = closure(tells.iter().copied().filter(|at| !stops.contains(at)), back, |at| stops.contains(&at));
     let mut bits = [0; SIZE / 64];
     for (at, _) in inside.iter().enumerate().filter(|&(at, &inside)| inside && !stops.contains(&at)) {
         bits[at / 64] |= 1 << (at % 64);

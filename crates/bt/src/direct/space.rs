@@ -222,14 +222,17 @@ impl Space {
         let region = Region::new(view.ram, &view.context, address);
         let index = (address >> 12) as usize % PAGES;
         let Some(page) = region.page(index) else { return Answer::Guests };
-        let mixed = self.mixed.get(&page.gpa).is_some_and(|&turns| turns >= MIXED)
-            && view.telling(page, address).stops.len() <= WATCHED;
+        let often = self.mixed.get(&page.gpa).is_some_and(|&turns| turns >= MIXED);
+        let telling = (often || fetch && page.executable).then(|| view.telling(page, address));
+        let mixed = often && telling.as_ref().is_some_and(|telling| telling.stops.len() <= WATCHED);
         let Some(rights) = view.rights(page, address, fetch, mixed) else { return Answer::Guests };
         if view.ram.offset_in_file(page.gpa).is_none() {
             return Answer::Guests;
         }
-        if executes(rights) && (fetch || mixed) {
-            let telling = view.telling(page, address);
+        if executes(rights)
+            && (fetch || mixed)
+            && let Some(telling) = telling
+        {
             // It must not begin where a stop has been passed already.
             let refused = fetch && telling.inside(address & 0xfff);
             if refused || !telling.stops.is_empty() && !self.watch(address & !0xfff, telling) {

@@ -255,7 +255,7 @@ impl BtVcpu {
                     direct.refuse();
                 }
             }
-            Answer::Guests => direct.program().expect(address),
+            Answer::Guests => direct.program().awaited = Some(address),
             Answer::Tells => {}
         }
         Ok(answer)
