@@ -317,7 +317,7 @@ fn huge_pages_check() -> Check {
 
 /// Can guest programs run as they are (`docs/bt.md`, direct execution)?
 fn direct_check() -> Check {
-    let ram = memory::GuestRam::shareable(2 << 20).map_err(|error| error.to_string());
+    let ram = memory::GuestRam::shareable(memory::layout::MIN_RAM).map_err(|error| error.to_string());
     let started = ram.and_then(|ram| {
         let file = ram.file().ok_or("guest memory is no file")?;
         runner::Runner::start(file).map(drop)
@@ -386,6 +386,14 @@ mod tests {
         for check in &report.checks {
             assert!(!check.found.is_empty() && !check.found.contains('\n'), "{check:?}");
         }
+    }
+
+    #[test]
+    fn direct_is_what_a_vm_finds() {
+        let ram = memory::GuestRam::shareable(256 << 20).unwrap();
+        let started = runner::Runner::start(ram.file().unwrap());
+        let check = direct_check();
+        assert_eq!(check.verdict == Verdict::Good, started.is_ok(), "{}", check.found);
     }
 
     #[test]
