@@ -200,10 +200,10 @@ pub fn processes(cpus: u32) -> usize {
 }
 
 impl Direct {
-    /// Starts `count` processes. `None`: the host does not let us, or RAM is not shared.
+    /// Starts `count` processes, or as many as the host lets us. `None`: not one, or RAM is not shared.
     pub fn start(ram: &GuestRam, count: usize) -> Option<Box<Self>> {
         let file = ram.file()?;
-        Self::new((0..count).map(|_| Runner::start(file).ok()).collect::<Option<_>>()?)
+        Self::new((0..count).map_while(|_| Runner::start(file).ok()).collect())
     }
 
     /// With processes that another vCPU has used. `None`: they are of no use any more.
@@ -342,9 +342,7 @@ impl Direct {
 
     /// For tests: they do.
     pub fn choose_at_once(&mut self, state: &CpuState) {
-        for program in &mut self.programs {
-            program.chosen = false;
-        }
+        self.leave();
         self.given_up.clear();
         self.choose(state);
     }

@@ -185,7 +185,7 @@ impl Engine for BtEngine {
         vcpu.fast_transitions = self.options.fast_transitions;
         vcpu.tamper = self.options.tamper;
         vcpu.direct_at_once = self.options.direct_at_once;
-        vcpu.remember_tables = self.options.remember_tables;
+        vcpu.walks.on = self.options.remember_tables;
         vcpu.processes = direct::processes(self.options.model.cpus);
         vcpu.direct_wanted = self.options.direct && !self.options.lockstep && self.options.tamper.is_none();
         if self.options.step_histogram {

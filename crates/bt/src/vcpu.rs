@@ -25,7 +25,7 @@ use crate::kick::KickHandle;
 use crate::sampler::Sampler;
 use crate::signals::{self, ThreadInfo};
 use crate::tlb::Tlbs;
-use crate::walks::Walks;
+use crate::walks::{Found, Walks};
 use crate::world::{CAUSES, Cause, World};
 
 /// What all vCPUs and the device threads share.
@@ -179,9 +179,8 @@ pub struct BtVcpu {
     /// Check sites that shall stop predicting: number, position in the cache.
     unpredictable: Vec<(u16, u32)>,
     sampler: Box<Sampler>,
-    /// Page tables that were found, and whether they are remembered: see [`crate::Options::remember_tables`].
-    walks: Walks,
-    pub remember_tables: bool,
+    /// Page tables that were found.
+    pub walks: Walks,
     /// The processes that programs run in directly, if there are any.
     direct: Option<Box<Direct>>,
     /// How many there are, or shall be.
@@ -272,7 +271,6 @@ impl BtVcpu {
             unpredictable: Vec::new(),
             sampler: Box::new(Sampler::new()),
             walks: Walks::default(),
-            remember_tables: true,
             direct: None,
             processes: 1,
             direct_wanted: false,
@@ -774,33 +772,27 @@ impl BtVcpu {
         let block = self.block();
         let kind = if access.write { Kind::Write } else { Kind::Read };
         let context = PagingContext::new(&block.state);
-        if let Some(found) = self.walks.find(&context, address, user, access.write)
-            && self.trace.is_none()
-        {
-            let host = self.shared.ram.host_page(found.page)? as u64;
-            if access.write && self.shared.ram.code_pages().test(found.page >> 12) {
-                return None;
-            }
-            return Some(self.tlbs.fill(block, user, access.write, address, host, found.global, 4096));
-        }
-        let mapping = match paging::walk(&self.shared.ram, &context, address, PageAccess::new(kind, user)) {
-            Ok(mapping) => mapping,
-            Err(fault) => {
-                let address = address.wrapping_add(u64::from(access.ahead));
-                self.page_fault =
-                    (!access.own_faults && self.lockstep.is_none()).then_some(PageFault { address, ..fault });
-                return None;
-            }
+        let found = match self.walks.find(&context, address, user, access.write) {
+            Some(found) => found,
+            None => match paging::walk(&self.shared.ram, &context, address, PageAccess::new(kind, user)) {
+                Ok(mapping) => {
+                    self.walks.learn(&self.shared.ram, address, &mapping);
+                    Found::from(&mapping)
+                }
+                Err(fault) => {
+                    let address = address.wrapping_add(u64::from(access.ahead));
+                    self.page_fault =
+                        (!access.own_faults && self.lockstep.is_none()).then_some(PageFault { address, ..fault });
+                    return None;
+                }
+            },
         };
-        let host = self.shared.ram.host_page(mapping.gpa)? as u64;
-        if access.write && self.shared.ram.code_pages().test(mapping.gpa >> 12) {
+        let host = self.shared.ram.host_page(found.gpa)? as u64;
+        if access.write && self.shared.ram.code_pages().test(found.gpa >> 12) {
             return None;
         }
-        if self.remember_tables {
-            self.walks.learn(&self.shared.ram, address, &mapping);
-        }
-        self.trace_fill(if access.write { "write" } else { "read" }, user, address & !0xfff, &mapping);
-        Some(self.tlbs.fill(block, user, access.write, address, host, mapping.global, mapping.page_size))
+        self.trace_fill(if access.write { "write" } else { "read" }, user, address & !0xfff, found);
+        Some(self.tlbs.fill(block, user, access.write, address, host, found.global, found.size))
     }
 
     /// A read of at most [`BOUNCE`] bytes across two pages: the instruction reads a copy. `None`: the interpreter must do it.
@@ -830,15 +822,15 @@ impl BtVcpu {
         known.1
     }
 
-    fn trace_fill(&self, kind: &str, user: bool, page: u64, mapping: &paging::Mapping) {
+    fn trace_fill(&self, kind: &str, user: bool, page: u64, found: Found) {
         if let Some(trace) = &self.trace {
             trace.line(format_args!(
                 "tlb cpu{} fill {kind} {} {page:#x} gpa {:#x} size {:#x}{}",
                 self.setup.index,
                 if user { "user" } else { "kernel" },
-                mapping.gpa & !0xfff,
-                mapping.page_size,
-                if mapping.global { " global" } else { "" },
+                found.gpa,
+                found.size,
+                if found.global { " global" } else { "" },
             ));
         }
     }

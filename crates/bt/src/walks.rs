@@ -26,22 +26,32 @@ struct Walk {
 /// What a miss of the software TLB needs to know of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Found {
-    /// Guest-physical address of the page.
-    pub page: u64,
+    /// Guest-physical address of the 4 KiB with the byte asked for.
+    pub gpa: u64,
+    /// Size of the page that it is in, in bytes: 4 KiB, 2 MiB or 1 GiB.
+    pub size: u64,
     /// It is in all address spaces.
     pub global: bool,
+}
+
+impl From<&Mapping> for Found {
+    fn from(mapping: &Mapping) -> Self {
+        Self { gpa: mapping.gpa & !0xfff, size: mapping.page_size, global: mapping.global }
+    }
 }
 
 /// One vCPU's cache.
 pub struct Walks {
     entries: Box<[Walk; ENTRIES]>,
     version: u64,
+    /// Is anything remembered? See [`crate::Options::remember_tables`].
+    pub on: bool,
 }
 
 impl Default for Walks {
     fn default() -> Self {
         let none = Walk { region: 0, version: 0, table: 0, writable: false, user: false };
-        Self { entries: Box::new([none; ENTRIES]), version: 1 }
+        Self { entries: Box::new([none; ENTRIES]), version: 1, on: true }
     }
 }
 
@@ -53,7 +63,7 @@ impl Walks {
 
     /// Remembers the table that `mapping` of `address` was found in.
     pub fn learn(&mut self, ram: &GuestRam, address: u64, mapping: &Mapping) {
-        let Some(leaf) = mapping.leaf.filter(|_| mapping.page_size == 4096) else { return };
+        let Some(leaf) = mapping.leaf.filter(|_| self.on && mapping.page_size == 4096) else { return };
         let Some(host) = ram.host_page(leaf) else { return };
         let region = address >> REGION_BITS;
         self.entries[region as usize % ENTRIES] = Walk {
@@ -80,7 +90,11 @@ impl Walks {
         let entry = unsafe { &*(walk.table as *const AtomicU64).add(index) }.load(Ordering::Acquire);
         let needed = pte::P | pte::A | if write { pte::W | pte::D } else { 0 } | if user { pte::U } else { 0 };
         let reserved = ABOVE_PHYSICAL | if context.efer & efer::NXE == 0 { pte::NX } else { 0 };
-        (entry & needed == needed && entry & reserved == 0)
-            .then_some(Found { page: entry & ADDRESS, global: entry & pte::G != 0 && context.cr4 & cr4::PGE != 0 })
+        let global = entry & pte::G != 0 && context.cr4 & cr4::PGE != 0;
+        (entry & needed == needed && entry & reserved == 0).then_some(Found {
+            gpa: entry & ADDRESS,
+            size: 4096,
+            global,
+        })
     }
 }

@@ -7,11 +7,13 @@ mod common;
 use std::fs;
 use std::io::Write;
 use std::net::TcpListener;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{Code, Kernel, Session, engine, finish, tightrope, wait};
+use rustix::process::{Pid, Signal, kill_process_group};
 
 /// Who has not answered by then does not: a busy machine takes minutes to install a large package.
 const PATIENCE: Duration = Duration::from_secs(1800);
@@ -72,12 +74,12 @@ impl Guest {
     }
 }
 
-/// A program of the host's that is ended with the test.
+/// A program of the host's that is ended with the test, and all that it started: it is the first of its process group.
 struct Daemon(Child);
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        let _ = self.0.kill();
+        let _ = kill_process_group(Pid::from_child(&self.0), Signal::KILL);
         let _ = self.0.wait();
     }
 }
@@ -241,6 +243,7 @@ fn ssh_comes_in_and_git_goes_out() {
     let daemon = Command::new("git")
         .args(serve)
         .args([format!("--port={git_port}"), format!("--base-path={}", dir.path().display())])
+        .process_group(0)
         .spawn()
         .unwrap();
     let _daemon = Daemon(daemon);

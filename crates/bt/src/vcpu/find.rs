@@ -9,6 +9,7 @@ use cpu::{CpuState, cr0, cr4, paging, rflags};
 use super::BtVcpu;
 use crate::analyze::Mode;
 use crate::cache::{BlockId, Full, Key, STEP_ONLY};
+use crate::walks::Found;
 use crate::world::Cause;
 
 impl BtVcpu {
@@ -69,7 +70,7 @@ impl BtVcpu {
         let context = PagingContext::new(&self.block().state);
         let mapping = paging::walk(&self.shared.ram, &context, page, PageAccess::new(Kind::Fetch, user)).ok()?;
         self.shared.ram.host_page(mapping.gpa)?;
-        self.trace_fill("fetch", user, page, &mapping);
+        self.trace_fill("fetch", user, page, Found::from(&mapping));
         self.tlbs.fill_fetch(page, user, mapping.gpa, mapping.global, mapping.page_size);
         Some((mapping.gpa, mapping.global))
     }
