@@ -2,9 +2,11 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 /// Which one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +25,8 @@ pub struct Boot<'a> {
     pub disk: Option<&'a Path>,
     /// For files of the emulator's own, as long as it runs.
     pub dir: &'a Path,
+    /// Which boot of the same it is: `attempt` on the kernel's command line.
+    pub attempt: u32,
 }
 
 /// Where the host has the program `name`.
@@ -53,15 +57,36 @@ impl Emulator {
             Self::Bochs => bochs(boot),
         }
     }
+
+    /// What the running emulator says of the CPU, asked three times.
+    pub fn registers(self, boot: &Boot<'_>) -> String {
+        let Self::Qemu = self else { return String::new() };
+        let mut said = String::new();
+        for _ in 0..3 {
+            let Ok(mut monitor) = UnixStream::connect(boot.dir.join(MONITOR)) else { return said };
+            let _ = monitor.set_read_timeout(Some(Duration::from_secs(1)));
+            let _ = monitor.write_all(b"info registers\ninfo lapic\ninfo pic\n");
+            let mut bytes = Vec::new();
+            let _ = monitor.take(1 << 20).read_to_end(&mut bytes);
+            said.push_str(&String::from_utf8_lossy(&bytes));
+        }
+        said
+    }
 }
+
+/// The socket of QEMU's monitor.
+const MONITOR: &str = "monitor";
 
 fn qemu(boot: &Boot<'_>) -> (Child, Box<dyn Read + Send>) {
     let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-monitor", "none"])
+    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-monitor"])
+        .arg(format!("unix:{},server=on,wait=off", boot.dir.join(MONITOR).display()))
         // Without SMAP: older QEMUs take the stack reads of an IRET in user mode, which engine bt makes, for the kernel's.
         // One CPU: with more, QEMU's translator now and then runs code that the outer kernel is just patching.
         .args(["-no-reboot", "-accel", "tcg,tb-size=512", "-cpu", "EPYC,+svm,+npt,-smap", "-smp", "1"])
-        .args(["-m", "3072", "-append", "console=ttyS0 quiet panic=-1 random.trust_cpu=on", "-kernel"])
+        .args(["-m", "3072", "-append"])
+        .arg(format!("console=ttyS0 quiet panic=-1 random.trust_cpu=on attempt={}", boot.attempt))
+        .arg("-kernel")
         .arg(boot.kernel)
         .arg("-initrd")
         .arg(boot.initrd)
