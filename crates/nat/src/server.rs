@@ -96,8 +96,11 @@ pub fn start(
     if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
         return Err(broken("too many forwarded ports"));
     }
-    rustix::net::sendmsg(&ours, &[IoSlice::new(&message)], &mut control, SendFlags::NOSIGNAL)?;
-    Ok(ours)
+    match rustix::net::sendmsg(&ours, &[IoSlice::new(&message)], &mut control, SendFlags::NOSIGNAL) {
+        // That it has ended already is seen at the cable.
+        Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => Ok(ours),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Is the network server: takes its task from standard input, confines the process and serves until the cable's other end is closed.

@@ -167,9 +167,11 @@ impl World {
     fn new(config: NatConfig, forwards: Vec<PortForward>, line: Line) -> Self {
         let (ours, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-        let nat = Nat::new(config, ours, forwards).unwrap();
+        let mut nat = Nat::new(config, ours, forwards).unwrap();
         let on = u8::from(line.offloads);
         rustix::net::send(&theirs, &[b'o', on, on, on], SendFlags::empty()).unwrap();
+        // Whoever connects before a driver takes over is cut off.
+        nat.turn(Some(Duration::ZERO)).unwrap();
         let mut cable = Cable { socket: theirs, line, seed: 88172645463325252, longest: Rc::default() };
         let hardware = HardwareAddress::Ethernet(EthernetAddress(MAC));
         let mut interface = Interface::new(Config::new(hardware), &mut cable, Instant::ZERO);

@@ -91,8 +91,11 @@ pub fn start(
     if !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
         return Err(broken("descriptors"));
     }
-    rustix::net::sendmsg(&ours, &[IoSlice::new(&message)], &mut control, SendFlags::NOSIGNAL)?;
-    Ok((ours, child))
+    match rustix::net::sendmsg(&ours, &[IoSlice::new(&message)], &mut control, SendFlags::NOSIGNAL) {
+        // That it has ended already is seen by whoever waits until it is ready.
+        Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => Ok((ours, child)),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Waits until a server that was started has confined itself. To be called once, before a guest runs.
@@ -104,7 +107,7 @@ pub fn wait_ready(socket: &OwnedFd) -> io::Result<()> {
     while matches!(poll(&mut fds, Some(&PATIENCE)), Err(Errno::INTR)) {}
     let mut said = [0; MAX_REASON];
     match rustix::net::recv(socket, &mut said, RecvFlags::DONTWAIT) {
-        Ok((_, 0)) => Err(broken("it has ended")),
+        Ok((_, 0)) | Err(Errno::CONNRESET) => Err(broken("it has ended")),
         Ok((_, len)) => match said.get(..len).unwrap_or_default() {
             [READY] => Ok(()),
             reason => Err(broken(&String::from_utf8_lossy(reason))),
@@ -325,7 +328,7 @@ mod tests {
         assert_eq!(child.wait().unwrap().code(), Some(0));
         drop(socket);
         let (socket, mut child) = start(Path::new("/bin/false"));
-        assert!(wait_ready(&socket).is_err());
+        assert_eq!(wait_ready(&socket).unwrap_err().to_string(), "it has ended");
         child.wait().unwrap();
     }
 
