@@ -5,20 +5,28 @@
 //! blocks are keyed by guest-virtual address, too. A block lies in one guest page. Jumps inside the page are linked directly: they stay right as long
 //! as the page itself is where it was. Jumps to other pages go through per-vCPU slots, which a TLB flush resets.
 
+mod forget;
+mod insert;
+mod key;
 mod known;
+mod sites;
 mod tiers;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::hash::{BuildHasherDefault, Hash, Hasher};
+use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use iced_x86::Encoder;
 
+pub use self::forget::{Forgotten, Hit};
+use self::key::KeyHasher;
+pub use self::key::{Key, Place};
 use self::known::KnownSlots;
-use crate::analyze::{Analyzer, Insn, Mode};
-use crate::emit::{Access, Context, Emitter, LinkKind, Meta, Number, Output, Part, Target};
+pub use self::sites::{AccessSite, CallSite, ExitSite, Sites, Slot};
+use crate::analyze::{Analyzer, Mode};
+use crate::emit::{LinkKind, Meta, Output};
 use crate::kick::KickHandle;
 use crate::memory::CodeMemory;
 use crate::stubs::{self, Stubs};
@@ -29,83 +37,6 @@ pub type BlockId = u32;
 
 /// Stands for an instruction that crosses into the next page: see [`Key::tail`].
 pub const STEP_ONLY: BlockId = u32::MAX;
-
-/// A guest-virtual address as translated code has it.
-///
-/// Every page of movable code has a number, and every vCPU an address for each number, its *base* ([`crate::block::VcpuBlock::bases`]): where it
-/// runs the page. Addresses in such code are relative to the base. A base is set before the page is entered, and changes only when
-/// the vCPU has forgotten all jumps (see [`crate::tlb::Tlbs::place`]). All else has base 0, which is 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Place {
-    /// Relative to the base.
-    pub address: u64,
-    /// Number of the base.
-    pub base: u32,
-}
-
-/// Programs' code below this guest-virtual address is movable. Above it, a direct jump may lead to an address that is not canonical, which only
-/// the jump's own address can tell.
-pub const MOVABLE_END: u64 = (1 << 47) - (1 << 32);
-
-/// What a block is found by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Key {
-    /// Guest-physical address of the page.
-    pub page: u64,
-    /// Guest-virtual address of the first instruction; of movable code, its offset in the page.
-    pub address: u64,
-    pub mode: Mode,
-    /// For a block of one instruction that crosses into the next page: that page's guest-physical address | 1. Else 0.
-    pub tail: u64,
-}
-
-impl Key {
-    /// The key, but for the tail, of the code at a guest-virtual address in the page at guest-physical address `page`.
-    pub fn new(page: u64, address: u64, mode: Mode) -> Self {
-        let movable = mode.user && address < MOVABLE_END;
-        Self { page, address: if movable { address & 0xfff } else { address }, mode, tail: 0 }
-    }
-
-    /// Is it movable code?
-    pub fn movable(&self) -> bool {
-        self.mode.user && self.address < 4096
-    }
-}
-
-impl Hash for Key {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_u64(self.page ^ self.tail.rotate_left(32) ^ u64::from(self.mode.bits()));
-        state.write_u64(self.address);
-    }
-}
-
-/// A multiplicative hasher for keys made of integers.
-#[derive(Default)]
-pub struct KeyHasher(u64);
-
-impl Hasher for KeyHasher {
-    fn finish(&self) -> u64 {
-        self.0 ^ (self.0 >> 29)
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.write_u64(u64::from(byte));
-        }
-    }
-
-    fn write_u8(&mut self, value: u8) {
-        self.write_u64(u64::from(value));
-    }
-
-    fn write_u32(&mut self, value: u32) {
-        self.write_u64(u64::from(value));
-    }
-
-    fn write_u64(&mut self, value: u64) {
-        self.0 = (self.0.rotate_left(23) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
-}
 
 /// A hash set with [`KeyHasher`].
 pub type FastSet<K> = std::collections::HashSet<K, BuildHasherDefault<KeyHasher>>;
@@ -167,89 +98,6 @@ struct LinkEntry {
     destination: Option<BlockId>,
 }
 
-/// An instruction at which the dispatcher is entered.
-#[derive(Clone, Copy)]
-pub struct ExitSite {
-    pub place: Place,
-    /// It uses x87 or SSE state.
-    pub fpu: bool,
-}
-
-/// A memory access with a slow path.
-#[derive(Clone, Copy)]
-pub struct AccessSite {
-    pub access: Access,
-    /// Its instruction.
-    pub place: Place,
-    pub user: bool,
-}
-
-/// The place that a check stub was called from.
-#[derive(Clone, Copy)]
-pub struct CallSite {
-    /// Position in the code cache behind the call. Ascending.
-    pub position: u32,
-    /// Number of its access.
-    pub access: u32,
-}
-
-/// What translated code names by number. Read without the cache's lock; what is in it stays until the cache is flushed.
-pub struct Sites {
-    pub exits: Table<ExitSite>,
-    pub accesses: Table<AccessSite>,
-    pub calls: Table<CallSite>,
-    pub slots: Table<Slot>,
-}
-
-impl Sites {
-    /// The access whose check stub was called with the return address at `position`.
-    pub fn called_from(&self, position: u32) -> Option<u32> {
-        let (mut low, mut high) = (0, self.calls.len());
-        while low < high {
-            let middle = low + (high - low) / 2;
-            let site = self.calls.get(middle)?;
-            match site.position.cmp(&position) {
-                std::cmp::Ordering::Equal => return Some(site.access),
-                std::cmp::Ordering::Less => low = middle + 1,
-                std::cmp::Ordering::Greater => high = middle,
-            }
-        }
-        None
-    }
-}
-
-/// A part of a page that was written and holds code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hit {
-    /// Guest-physical address of the page.
-    page: u64,
-    start: u16,
-    end: u16,
-    /// All code of the page is to go.
-    everything: bool,
-}
-
-/// A cross-page jump target.
-#[derive(Clone, Copy)]
-pub struct Slot {
-    pub target: Place,
-    pub kind: LinkKind,
-    /// Host address of the code that asks the dispatcher.
-    pub thunk: u64,
-}
-
-/// A translated block, not yet placed.
-struct Translated {
-    end: u16,
-    /// Guest instructions.
-    insns: u16,
-    /// See [`Analyzer::ahead`].
-    ahead: u64,
-    compact: bool,
-    meta: Arc<[Meta]>,
-    output: Output,
-}
-
 #[derive(Default)]
 struct Page {
     blocks: Vec<BlockId>,
@@ -260,17 +108,6 @@ struct Page {
     chunks: u64,
     /// Writes that hit no code.
     near_misses: u32,
-}
-
-/// What was forgotten, for the vCPUs' own caches.
-#[derive(Default)]
-pub struct Forgotten {
-    /// Entries and landing pads; of a program?
-    pub targets: Vec<(Place, bool)>,
-    /// Slots to reset.
-    pub slots: Vec<u32>,
-    /// Guest-physical pages that hold no code any more.
-    pub empty_pages: Vec<u64>,
 }
 
 /// Counters of the cache.
@@ -334,13 +171,6 @@ pub struct Cache {
 fn chunk_mask(start: u16, end: u16) -> u64 {
     (start / 64..=end.saturating_sub(1) / 64).fold(0, |mask, chunk| mask | 1 << chunk)
 }
-
-/// How far [`Cache::shift`] may move the parts of a block.
-const HOT_SHIFT: usize = 48;
-const COLD_SHIFT: usize = 15;
-
-/// Slow writes to a page with code that miss the code, before all of its code is dropped.
-const NEAR_MISSES: u32 = 64;
 
 impl Cache {
     /// A cache of `size` bytes; `slow_access` is the monitor's slow path.
@@ -546,245 +376,6 @@ impl Cache {
         false
     }
 
-    /// Translates the instruction at `key`, which crosses into the next page; `bytes` go 15 bytes beyond the page. `at`: its guest-virtual address.
-    pub fn translate_crossing(&mut self, key: Key, bytes: &[u8], at: u64) -> Result<BlockId, Full> {
-        let page_address = key.address & !0xfff;
-        let offset = (key.address & 0xfff) as usize;
-        let insns = self.analyzer.block(bytes, page_address, offset, key.mode, 1);
-        let Some(insn) = insns.first() else { return Ok(STEP_ONLY) };
-        let end = insn.end();
-        self.emit(key, bytes, insns, end, at, false)
-    }
-
-    /// Translates the block at `key` from the page contents. [`STEP_ONLY`] when its first instruction crosses the page end. `at`: its
-    /// guest-virtual address.
-    pub fn translate(&mut self, key: Key, page: &[u8], at: u64) -> Result<BlockId, Full> {
-        let page_address = key.address & !0xfff;
-        let offset = (key.address & 0xfff) as usize;
-        let insns: Vec<Insn> = self.analyzer.block(page, page_address, offset, key.mode, usize::MAX);
-        if insns.is_empty() {
-            let entry = self.pages.entry(key.page).or_default();
-            entry.steps.push(key);
-            for chunk in offset / 64..64 {
-                entry.chunks |= 1 << chunk;
-            }
-            self.map.insert(key, STEP_ONLY);
-            return Ok(STEP_ONLY);
-        }
-        let end = insns.last().map_or(offset, Insn::end);
-        self.emit(key, page, insns, end, at, self.compact)
-    }
-
-    fn emit(
-        &mut self,
-        key: Key,
-        bytes: &[u8],
-        insns: Vec<Insn>,
-        end: usize,
-        at: u64,
-        compact: bool,
-    ) -> Result<BlockId, Full> {
-        let base = if key.movable() { self.base(key.page)? } else { 0 };
-        let encoder = self.encoder.take().unwrap_or_else(|| Encoder::new(64));
-        let context = Context {
-            stubs: &self.stubs,
-            mode: key.mode,
-            page: key.address & !0xfff,
-            base,
-            bytes,
-            first_sites: self.next_sites[usize::from(key.mode.user)],
-            compact,
-            gpa: key.page,
-            searching: &self.searching,
-        };
-        let (output, encoder) = Emitter::block(context, &insns, encoder, std::mem::take(&mut self.spare));
-        self.encoder = Some(encoder);
-        for (next, used) in self.next_sites[usize::from(key.mode.user)].iter_mut().zip(output.sites) {
-            *next = next.wrapping_add(used);
-        }
-        self.counters.blocks += 1;
-        self.counters.instructions += insns.len() as u64;
-        let translated = Translated {
-            end: end as u16,
-            insns: insns.len() as u16,
-            ahead: self.analyzer.ahead,
-            compact,
-            meta: output.meta.as_slice().into(),
-            output,
-        };
-        self.analyzer.spare = insns;
-        let result = self.insert(key, base, &translated, at);
-        self.spare = translated.output;
-        result
-    }
-
-    /// Places a block into the cache and enters it into the tables.
-    fn insert(&mut self, key: Key, base: u32, translated: &Translated, at: u64) -> Result<BlockId, Full> {
-        let output = &translated.output;
-        // Room: everything of this block, and a thunk for each slot.
-        let mut hot_len = (output.hot.len() + 15) & !15;
-        let mut cold_len = output.cold.len() + 16 * output.slots.len() + 16;
-        if self.hot + hot_len + HOT_SHIFT > self.memory.size() / 5 * 2
-            || self.cold + cold_len + COLD_SHIFT > self.memory.size()
-            || self.sites.slots.len() as usize + output.slots.len() > crate::block::MAX_SLOTS
-        {
-            return Err(Full);
-        }
-        if self.vcpus.len() > 1 {
-            let (hot, cold) = self.shift(output);
-            self.hot += hot;
-            self.cold += cold;
-            hot_len += hot;
-            cold_len += cold;
-        }
-        let id = self.blocks.len() as BlockId;
-        let block = self.place(id, key, base, translated);
-        let entry = self.pages.entry(key.page).or_default();
-        entry.blocks.push(id);
-        entry.chunks |= block.chunks();
-        if key.tail != 0 {
-            let entry = self.pages.entry(key.tail & !1).or_default();
-            entry.tails.push(id);
-            entry.chunks |= 1;
-        }
-        self.counters.code_bytes += (hot_len + cold_len) as u64;
-        if let Some(trace) = &self.trace {
-            trace.line(format_args!(
-                "block translate {at:#x} gpa {:#x} {} insns {} bytes {} host {}+{}",
-                key.page + (key.address & 0xfff),
-                key.mode,
-                translated.insns,
-                usize::from(translated.end) - (key.address & 0xfff) as usize,
-                output.hot.len(),
-                output.cold.len(),
-            ));
-        }
-        self.blocks.push(block);
-        self.map.insert(key, id);
-        Ok(id)
-    }
-
-    /// By how much to move a block's two parts so that no jump to be linked lies in two cache lines, or few do: linking those stops the
-    /// other vCPUs.
-    fn shift(&self, output: &Output) -> (usize, usize) {
-        let split = |part: Part, start: usize| {
-            output.links.iter().filter(|l| l.part == part && CodeMemory::two_lines(start + l.at)).count()
-        };
-        let best = |part: Part, start: usize, step: usize, limit: usize| {
-            (0..=limit).step_by(step).min_by_key(|&by| split(part, start + by)).unwrap_or(0)
-        };
-        (best(Part::Hot, self.hot, 16, HOT_SHIFT), best(Part::Cold, self.cold, 5, COLD_SHIFT))
-    }
-
-    fn place(&mut self, id: BlockId, key: Key, base: u32, translated: &Translated) -> Block {
-        let output = &translated.output;
-        let place = |address| Place { address, base };
-        let (hot, cold) = (self.hot, self.cold);
-        self.memory.write(hot, &output.hot);
-        self.memory.write(cold, &output.cold);
-        let own = |part, at| match part {
-            Part::Hot => hot + at,
-            Part::Cold => cold + at,
-        };
-        let first_link = self.links.len() as u32;
-        let first_exit = self.sites.exits.len();
-        let first_access = self.sites.accesses.len();
-        for &(at, number) in &output.numbers {
-            let value = match number {
-                Number::Link(i) => first_link + i as u32,
-                Number::Exit(i) => first_exit + i as u32,
-                Number::Access(i) => first_access + i as u32,
-            };
-            self.memory.write(cold + at, &value.to_le_bytes());
-        }
-        for &(at, exit) in &output.hot_numbers {
-            self.memory.write(hot + at, &(first_exit + exit as u32).to_le_bytes());
-        }
-        for fixup in &output.fixups {
-            let target = match fixup.target {
-                Target::Own(part, at) => own(part, at),
-                Target::Fixed(position) => position,
-            };
-            self.memory.link(own(fixup.part, fixup.at), target);
-        }
-        self.cold = cold + output.cold.len();
-        for slot in &output.slots {
-            let number = self.slot_for(place(slot.target), Mode { plain: false, ..key.mode }, slot.kind);
-            let displacement = crate::block::off::slot(number);
-            self.memory.write(own(slot.part, slot.at), &displacement.to_le_bytes());
-        }
-        for link in &output.links {
-            self.links.push(LinkEntry {
-                at: own(link.part, link.at),
-                stub: cold + link.stub,
-                target: place(link.target),
-                kind: link.kind,
-                source: id,
-                destination: None,
-            });
-        }
-        let page = key.address & !0xfff;
-        for &(offset, fpu) in &output.exits {
-            self.sites.exits.push(ExitSite { place: place(page + u64::from(offset)), fpu });
-        }
-        for &access in &output.accesses {
-            let site = access.site.map(|(site, at)| (site, hot as u32 + at));
-            let access = Access { site, ..access };
-            let place = place(page + u64::from(access.offset));
-            self.sites.accesses.push(AccessSite { access, place, user: key.mode.user });
-        }
-        for &(at, access) in &output.calls {
-            self.sites.calls.push(CallSite { position: (hot + at) as u32, access: first_access + access as u32 });
-        }
-        self.hot = (hot + output.hot.len() + 15) & !15;
-        Block {
-            key,
-            base,
-            hot,
-            hot_len: output.hot.len(),
-            body: hot + output.body,
-            indirect: if output.indirect.1 { hot + output.indirect.0 } else { cold + output.indirect.0 },
-            stale: cold + output.stale,
-            indirect_stale: output.indirect_stale.map(|at| cold + at),
-            start: (key.address & 0xfff) as u16,
-            end: translated.end,
-            ahead: translated.ahead,
-            pads: output.pads.iter().map(|&(at, address)| (hot + at, address)).collect(),
-            meta: translated.meta.clone(),
-            incoming: Vec::new(),
-            slots: Vec::new(),
-            alive: true,
-            superseded: false,
-            improvable: translated.compact,
-            samples: 0,
-            window: 0,
-        }
-    }
-
-    /// The slot for jumps to `target`; a new one gets its thunk at the end of the cold part, and leads there on all vCPUs before any
-    /// code uses it.
-    fn slot_for(&mut self, target: Place, mode: Mode, kind: LinkKind) -> u32 {
-        let map_key = (target, mode.bits(), kind as u8);
-        if let Some(&number) = self.slot_map.get(&map_key) {
-            return number;
-        }
-        let number = self.sites.slots.len();
-        let thunk = self.cold;
-        let mut code = [0x41, 0xba, 0, 0, 0, 0, 0xe9, 0, 0, 0, 0]; // mov r10d, n; jmp
-        code[2..6].copy_from_slice(&number.to_le_bytes());
-        self.memory.write(thunk, &code);
-        self.memory.link(thunk + 7, self.stubs.exits[crate::block::reason::SLOT as usize]);
-        self.cold += code.len();
-        let thunk = self.memory.address(thunk);
-        self.sites.slots.push(Slot { target, kind, thunk });
-        self.slot_map.insert(map_key, number);
-        self.known.add(target, mode.bits());
-        for vcpu in &self.vcpus {
-            vcpu.memory.slot(number).store(thunk, Ordering::Release);
-        }
-        number
-    }
-
     /// The instruction that the host address in the hot part belongs to, and how to restore state.
     pub fn locate(&self, address: u64) -> Option<(Place, Meta)> {
         let (id, meta) = self.locate_block(self.memory.position(address)?)?;
@@ -800,160 +391,5 @@ impl Cache {
         let offset = position.checked_sub(block.hot).filter(|&o| o < block.hot_len)? as u32;
         let after = block.meta.partition_point(|m| m.at <= offset);
         Some((id, *block.meta.get(after.checked_sub(1)?)?))
-    }
-
-    /// Guest-physical bytes were written: which translations must go? From now on copies taken before make none.
-    pub fn written(&mut self, gpa: u64, len: u64, hits: &mut Vec<Hit>) {
-        if len == 0 {
-            return;
-        }
-        self.epoch += 1;
-        let last = gpa.saturating_add(len - 1);
-        for page in (gpa >> 12)..=(last >> 12) {
-            let start = if page == gpa >> 12 { (gpa & 0xfff) as u16 } else { 0 };
-            let end = if page == last >> 12 { (last & 0xfff) as u16 + 1 } else { 4096 };
-            hits.extend(self.judge(page << 12, start, end));
-        }
-    }
-
-    fn judge(&mut self, gpa: u64, start: u16, end: u16) -> Option<Hit> {
-        let page = self.pages.get_mut(&gpa)?;
-        let mut everything = false;
-        if page.chunks & chunk_mask(start, end) == 0 {
-            page.near_misses += 1;
-            everything = page.near_misses > NEAR_MISSES;
-            if !everything {
-                return None;
-            }
-        }
-        Some(Hit { page: gpa, start, end, everything })
-    }
-
-    /// Drops the translations that were hit. Only when no other vCPU is inside translated code.
-    pub fn drop_hit(&mut self, hit: Hit, forgotten: &mut Forgotten) {
-        let Hit { page: gpa, everything, .. } = hit;
-        let (start, end) = (usize::from(hit.start), usize::from(hit.end));
-        let mask = chunk_mask(hit.start, hit.end);
-        let Some(page) = self.pages.get_mut(&gpa) else { return };
-        self.epoch += 1;
-        let blocks = std::mem::take(&mut page.blocks);
-        let steps = std::mem::take(&mut page.steps);
-        let tails = std::mem::take(&mut page.tails);
-        page.chunks = 0;
-        let (mut kept, mut kept_steps) = (Vec::new(), Vec::new());
-        let mut chunks = 0_u64;
-        for id in blocks {
-            let block = &self.blocks[id as usize];
-            if !block.alive {
-                continue;
-            }
-            let overlaps = usize::from(block.start) < end && start < usize::from(block.end);
-            if everything || overlaps || block.ahead & mask != 0 {
-                self.kill(id, forgotten);
-            } else {
-                chunks |= block.chunks();
-                kept.push(id);
-            }
-        }
-        let mut kept_tails = Vec::new();
-        for id in tails {
-            if !self.blocks[id as usize].alive {
-                continue;
-            }
-            if everything || start < 16 {
-                self.kill(id, forgotten);
-            } else {
-                chunks |= 1;
-                kept_tails.push(id);
-            }
-        }
-        for key in steps {
-            let first = (key.address & 0xfff) as usize;
-            if everything || end > first {
-                self.map.remove(&key);
-            } else {
-                for chunk in first / 64..64 {
-                    chunks |= 1 << chunk;
-                }
-                kept_steps.push(key);
-            }
-        }
-        if kept.is_empty() && kept_steps.is_empty() && kept_tails.is_empty() {
-            self.pages.remove(&gpa);
-            forgotten.empty_pages.push(gpa);
-        } else if let Some(page) = self.pages.get_mut(&gpa) {
-            page.blocks = kept;
-            page.steps = kept_steps;
-            page.tails = kept_tails;
-            page.chunks = chunks;
-        }
-    }
-
-    /// Takes a block out of use, which no other vCPU is inside of. Its memory stays until the next flush: a vCPU's call stack may lead to its landing pads.
-    fn kill(&mut self, id: BlockId, forgotten: &mut Forgotten) {
-        let Some(block) = self.blocks.get_mut(id as usize) else { return };
-        if !block.alive {
-            return;
-        }
-        block.alive = false;
-        if let Some(trace) = &self.trace {
-            let gpa = block.key.page + (block.key.address & 0xfff);
-            trace.line(format_args!("block drop gpa {gpa:#x} {}", block.key.mode));
-        }
-        self.counters.invalidated += 1;
-        if !block.superseded {
-            self.map.remove(&block.key);
-        }
-        let user = block.key.mode.user;
-        let base = block.base;
-        forgotten.targets.push((Place { address: block.key.address, base }, user));
-        forgotten.slots.append(&mut block.slots);
-        let incoming = std::mem::take(&mut block.incoming);
-        let (hot, body, stale) = (block.hot, block.body, block.stale);
-        let (indirect, indirect_stale) = (block.indirect, block.indirect_stale);
-        let pads = std::mem::take(&mut block.pads);
-        self.memory.write_jump(hot, stale);
-        self.memory.write_jump(body, stale);
-        // Else the entry for indirect jumps leads to `hot` in the end.
-        if let Some(stale) = indirect_stale {
-            self.memory.write_jump(indirect, stale);
-        }
-        for &(at, address) in &pads {
-            forgotten.targets.push((Place { address, base }, user));
-            self.memory.write_jump(at, self.stubs.indirect[usize::from(user)]);
-        }
-        for link in incoming {
-            let entry = &mut self.links[link as usize];
-            // The code of a dead source is not run any more, and its entries hold jumps that must stay.
-            if entry.destination == Some(id) && self.blocks[entry.source as usize].alive {
-                entry.destination = None;
-                self.memory.link(entry.at, entry.stub);
-            }
-        }
-    }
-
-    /// Forgets everything. Only when no vCPU is inside translated code, and all call stacks are reset afterwards.
-    /// Returns the pages that hold nothing any more.
-    pub fn flush(&mut self) -> Vec<u64> {
-        let empty = self.pages.drain().map(|(page, _)| page).collect();
-        self.blocks.clear();
-        self.map.clear();
-        self.links.clear();
-        self.sites.exits.clear();
-        self.sites.accesses.clear();
-        self.sites.calls.clear();
-        self.sites.slots.clear();
-        self.slot_map.clear();
-        self.known.clear();
-        self.bases.clear();
-        self.searching.clear();
-        self.reset();
-        self.counters.flushes += 1;
-        if let Some(trace) = &self.trace {
-            trace.line(format_args!("block flush all"));
-        }
-        self.generation += 1;
-        self.epoch += 1;
-        empty
     }
 }

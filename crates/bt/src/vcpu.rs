@@ -1,119 +1,37 @@
 //! One vCPU under binary translation: the dispatcher.
 
+mod access;
 mod contract;
 mod direct;
+mod events;
 mod find;
 mod flush;
+mod jumps;
 mod lockstep;
+mod shared;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use cpu::paging::{self, Access as PageAccess, Kind, PagingContext};
-use cpu::{CpuState, Exit, InterruptStatus, Kick, PageFault, Segment, Vcpu, VcpuSetup, cr4, efer, rflags};
+use cpu::paging;
+use cpu::{CpuState, Exit, Kick, PageFault, Segment, VcpuSetup, cr4, efer, rflags};
 use interp::{Hooks, Interp, Outcome, TlbFlush};
-use memory::GuestRam;
 
-use crate::Parking;
 use crate::analyze::Mode;
 use crate::block::{BOUNCE, VcpuBlock, WRONG_PREDICTIONS, reason};
-use crate::cache::{BlockId, Cache, Hit, Place, STEP_ONLY, Sites, Slot};
+use crate::cache::{Place, STEP_ONLY};
 use crate::direct::Direct;
 use crate::emit::LinkKind;
 use crate::kick::KickHandle;
 use crate::sampler::Sampler;
 use crate::signals::{self, ThreadInfo};
 use crate::tlb::Tlbs;
-use crate::walks::{Found, Walks};
-use crate::world::{CAUSES, Cause, World};
+use crate::walks::Walks;
+use crate::world::Cause;
 
-/// What all vCPUs and the device threads share.
-pub struct Shared {
-    cache: Mutex<Cache>,
-    /// [`Cache::sites`], without the lock.
-    sites: Arc<Sites>,
-    pub ram: GuestRam,
-    pub world: World,
-    /// Translations that must go because somebody wrote the memory that they were made from.
-    hits: Mutex<Vec<Hit>>,
-    has_hits: AtomicBool,
-    /// [`Cache::epoch`] and [`Cache::generation`], without the lock.
-    epoch: AtomicU64,
-    generation: AtomicU64,
-    parking: Option<Parking>,
-    /// Processes of vCPUs of before a reset, for those that come after it.
-    runners: Mutex<Vec<runner::Runner>>,
-}
-
-impl Shared {
-    pub fn new(cache: Cache, ram: GuestRam, parking: Option<Parking>) -> Arc<Self> {
-        if let Some(parking) = parking {
-            // Writes to the mailbox are noticed as those to code are.
-            ram.code_pages().set(parking.mailbox >> 12);
-        }
-        Arc::new(Self {
-            parking,
-            sites: cache.sites.clone(),
-            cache: Mutex::new(cache),
-            ram,
-            world: World::default(),
-            hits: Mutex::new(Vec::new()),
-            has_hits: AtomicBool::new(false),
-            epoch: AtomicU64::new(0),
-            generation: AtomicU64::new(0),
-            runners: Mutex::new(Vec::new()),
-        })
-    }
-
-    fn give_runners(&self, runners: impl Iterator<Item = runner::Runner>) {
-        self.runners.lock().unwrap_or_else(PoisonError::into_inner).extend(runners);
-    }
-
-    /// So many, or fewer.
-    fn take_runners(&self, count: usize) -> Vec<runner::Runner> {
-        let mut runners = self.runners.lock().unwrap_or_else(PoisonError::into_inner);
-        let left = runners.len().saturating_sub(count);
-        runners.split_off(left)
-    }
-
-    fn cache(&self) -> MutexGuard<'_, Cache> {
-        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The unresolved address of a slot.
-    fn thunk(&self, slot: u32) -> u64 {
-        self.sites.slots.get(slot).map_or(0, |s| s.thunk)
-    }
-}
-
-impl memory::CodeWriteListener for Shared {
-    fn code_written(&self, gpa: u64, len: u64) {
-        if let Some(parking) = self.parking
-            && gpa >> 12 == parking.mailbox >> 12
-            && let Some(called) = parking.called(&self.ram)
-        {
-            self.world.each(|vcpu| {
-                if vcpu.index == called {
-                    vcpu.raise();
-                }
-            });
-        }
-        let mut hits = Vec::new();
-        {
-            let mut cache = self.cache();
-            cache.written(gpa, len, &mut hits);
-            self.epoch.store(cache.epoch, Ordering::Release);
-        }
-        if hits.is_empty() {
-            return;
-        }
-        self.hits.lock().unwrap_or_else(PoisonError::into_inner).append(&mut hits);
-        self.has_hits.store(true, Ordering::SeqCst);
-        // A vCPU that sleeps looks when it wakes.
-        self.world.each(|vcpu| vcpu.nudge());
-    }
-}
+pub use self::access::slow_access;
+pub use self::shared::Shared;
 
 struct StopHandle(Arc<KickHandle>);
 
@@ -198,12 +116,6 @@ pub struct BtVcpu {
 /// Entries of [`BtVcpu::callers`].
 const CALLERS: usize = 1024;
 
-/// So many slots are resolved together at most.
-const MAX_FAMILY: usize = 128;
-
-/// PAUSEs until a spinning vCPU lets others have its core: some microseconds.
-const PAUSES: u32 = 128;
-
 /// What the interpreter asked for during a step.
 #[derive(Default)]
 struct Flushes {
@@ -283,7 +195,7 @@ impl BtVcpu {
         block.state = CpuState::default();
         block.runtime = pointer as u64;
         block.host_mxcsr = 0x1f80;
-        block.pauses = PAUSES;
+        block.pauses = jumps::PAUSES;
         block.bounce_middle = block.bounce.0[BOUNCE..].as_ptr() as u64;
         for (table, sites) in block.sites.iter_mut().enumerate() {
             block.tables[table] = block.tlb[table].as_ptr() as u64;
@@ -433,114 +345,6 @@ impl BtVcpu {
         }
     }
 
-    /// Takes what is pending. Returns an exit when the VMM must decide.
-    fn events(&mut self) -> Option<Exit> {
-        loop {
-            self.handle.memory.kick_word().store(0, Ordering::SeqCst);
-            self.safe_point();
-            if self.handle.stop.swap(false, Ordering::SeqCst) {
-                return Some(Exit::Stopped);
-            }
-            self.drop_written();
-            self.forgive_sites();
-            self.stop_predicting();
-            if self.sampler.ready() && self.tamper.is_none() {
-                self.promote();
-            }
-            if let Some(since) = self.sampler.steady() {
-                self.consider_direct(since);
-            }
-            let block = self.block();
-            let state = &mut block.state;
-            let status = self.setup.lapic.status();
-            if status.init || state.wait_for_sipi {
-                if let Some(exit) = self.start_up(status) {
-                    return Some(exit);
-                }
-                continue;
-            }
-            let parked = self.is_parked();
-            if parked && status.nmi {
-                // There is nothing yet that could take it.
-                self.setup.lapic.acknowledge_nmi();
-                continue;
-            }
-            if status.nmi && !state.nmi_blocked && !state.interrupt_shadow {
-                self.setup.lapic.acknowledge_nmi();
-                state.halted = false;
-                if self.interp.deliver_nmi(state).is_err() {
-                    return Some(Exit::TripleFault);
-                }
-                continue;
-            }
-            if status.interrupt && state.rflags & rflags::IF != 0 && !state.interrupt_shadow {
-                if let Some(vector) = self.setup.lapic.acknowledge() {
-                    state.halted = false;
-                    if self.interp.deliver_interrupt(state, vector).is_err() {
-                        return Some(Exit::TripleFault);
-                    }
-                }
-                continue;
-            }
-            block.irq_waiting = u32::from(status.interrupt);
-            if state.halted && self.pv_unhalt && self.handle.unhalted.swap(false, Ordering::SeqCst) {
-                state.halted = false;
-            }
-            if !state.halted && !parked {
-                return None;
-            }
-            let hopeless = state.rflags & rflags::IF == 0 && !status.nmi;
-            if self.sleep(hopeless) {
-                return Some(Exit::Stuck);
-            }
-        }
-    }
-
-    /// Does this vCPU wait in the parking code without having been called?
-    fn is_parked(&self) -> bool {
-        self.setup.index > 0
-            && self.shared.parking.is_some_and(|parking| {
-                self.block().state.rip == parking.code && parking.called(&self.shared.ram) != Some(self.setup.index)
-            })
-    }
-
-    /// Sleeps until kicked. `hopeless`: no maskable interrupt can wake it. Returns whether all vCPUs have come to that.
-    fn sleep(&mut self, hopeless: bool) -> bool {
-        self.counters.halts += 1;
-        let start = Instant::now();
-        let (world, handle) = (&self.shared.world, &self.handle);
-        world.park(handle);
-        if hopeless {
-            handle.hopeless.store(true, Ordering::SeqCst);
-            world.check_stuck();
-        }
-        self.sampler.sleep();
-        handle.wait();
-        handle.hopeless.store(false, Ordering::SeqCst);
-        let stuck = world.stuck.load(Ordering::SeqCst);
-        self.resume();
-        self.counters.halted_time += start.elapsed();
-        stuck
-    }
-
-    /// INIT and start-up IPIs. Sleeps while this vCPU waits for the latter.
-    fn start_up(&mut self, status: InterruptStatus) -> Option<Exit> {
-        if status.init {
-            self.setup.lapic.acknowledge_init();
-            self.block().state = CpuState { wait_for_sipi: true, ..CpuState::default() };
-            self.interp.flush();
-            self.flush_all();
-        } else if let Some(page) = status.sipi {
-            self.setup.lapic.acknowledge_init();
-            return Some(Exit::Internal(format!(
-                "a start-up IPI to page {page:#x}: 16-bit code is not supported, the guest must use the ACPI wake-up mailbox"
-            )));
-        } else if self.sleep(true) {
-            return Some(Exit::Stuck);
-        }
-        None
-    }
-
     /// Runs translated code from `entry` until it exits.
     fn enter(&mut self, entry: u64, enter: extern "C" fn(u64)) {
         let block = self.block();
@@ -684,181 +488,6 @@ impl BtVcpu {
         }
     }
 
-    /// Lets a slot lead to `found`, and those that are known to lead to the same page to where they led before.
-    fn resolve(&mut self, number: u32, slot: Slot, found: BlockId, global: bool) {
-        let block = self.block();
-        let mut cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(host) = cache.entry(found, slot.kind) else { return };
-        cache.note_slot(found, number);
-        self.tlbs.fill_slot(block, (number, slot.thunk), slot.target.base, host, self.address(slot.target), global);
-        let Some(key) = cache.block(found).map(|block| block.key).filter(|key| key.tail == 0) else { return };
-        for &other in cache.family(number).iter().take(MAX_FAMILY) {
-            if let Some(slot) = self.shared.sites.slots.get(other)
-                && block.slots[other as usize].load(Ordering::Relaxed) == slot.thunk
-                && let Some(host) = cache.known(other, key.page, key.mode).and_then(|id| cache.entry(id, slot.kind))
-            {
-                let target = self.address(slot.target);
-                self.tlbs.fill_slot(block, (other, slot.thunk), slot.target.base, host, target, global);
-            }
-        }
-    }
-
-    /// The guest spins: lets others have the core, who may hold what it waits for.
-    fn spinning(&mut self) -> Next {
-        self.block().pauses = PAUSES;
-        self.shared.world.park(&self.handle);
-        std::thread::yield_now();
-        self.resume();
-        Next::Events
-    }
-
-    /// Links a jump that must not be changed while others may run it.
-    #[cold]
-    fn link_alone(&mut self, link: u32, block: BlockId) {
-        let generation = self.generation;
-        self.exclusive(Cause::Link, |vcpu| {
-            if vcpu.generation == generation {
-                vcpu.shared.cache().link(link, block, true);
-            }
-        });
-    }
-
-    /// Goes back to before an indirect jump or return to an address that is not canonical, of which exit site `argument` tells: it faults
-    /// at the instruction, before it moves the stack pointer (Intel SDM Vol. 2, JMP, RET).
-    fn undo_jump(&mut self, argument: u32) -> bool {
-        let Some(address) = self.shared.sites.exits.get(argument).map(|site| self.address(site.place)) else {
-            return false;
-        };
-        let mut bytes = [0; 15];
-        let length = (1..=bytes.len()).rev().find(|&n| self.read_virtual(address, &mut bytes[..n])).unwrap_or(0);
-        let ins = iced_x86::Decoder::with_ip(64, &bytes[..length], address, iced_x86::DecoderOptions::NONE).decode();
-        let state = &mut self.block().state;
-        let moved = match ins.code() {
-            iced_x86::Code::Retnq => -8_i64,
-            iced_x86::Code::Retnq_imm16 => -8 - i64::from(ins.immediate16()),
-            _ => 0,
-        };
-        state.gpr[4] = state.gpr[4].wrapping_add_signed(moved);
-        state.rip = address;
-        true
-    }
-
-    /// On at `address`, which has no block: a breakpoint, which [`Vcpu::run`] sees, or something for the interpreter.
-    fn without_block(&mut self, address: u64) -> Next {
-        if self.breakpoints.contains(&address) { Next::Run } else { self.interpret(true) }
-    }
-
-    /// The slow path of a memory check. Returns the delta, or tells to leave.
-    fn slow_access(&mut self, address: u64, descriptor: u32) -> Option<u64> {
-        self.counters.tlb_misses += 1;
-        self.page_fault = None;
-        let site = self.shared.sites.accesses.get(descriptor)?;
-        let (access, user) = (site.access, site.user);
-        if let Some((number, position)) = access.site {
-            let learned = &mut self.block().sites.as_flattened_mut()[usize::from(number)];
-            if learned.wrong >= 0 {
-                learned.wrong = -WRONG_PREDICTIONS;
-                self.unpredictable.push((number, position));
-                self.handle.memory.kick_word().store(1, Ordering::SeqCst);
-            }
-        }
-        if !paging::is_canonical(address) {
-            return None;
-        }
-        if (address & 0xfff) + u64::from(access.size) > 4096 {
-            let short = usize::from(access.size) <= BOUNCE && !access.write;
-            return if short { self.read_across(address, user) } else { None };
-        }
-        let block = self.block();
-        let kind = if access.write { Kind::Write } else { Kind::Read };
-        let context = PagingContext::new(&block.state);
-        let found = match self.walks.find(&context, address, user, access.write) {
-            Some(found) => found,
-            None => match paging::walk(&self.shared.ram, &context, address, PageAccess::new(kind, user)) {
-                Ok(mapping) => {
-                    self.walks.learn(&self.shared.ram, address, &mapping);
-                    Found::from(&mapping)
-                }
-                Err(fault) => {
-                    let address = address.wrapping_add(u64::from(access.ahead));
-                    self.page_fault =
-                        (!access.own_faults && self.lockstep.is_none()).then_some(PageFault { address, ..fault });
-                    return None;
-                }
-            },
-        };
-        let host = self.shared.ram.host_page(found.gpa)? as u64;
-        if access.write && self.shared.ram.code_pages().test(found.gpa >> 12) {
-            return None;
-        }
-        self.trace_fill(if access.write { "write" } else { "read" }, user, address & !0xfff, found);
-        Some(self.tlbs.fill(block, user, access.write, address, host, found.global, found.size))
-    }
-
-    /// A read of at most [`BOUNCE`] bytes across two pages: the instruction reads a copy. `None`: the interpreter must do it.
-    fn read_across(&mut self, address: u64, user: bool) -> Option<u64> {
-        let block = self.block();
-        let second = (address & !0xfff).wrapping_add(4096);
-        let context = PagingContext::new(&block.state);
-        for (from, to) in [(second.wrapping_sub(BOUNCE as u64), 0), (second, BOUNCE)] {
-            if !paging::is_canonical(from) {
-                return None;
-            }
-            let mapping = paging::walk(&self.shared.ram, &context, from, PageAccess::new(Kind::Read, user)).ok()?;
-            if !self.shared.ram.read(mapping.gpa, block.bounce.0.get_mut(to..to + BOUNCE)?) {
-                return None;
-            }
-        }
-        Some(block.bounce_middle.wrapping_sub(second))
-    }
-
-    /// The access whose check stub was called from this position.
-    fn called_from(&mut self, position: u32) -> u32 {
-        let known = &mut self.callers[position as usize % CALLERS];
-        if known.0 != position || known.2 != self.generation {
-            // A number that no access has: the vCPU stops.
-            *known = (position, self.shared.sites.called_from(position).unwrap_or(u32::MAX), self.generation);
-        }
-        known.1
-    }
-
-    fn trace_fill(&self, kind: &str, user: bool, page: u64, found: Found) {
-        if let Some(trace) = &self.trace {
-            trace.line(format_args!(
-                "tlb cpu{} fill {kind} {} {page:#x} gpa {:#x} size {:#x}{}",
-                self.setup.index,
-                if user { "user" } else { "kernel" },
-                found.gpa,
-                found.size,
-                if found.global { " global" } else { "" },
-            ));
-        }
-    }
-
-    /// Counters that are not of one vCPU.
-    fn shared_counters(&self) -> Vec<(String, u64)> {
-        let k = self.shared.cache().counters;
-        let world = &self.shared.world;
-        let mut out: Vec<(String, u64)> = [
-            ("blocks.translated", k.blocks),
-            ("instructions.translated", k.instructions),
-            ("code-cache.bytes", k.code_bytes),
-            ("blocks.invalidated", k.invalidated),
-            ("code-cache.flushes", k.flushes),
-            ("blocks.linked", k.links),
-            ("sites.unpredictable", k.unpredictable),
-            ("blocks.promoted", k.promoted),
-        ]
-        .map(|(name, value)| (name.to_string(), value))
-        .into();
-        if !world.alone() {
-            let sections = CAUSES.iter().zip(&world.sections);
-            out.extend(sections.map(|(name, n)| (format!("stops.{name}"), n.load(Ordering::Relaxed))));
-            out.push(("stops.waiting-us".to_string(), world.waited.load(Ordering::Relaxed) / 1000));
-        }
-        out
-    }
-
     fn thread_info(&self) -> ThreadInfo {
         let cache = self.shared.cache();
         let block = self.block();
@@ -942,33 +571,6 @@ fn pack_flags(flags: u64) -> u32 {
 /// The reverse of [`pack_flags`].
 fn unpack_flags(packed: u32) -> u64 {
     u64::from((packed >> 8) & 0xd5) | if packed & 1 != 0 { rflags::OF } else { 0 }
-}
-
-#[repr(C)]
-pub struct SlowResult {
-    delta: u64,
-    leave: u64,
-}
-
-/// Called by the stub of the same name on the monitor's stack.
-///
-/// # Safety
-/// `vcpu` is the runtime pointer of the running vCPU's block.
-pub unsafe extern "C" fn slow_access(vcpu: *mut BtVcpu, address: u64, descriptor: u32) -> SlowResult {
-    // SAFETY: the vCPU is inside `enter`, on this thread, and holds no reference across it that is used meanwhile.
-    let vcpu = unsafe { &mut *vcpu };
-    let descriptor = if std::mem::take(&mut vcpu.block().by_call) == 0 {
-        descriptor
-    } else {
-        vcpu.called_from(descriptor.wrapping_sub(vcpu.code_start))
-    };
-    match vcpu.slow_access(address, descriptor) {
-        Some(delta) => SlowResult { delta, leave: 0 },
-        None => {
-            vcpu.block().exit_arg = descriptor;
-            SlowResult { delta: 0, leave: 1 }
-        }
-    }
 }
 
 // SAFETY: the raw pointers inside lead to this vCPU's own memory; it is used by one thread at a time.
