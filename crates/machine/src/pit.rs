@@ -77,6 +77,12 @@ impl ChannelState {
         if self.bcd { to_bcd(count % 10_000) } else { count as u16 }
     }
 
+    /// Is its output the same as that of `other` at all times, whatever has been read of it?
+    fn counts_as(&self, other: &Self) -> bool {
+        let counting = |c: &Self| (c.mode, c.bcd, c.reload, c.start, c.gate);
+        counting(self) == counting(other)
+    }
+
     /// The output pin.
     fn output(&self, now: u64) -> bool {
         let (ticks, elapsed) = (self.ticks(), self.elapsed(now));
@@ -252,6 +258,18 @@ struct Inner {
     irq: IrqLine,
 }
 
+impl Inner {
+    /// Interrupts if that is due at clock time `now`.
+    fn run_due(&mut self, now: u64) {
+        if self.state.next.is_some_and(|next| next <= now) {
+            self.irq.pulse();
+            // A guest that programs a few ticks' period gets fewer interrupts than it asked for.
+            let earliest = now.saturating_add(MIN_PERIOD_NS);
+            self.state.next = self.state.channels[0].next_rise(now).map(|next| next.max(earliest));
+        }
+    }
+}
+
 /// The chip.
 pub struct Pit {
     inner: Mutex<Inner>,
@@ -278,25 +296,24 @@ impl Pit {
         })
     }
 
-    /// Sets the timer for channel 0's next interrupt after its programming has changed.
-    fn rearm(&self, inner: &mut Inner) {
-        let now = self.timer.clock().now();
-        inner.state.next = inner.state.channels[0].next_rise(now);
-        self.timer.set(inner.state.next);
-    }
-
     fn change(&self, change: impl FnOnce(&mut PitState, u64)) {
         let mut inner = lock(&self.inner);
+        // One look at the clock: a count that has passed before a second one would be none that is still to come.
+        let now = self.timer.clock().now();
+        // What was due before the access happens before it.
+        inner.run_due(now);
         let before = inner.state.channels[0];
-        change(&mut inner.state, self.timer.clock().now());
-        if inner.state.channels[0] != before {
-            self.rearm(&mut inner);
+        change(&mut inner.state, now);
+        if !inner.state.channels[0].counts_as(&before) {
+            inner.state.next = inner.state.channels[0].next_rise(now);
         }
+        self.timer.set(inner.state.next);
     }
 
     /// Power-on.
     pub fn reset(&self) {
-        self.change(|state, _| *state = power_on());
+        lock(&self.inner).state = power_on();
+        self.timer.set(None);
     }
 
     /// The state; times are the clock's.
@@ -321,13 +338,7 @@ impl Pit {
 impl TimerTarget for Pit {
     fn timer_due(&self) {
         let mut inner = lock(&self.inner);
-        let now = self.timer.clock().now();
-        if inner.state.next.is_some_and(|next| next <= now) {
-            inner.irq.pulse();
-            // A guest that programs a few ticks' period gets fewer interrupts than it asked for.
-            let earliest = now.saturating_add(MIN_PERIOD_NS);
-            inner.state.next = inner.state.channels[0].next_rise(now).map(|next| next.max(earliest));
-        }
+        inner.run_due(self.timer.clock().now());
         self.timer.set(inner.state.next);
     }
 }
@@ -411,6 +422,38 @@ mod tests {
         let recorder = Arc::new(Recorder::default());
         let pit = Pit::new(&queue, IrqLine::new(recorder.clone(), 0));
         (clock, queue, pit, recorder)
+    }
+
+    /// Counts are not lost that end between being programmed and being waited for, or before the count is read.
+    #[test]
+    fn short_counts_are_not_lost() {
+        let clock = Arc::new(Clock::new(1_000_000));
+        let queue = TimerQueue::new(clock.clone()).unwrap();
+        let recorder = Arc::new(Recorder::default());
+        let pit = Pit::new(&queue, IrqLine::new(recorder.clone(), 0));
+        pit.pio_write(3, &[0b0001_0000]); // counter 0, low byte, mode 0
+        for round in 0..2000_u32 {
+            pit.pio_write(0, &[1]);
+            if round % 2 == 0 {
+                pit.pio_write(3, &[0]); // latch
+            }
+            let start = std::time::Instant::now();
+            while interrupts(&recorder) == 0 {
+                assert!(start.elapsed().as_secs() < 30, "the interrupt of count {round} is lost");
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_due_comes_before_the_count_is_read() {
+        let (clock, queue, pit, recorder) = rig();
+        pit.pio_write(3, &[0b0001_0000]); // counter 0, low byte, mode 0
+        pit.pio_write(0, &[100]);
+        clock.set(1_000_000);
+        pit.pio_write(3, &[0]); // latch
+        queue.run_due();
+        assert_eq!(interrupts(&recorder), 1);
     }
 
     fn interrupts(recorder: &Recorder) -> usize {
