@@ -63,6 +63,7 @@ set +f
 
 # Directories of the host, each TAG:DIR or TAG:DIR:ro, below the root $1.
 mount_shares() {
+	tmp=
 	for share in $shares; do
 		tag=${share%%:*} dir=${share#*:} option=rw
 		case $dir in
@@ -70,7 +71,7 @@ mount_shares() {
 		esac
 		# Whoever is process 1 then would mount a /tmp over it, unless there is one.
 		case $dir in
-		/tmp/*) [ -z "$1" ] || mountpoint -q "$1/tmp" || mount -t tmpfs -o nosuid,nodev tmp "$1/tmp" ;;
+		/tmp/*) [ -z "$1" ] || [ "$tmp" ] || { mount -t tmpfs -o nosuid,nodev tmp "$1/tmp" && tmp=made; } ;;
 		esac
 		mkdir -p "$1$dir" 2>/dev/null
 		mount -t virtiofs -o $option "$tag" "$1$dir" ||

@@ -415,6 +415,32 @@ mod tests {
     use std::fs;
     use std::io::Write;
 
+    /// Directories below /tmp of a disk: one file system there for all of them, or the later would hide the earlier.
+    #[test]
+    fn shares_below_tmp() {
+        let start = INIT.find("mount_shares() {").unwrap();
+        let end = start + INIT[start..].find("\n}\n").unwrap() + 2;
+        let mounts = |root: &str| {
+            let script = format!(
+                "mount() {{ echo \"$@\"; }}; mkdir() {{ :; }}; shares='a:/src b:/tmp/b c:/tmp/c:ro'; {}; mount_shares {root}",
+                &INIT[start..end]
+            );
+            // Nothing else is to be found: not every BusyBox has every program.
+            let done = std::process::Command::new("/bin/sh").args(["-c", &script]).env("PATH", "").output().unwrap();
+            assert_eq!(String::from_utf8(done.stderr).unwrap(), "");
+            String::from_utf8(done.stdout).unwrap()
+        };
+        let shares = |root: &str| {
+            ["rw a /src", "rw b /tmp/b", "ro c /tmp/c"].map(|share| {
+                let (option, place) = share.split_once(" /").unwrap();
+                format!("-t virtiofs -o {option} {root}/{place}\n")
+            })
+        };
+        assert_eq!(mounts("''"), shares("").concat());
+        let [src, b, c] = shares("/mnt");
+        assert_eq!(mounts("/mnt"), format!("{src}-t tmpfs -o nosuid,nodev tmp /mnt/tmp\n{b}{c}"));
+    }
+
     fn xz(data: &[u8]) -> Vec<u8> {
         let mut w = lzma_rust2::XzWriter::new(Vec::new(), lzma_rust2::XzOptions::with_preset(1)).unwrap();
         w.write_all(data).unwrap();
