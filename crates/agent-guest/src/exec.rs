@@ -434,6 +434,17 @@ mod tests {
         assert_eq!(host.end(), FromGuest::Exited(Exit::Code(0)));
     }
 
+    /// Process 1 blocks some signals for itself; the programs that it starts must get them.
+    #[test]
+    fn signals_that_the_agent_blocks() {
+        let signals = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGUSR2];
+        let _blocked = crate::system::signals(&signals).unwrap();
+        for signal in signals {
+            let mut host = Host::shell(&format!("kill -{signal} $$; echo deaf"));
+            assert_eq!(host.end(), FromGuest::Exited(Exit::Signal(signal as u8)));
+        }
+    }
+
     #[test]
     fn a_terminal() {
         let mut host = Host::exec(Exec {

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::Command;
 
@@ -117,12 +117,14 @@ fn main_command(command: &[OsString], network: &Coming) -> io::Result<OwnedFd> {
     network.wait();
     let mut how = [0, 127];
     if let Some((program, arguments)) = command.split_first() {
-        let status = Command::new(program)
+        let mut command = Command::new(program);
+        command
             .args(arguments)
             .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-            .env("HOME", "/root")
-            .status();
-        match status {
+            .env("HOME", "/root");
+        // SAFETY: only a system call is made.
+        unsafe { command.pre_exec(system::unblock_signals) };
+        match command.status() {
             Ok(status) => {
                 how = match (status.code(), status.signal()) {
                     (Some(code), _) => [0, code as u8],

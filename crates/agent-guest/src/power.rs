@@ -1,6 +1,7 @@
 //! Switching the machine off, and starting it again.
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -45,15 +46,48 @@ pub fn ask(reboot: bool) -> io::Result<()> {
 /// As process 1: ends all programs, writes everything to the disks, and does it.
 pub fn as_init(reboot: bool) -> io::Result<()> {
     let deadline = Instant::now() + PATIENCE;
-    system::kill_all(libc::SIGTERM);
+    let proc = Path::new("/proc");
     system::kill_all(libc::SIGCONT);
-    while system::kill_all(0) && Instant::now() < deadline {
+    // That programs end now is not to be told as their own end: the host sees the machine go. (SIGTERM is blocked here.)
+    for process in processes(proc).of_the_agent {
+        system::kill(process, libc::SIGSTOP);
+    }
+    system::kill_all(libc::SIGTERM);
+    while !processes(proc).others.is_empty() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(2));
     }
     system::kill_all(libc::SIGKILL);
     rustix::fs::sync();
     unmount_all();
     now(reboot)
+}
+
+/// Processes that run, but for process 1. Neither the kernel's threads, which never end, nor what has ended and waits to be looked at.
+#[derive(Debug, Default)]
+struct Processes {
+    /// Of this program.
+    of_the_agent: Vec<u32>,
+    others: Vec<u32>,
+}
+
+fn processes(proc: &Path) -> Processes {
+    let program = |process: &str| {
+        // The kernel's threads and what has ended have none.
+        let exe = proc.join(process).join("exe");
+        exe.read_link().is_ok().then(|| std::fs::metadata(exe).map(|meta| (meta.dev(), meta.ino())).ok())
+    };
+    let own = program("self").flatten();
+    let mut all = Processes::default();
+    for entry in std::fs::read_dir(proc).into_iter().flatten().flatten() {
+        if let Some((number, name)) = entry.file_name().to_str().and_then(|name| Some((name.parse().ok()?, name)))
+            && number != 1
+            && let Some(program) = program(name)
+        {
+            let agent = program.is_some() && program == own;
+            if agent { all.of_the_agent.push(number) } else { all.others.push(number) }
+        }
+    }
+    all
 }
 
 /// Takes the file systems on disks out, the last mounted first; the root becomes read-only.
@@ -76,4 +110,40 @@ fn unmount_all() {
 fn now(reboot: bool) -> io::Result<()> {
     let how = if reboot { RebootCommand::Restart } else { RebootCommand::PowerOff };
     rustix::system::reboot(how).map_err(Into::into)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn who_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let (agent, program) = (dir.path().join("agent"), dir.path().join("program"));
+        std::fs::write(&agent, "").unwrap();
+        std::fs::write(&program, "").unwrap();
+        let process = |name: &str, exe: Option<&Path>| {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+            if let Some(exe) = exe {
+                symlink(exe, dir.path().join(name).join("exe")).unwrap();
+            }
+        };
+        for (name, exe) in [
+            ("self", Some(&*agent)),
+            ("1", Some(&*agent)),
+            ("2", None),
+            ("30", Some(&*agent)),
+            ("31", Some(&*program)),
+            ("32", None),
+            // Removed meanwhile.
+            ("33", Some(Path::new("/no such program (deleted)"))),
+            ("tty", Some(&*program)),
+        ] {
+            process(name, exe);
+        }
+        let mut all = processes(dir.path());
+        all.others.sort_unstable();
+        assert_eq!((all.of_the_agent, all.others), (vec![30], vec![31, 33]));
+    }
 }

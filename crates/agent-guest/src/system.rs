@@ -82,7 +82,7 @@ pub fn connect(port: u32) -> io::Result<OwnedFd> {
     Err(last)
 }
 
-/// Makes a process that goes on from here; `true` in the new one. Only for processes of one thread.
+/// Makes a process that goes on from here; `None` in the new one. Only for processes of one thread.
 pub fn fork() -> io::Result<Option<u32>> {
     // SAFETY: this program has one thread, so the child may do everything.
     match check(unsafe { libc::fork() })? {
@@ -112,6 +112,16 @@ pub fn signals(signals: &[libc::c_int]) -> io::Result<OwnedFd> {
     }
 }
 
+/// Undoes what [`signals`] blocked. Programs inherit it, so this is called between fork and exec.
+pub fn unblock_signals() -> io::Result<()> {
+    // SAFETY: the set is a local, made empty first.
+    unsafe {
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut none);
+        check(libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut())).map(|_| ())
+    }
+}
+
 /// What a new program starts with, called between fork and exec: a session of its own, with a terminal (standard input) or without,
 /// ordinary signals, and the rights of a user.
 pub fn before_exec(tty: bool, groups: &[u32], gid: u32, uid: u32) -> io::Result<()> {
@@ -124,6 +134,7 @@ pub fn before_exec(tty: bool, groups: &[u32], gid: u32, uid: u32) -> io::Result<
         for signal in 1..32 {
             libc::signal(signal, libc::SIG_DFL);
         }
+        unblock_signals()?;
         libc::umask(0o022);
         if libc::geteuid() == 0 {
             check(libc::setgroups(groups.len(), groups.as_ptr()))?;
@@ -232,8 +243,18 @@ pub fn kill_group(group: u32, signal: u8) {
     }
 }
 
-/// Sends a signal to all processes but this one (0: none, only a look); `false` when there are none.
-pub fn kill_all(signal: libc::c_int) -> bool {
+/// Sends a signal to all processes but this one.
+pub fn kill_all(signal: libc::c_int) {
     // SAFETY: takes no pointers. (-1 is everybody, as process 1 or root mean it.)
-    unsafe { libc::kill(-1, signal) == 0 }
+    unsafe { libc::kill(-1, signal) };
+}
+
+/// Sends a signal to one process.
+pub fn kill(process: u32, signal: libc::c_int) {
+    if let Ok(process) = libc::pid_t::try_from(process)
+        && process > 1
+    {
+        // SAFETY: takes no pointers.
+        unsafe { libc::kill(process, signal) };
+    }
 }

@@ -65,7 +65,7 @@ pub fn register(args: &RunArgs, config: &mut VmConfig, lifeline: bool, groups: O
     let kernel = args.kernel.as_ref().map(|path| path.display().to_string());
     let about = About {
         name: args.name.clone(),
-        image: kernel.or_else(|| args.image.clone()).unwrap_or_else(|| "debian".into()),
+        image: kernel.or_else(|| args.image.clone()).unwrap_or_else(|| image::reference::BUSYBOX.into()),
         command: args.command.iter().map(|word| word.to_string_lossy().into_owned()).collect(),
         agent: config.agent.is_some(),
         log: config.serial == SerialMode::Log || config.background,
