@@ -24,7 +24,7 @@ use crate::frame::{Frame, MAX_FRAME, Payload, VIRTIO_HEADER};
 use crate::{Nat, NatConfig, PortForward, dns};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 15];
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 fn config() -> NatConfig {
     NatConfig {

@@ -129,11 +129,12 @@ fn a_guest_that_hangs_gets_an_nmi_or_stops() {
     session.expect(PROMPT);
     session.send(b"watchdog -T 2 -t 1000 /dev/watchdog; while :; do echo tick; sleep 0.1; done\n");
     session.expect("tick");
-    std::thread::sleep(Duration::from_secs(4));
-    session.watch(Duration::from_millis(200));
-    let before = session.seen().len();
-    session.watch(Duration::from_millis(800));
-    assert_eq!(session.seen().len(), before, "it runs on");
+    let is_quiet = (0..20).any(|_| {
+        let before = session.seen().len();
+        session.watch(Duration::from_secs(3));
+        session.seen().len() == before
+    });
+    assert!(is_quiet, "it runs on");
     assert_eq!(finish(tightrope(&["stop", "--force", &name]), b"").code(), Some(0));
     assert!(session.finish().err.contains("its vCPUs are stopped"));
 }

@@ -79,7 +79,7 @@ fn a_working_guest_moves_between_engines() {
     // The guest's clock stood still; the real-time clock goes by the host's.
     session.send(b"echo clock-$(cat /sys/class/rtc/rtc0/since_epoch)-\n");
     session.expect("clock-1");
-    session.watch(Duration::from_millis(500));
+    session.expect("-");
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     let seen = session.seen();
     let shown = seen.rsplit("clock-").find_map(|text| text.split('-').next()?.trim().parse::<u64>().ok());

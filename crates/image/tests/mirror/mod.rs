@@ -224,7 +224,7 @@ impl World {
             host: Host::at(dir.path().join("host"), &[("TIGHTROPE_KEYRING", keyring.to_str().unwrap())]),
             patience: Patience {
                 connect: Duration::from_secs(5),
-                read: Duration::from_millis(300),
+                read: Duration::from_secs(1),
                 attempts: 3,
                 backoff: Duration::from_millis(5),
             },

