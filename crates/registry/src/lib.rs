@@ -193,12 +193,12 @@ impl Registry {
         match DirBuilder::new().mode(0o700).create(&dir) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(wrong(&format!("it cannot be made ({error}): set XDG_RUNTIME_DIR"))),
+            Err(error) => return Err(wrong(&format!("it cannot be made ({error})"))),
         }
         // Somebody else could have made it, in /tmp: whoever can write to it could play every VM.
         let meta = fs::symlink_metadata(&dir).map_err(|error| wrong(&error.to_string()))?;
         if !meta.is_dir() || meta.uid() != rustix::process::geteuid().as_raw() {
-            return Err(wrong("it belongs to somebody else: set XDG_RUNTIME_DIR to a directory of your own"));
+            return Err(wrong("it belongs to somebody else"));
         }
         if meta.permissions().mode() & 0o077 != 0 {
             return Err(wrong("others may use it: chmod 700 it"));

@@ -55,6 +55,10 @@ pub fn check_name(name: &str) -> Result<()> {
     if !good || name.starts_with("run-") {
         bail!("'{name}' is no name for a disk that is kept: up to 64 letters, digits, -, _ and ., not run-…");
     }
+    // `tightrope rm` takes the names of both.
+    if [image::reference::BUSYBOX, image::reference::DEBIAN].contains(&name) {
+        bail!("'{name}' is an image's name: choose another one for --keep");
+    }
     Ok(())
 }
 
@@ -170,7 +174,7 @@ mod tests {
         for good in ["work", "a.b-c_1", "0"] {
             check_name(good).unwrap();
         }
-        for bad in ["", ".", "..", "-x", "a/b", "a b", "run-1", &"x".repeat(65)] {
+        for bad in ["", ".", "..", "-x", "a/b", "a b", "run-1", "debian", "busybox", &"x".repeat(65)] {
             assert!(check_name(bad).is_err(), "{bad}");
         }
     }
