@@ -130,10 +130,14 @@ Debian's Linux $release under Tightrope. To leave: poweroff, exit or Ctrl-D.
 # The session becomes a new one with this terminal, so that Ctrl-C and job control work.
 /sbin/session /bin/sh <"$tty" >"$tty" 2>&1 &
 shell=$!
-[ -x /tightrope/agent ] && while :; do
-	/tightrope/agent daemon
-	sleep 1
-done >/dev/null 2>&1 </dev/null &
 [ "$network" ] && /sbin/network >/dev/null 2>&1 </dev/null &
+[ -x /tightrope/agent ] && {
+	# The host's first command finds a network that comes soon.
+	[ "$network" ] && timeout 3 /sbin/network wait
+	while :; do
+		/tightrope/agent daemon
+		sleep 1
+	done
+} >/dev/null 2>&1 </dev/null &
 wait $shell
 stop poweroff

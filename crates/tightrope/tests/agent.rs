@@ -75,6 +75,15 @@ fn a_command_in_a_vm_of_its_own() {
     wait("the end", || !String::from_utf8_lossy(&rows()).contains("sleep 1000"));
 }
 
+/// The network is there for the first command, as all of BusyBox's programs are.
+#[test]
+fn the_first_command() {
+    let vm = Vm::start("first", &["--net", "user"]);
+    let done = vm.sh("cat /etc/resolv.conf && route -n && exec timeout 5 ifconfig eth0");
+    assert!(["nameserver 10.0.2.3", "10.0.2.2", "10.0.2.15"].iter().all(|part| done.out.contains(part)), "{done:?}");
+    ok(&finish(vm.exec(&["sha1sum", "/etc/fstab"]), b""));
+}
+
 #[test]
 fn a_vm_in_the_background() {
     let vm = Vm::start("life", &[]);

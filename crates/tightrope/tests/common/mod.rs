@@ -399,7 +399,8 @@ impl Vm {
     pub fn start(name: &str, options: &[&str]) -> Self {
         // Of its own for each run of the tests: an earlier one may have been killed.
         let name = format!("{name}-{}", std::process::id());
-        let done = finish(run(&[&["--detach", "--name", &name, "--net", "none"], options].concat()), b"");
+        let net: &[&str] = if options.contains(&"--net") { &[] } else { &["--net", "none"] };
+        let done = finish(run(&[&["--detach", "--name", &name], net, options].concat()), b"");
         assert_eq!(done.code(), Some(0), "{done:?}");
         let id = done.out.trim().to_owned();
         assert_eq!(id.len(), 12, "{done:?}");
