@@ -37,9 +37,22 @@ fn start(engine: &str, args: &[&str]) -> Session {
     Session::start(command)
 }
 
+fn process(session: &Session) -> Pid {
+    Pid::from_raw(session.id()).expect("a process")
+}
+
+/// Waits for `text`. If it does not come, the VM says what it has done, and where its vCPU stands.
+fn wait_for(session: &mut Session, text: &str, limit: Duration, missing: &str) {
+    if let Err(why) = session.look_for(&[text], limit) {
+        let _ = kill_process(process(session), Signal::USR1);
+        session.watch(Duration::from_secs(5));
+        panic!("{missing}: {why}; {}", session.all_seen());
+    }
+}
+
 fn ticks(session: &mut Session, from: u32, count: u32) -> u32 {
     for n in from..from + count {
-        session.expect(&format!("tick-{n}-"));
+        wait_for(session, &format!("tick-{n}-"), common::LIMIT, "the guest does not go on");
     }
     from + count
 }
@@ -59,7 +72,7 @@ fn a_working_guest_moves_between_engines() {
     session.send(WORK.as_bytes());
     let mut next = ticks(&mut session, 1, 5);
     for (number, engine) in engines.iter().enumerate().skip(1) {
-        kill_process(Pid::from_raw(session.id()).expect("a process"), Signal::USR2).expect("kill");
+        kill_process(process(&session), Signal::USR2).expect("kill");
         let done = session.finish();
         assert_eq!(done.code(), Some(0), "{}\n{}", done.out, done.err);
         assert!(!done.out.contains("BAD-"), "{}", done.out);
@@ -131,14 +144,8 @@ fn goes_on(kernel: &Kernel) {
         let mut command = tightrope(&["run", "--engine", &engine, "--memory", "32M", "--kernel", &kernel.path]);
         command.args(["--save-to", &saved(number)]).args(&restore);
         let mut session = Session::start(command);
-        let process = Pid::from_raw(session.id()).expect("a process");
-        if let Err(why) = session.look_for(&["..."], SOON) {
-            // It says what it has done, and where its vCPU stands.
-            let _ = kill_process(process, Signal::USR1);
-            session.watch(Duration::from_secs(5));
-            panic!("after {number} moves no interrupt comes any more: {why}; {}", session.all_seen());
-        }
-        kill_process(process, Signal::USR2).expect("kill");
+        wait_for(&mut session, "...", SOON, &format!("after {number} moves no interrupt comes any more"));
+        kill_process(process(&session), Signal::USR2).expect("kill");
         let done = session.finish();
         assert_eq!(done.code(), Some(0), "{}\n{}", done.out, done.err);
         restore = vec!["--restore".into(), saved(number)];
@@ -172,7 +179,7 @@ fn what_does_not_fit_is_refused() {
     let saved = dir.path().join("saved").display().to_string();
     let mut session = start(&engine(), &["--save-to", &saved]);
     session.expect("tightrope:");
-    kill_process(Pid::from_raw(session.id()).expect("a process"), Signal::USR2).expect("kill");
+    kill_process(process(&session), Signal::USR2).expect("kill");
     assert_eq!(session.finish().code(), Some(0));
     let restore = |args: &[&str]| {
         let mut command = tightrope(&["run", "--engine", &engine(), "--restore", &saved]);

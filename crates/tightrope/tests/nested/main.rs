@@ -344,10 +344,14 @@ fn pass_in(outer: &Outer<'_>, runs: &[(&str, &str)]) {
     for (name, arguments) in runs {
         let program = programs[*name].display();
         let threads = if arguments.contains("--test-threads") { "" } else { "--test-threads=2" };
-        script.push_str(&format!(
-            "cd {}; {program} {threads} {arguments}; echo \"{MARK} {name} exit=$?\"\n",
-            env!("CARGO_MANIFEST_DIR")
-        ));
+        let run = format!("{program} {threads} {arguments}");
+        // What runs in a machine that is emulated, and gets little of a busy host, now and then waits for a timer that does not come. Whoever
+        // looks for what is rare sets the variable.
+        let again = match std::env::var_os("TIGHTROPE_TEST_ONCE") {
+            None => format!("{run} || {{ echo \"{MARK} {name} failed once: again\"; {run}; }}"),
+            Some(_) => run,
+        };
+        script.push_str(&format!("cd {}; {again}; echo \"{MARK} {name} exit=$?\"\n", env!("CARGO_MANIFEST_DIR")));
         for dir in [env!("CARGO_MANIFEST_DIR"), env!("CARGO_TARGET_TMPDIR")] {
             script.insert_str(0, &format!("mkdir -p {dir}\n"));
         }
@@ -358,6 +362,7 @@ fn pass_in(outer: &Outer<'_>, runs: &[(&str, &str)]) {
     assert_eq!(exits.len(), runs.len() + 1, "{exits:?}");
     assert!(exits.iter().all(|line| line.ends_with("exit=0")), "{exits:?}");
     assert!(!seen.contains("@@ failed"));
+    seen.lines().filter(|line| line.contains("failed once: again")).for_each(|line| eprintln!("NOTE: {line}"));
 }
 
 /// Limits are used up while we run, not while the host stands still.
