@@ -26,9 +26,10 @@ const MOUNTS: [(&str, &str, MountFlags, &str); 7] = [
     ("tmpfs", "/tmp", MountFlags::NOSUID.union(MountFlags::NODEV), "mode=1777"),
 ];
 
-/// Runs the machine. With `command`, runs that on the console and switches the machine off when it has ended.
-pub fn run(command: &[OsString]) -> ! {
-    if let Err(error) = start(command) {
+/// Runs the machine. If the kernel's command line has a command behind `--`, runs that on the console and switches the machine off
+/// when it has ended. `arguments` are what the kernel gave to process 1.
+pub fn run(arguments: &[OsString]) -> ! {
+    if let Err(error) = start(arguments) {
         crate::complain(&error.to_string());
     }
     // Process 1 must not end.
@@ -38,8 +39,11 @@ pub fn run(command: &[OsString]) -> ! {
     }
 }
 
-fn start(command: &[OsString]) -> io::Result<()> {
+fn start(arguments: &[OsString]) -> io::Result<()> {
     mounts();
+    // Before them stand words that the kernel did not know, such as `nokaslr` where nothing unpacked it.
+    let count = fs::read_to_string("/proc/cmdline").map_or(0, |line| words_behind_dashes(&line));
+    let command = arguments.get(arguments.len().saturating_sub(count)..).unwrap_or_default();
     settings();
     let names = modules::needed();
     let (network, others): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| *name == "virtio_net");
@@ -50,6 +54,16 @@ fn start(command: &[OsString]) -> io::Result<()> {
     let network = network::start(&network)?;
     let main = if command.is_empty() { None } else { Some(main_command(command, &network)?) };
     Agent::new(Some(Init { signals, main, network })).run()
+}
+
+/// How many words of the kernel's command line stand behind the word `--`. As in the kernel, quotes keep spaces in a word.
+fn words_behind_dashes(line: &str) -> usize {
+    let mut quoted = false;
+    let words = line.split(|c: char| {
+        quoted ^= c == '"';
+        c.is_ascii_whitespace() && !quoted
+    });
+    words.filter(|word| !word.is_empty()).skip_while(|word| !["--", "\"--\""].contains(word)).skip(1).count()
 }
 
 /// Is something mounted here already?
@@ -136,4 +150,23 @@ fn main_command(command: &[OsString], network: &Coming) -> io::Result<OwnedFd> {
     }
     let _ = rustix::io::write(&to, &how);
     std::process::exit(0);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_the_command() {
+        for (line, count) in [
+            ("", 0),
+            ("console=ttyS0 nokaslr\n", 0),
+            ("quiet --\n", 0),
+            ("nokaslr -- make  -j2\n", 2),
+            ("x=\"a -- b\" nokaslr -- sh -c \"echo a; echo b\" --\n", 4),
+            ("a--b ---\tc", 0),
+        ] {
+            assert_eq!(words_behind_dashes(line), count, "{line:?}");
+        }
+    }
 }

@@ -54,13 +54,22 @@ fn network_check(settings: &Settings) -> Check {
     // Name servers that do not answer take longer than anybody waits.
     let (to, answer) = std::sync::mpsc::channel();
     let name = address.clone();
-    std::thread::spawn(move || {
+    let asking = std::thread::Builder::new().spawn(move || {
         let reached = name.to_socket_addrs().and_then(|mut all| {
             let first = all.next().ok_or_else(|| std::io::Error::other("the name has no address"))?;
             TcpStream::connect_timeout(&first, PATIENCE).map(|_| ())
         });
         let _ = to.send(reached);
     });
+    if let Err(error) = asking {
+        let why = format!("not asked: the host gives no thread: {}", agent::without_numbers(&error.to_string()));
+        return check(
+            "network",
+            Verdict::Limited,
+            why,
+            Some("raise the limit of threads (ulimit -u, pids.max of the control group)"),
+        );
+    }
     let remedy = Some("give the host a network, set http_proxy, or name another mirror with --mirror URL");
     match answer.recv_timeout(2 * PATIENCE) {
         Ok(Ok(())) => check("network", Verdict::Good, "the Debian mirror can be reached".into(), None),

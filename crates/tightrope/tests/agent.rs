@@ -56,6 +56,9 @@ fn a_command_in_a_vm_of_its_own() {
     assert_eq!(done.out, format!("{}  -\n", sum(&input)));
     let done = one(&["-e", "X=a b", "-w", "/tmp"], &["sh", "-c", "echo $X; pwd; kill -9 $$"], b"");
     assert_eq!((done.code(), done.out.as_str()), (Some(137), "a b\n/tmp\n"), "{done:?}");
+    // What the kernel does not know it gives to process 1; it is no command.
+    let done = one(&["--append", "nokaslr unknown"], &["echo", "here"], b"");
+    assert_eq!((done.code(), done.out.as_str()), (Some(0), "here\n"), "{done:?}");
     // Signals that the guest's process 1 keeps to itself do not stop its programs from getting theirs.
     let script = "sleep 1000 & kill $!; wait $!; echo $?; kill -INT $$; echo deaf";
     let done = one(&[], &["sh", "-c", script], b"");
