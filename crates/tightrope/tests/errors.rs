@@ -311,6 +311,12 @@ fn sockets_and_files_that_cannot_be_had() {
     check(&finish(kernel.run(&["--gdb", &place]), b""), 1, &["gdb socket", "in use"]);
     check(&finish(kernel.run(&["--serial", "file:/nonexistent/x"]), b""), 1, &["/nonexistent/x"]);
     check(&finish(kernel.run(&["--trace", "exits:/nonexistent/x"]), b""), 1, &["trace file", "/nonexistent/x"]);
+    let pipe = kernel.dir.path().join("pipe");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RWXU).unwrap();
+    let trace = format!("exits:{}", pipe.display());
+    check(&finish(kernel.run(&["--trace", &trace]), b""), 1, &["trace file", "nobody reads"]);
+    let console = format!("file:{}", pipe.display());
+    check(&finish(kernel.run(&["--serial", &console]), b""), 1, &["console output", "nobody reads"]);
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = port.local_addr().unwrap().to_string();
     check(&finish(kernel.run(&["--virtio-console", "stdio"]), b""), 1, &["two consoles", "--serial none"]);

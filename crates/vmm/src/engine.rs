@@ -10,6 +10,7 @@ use memory::GuestRam;
 
 use crate::config::{EngineChoice, MAX_CPUS, Optimization, SerialMode, VmConfig};
 use crate::error::Error;
+use crate::serial::open_output;
 
 /// What was found out about KVM before the process confines itself.
 pub(crate) enum KvmState {
@@ -95,7 +96,8 @@ pub(crate) fn open_trace(config: &VmConfig) -> Result<Option<TraceSink>, Error> 
     let Some(trace) = &config.trace else { return Ok(None) };
     match trace.file.as_deref() {
         Some(path) => {
-            let file = File::create(path).map_err(|error| Error::file("trace file", path, error))?;
+            let file = open_output(File::options().write(true).truncate(true), path)
+                .map_err(|error| Error::output("trace file", path, error))?;
             // In lines: what is written before a crash must be there after it.
             Ok(Some(Arc::new(Mutex::new(std::io::LineWriter::new(file)))))
         }

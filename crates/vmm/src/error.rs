@@ -21,4 +21,12 @@ impl Error {
     pub(crate) fn file(what: &str, path: &Path, problem: impl std::fmt::Display) -> Self {
         Self::Input(format!("{what} {}: {problem}", path.display()))
     }
+
+    /// What is to be written to, opened without waiting for who reads a pipe, does not open.
+    pub(crate) fn output(what: &str, path: &Path, error: std::io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::ENXIO) => Self::file(what, path, "is a pipe that nobody reads: start its reader first"),
+            _ => Self::file(what, path, error),
+        }
+    }
 }

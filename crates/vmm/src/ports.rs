@@ -97,12 +97,7 @@ pub(crate) fn open(configs: &[PortConfig]) -> Result<(Vec<Opened>, Vec<String>),
                 let mut options = OpenOptions::new();
                 // A pipe that nobody reads yet is no reason to wait.
                 options.append(true).create(true).custom_flags(libc::O_NONBLOCK);
-                let file = options.open(path).map_err(|error| match error.raw_os_error() {
-                    Some(libc::ENXIO) => {
-                        Error::file("port output", path, "is a pipe that nobody reads: start its reader first")
-                    }
-                    _ => Error::file("port output", path, error),
-                })?;
+                let file = options.open(path).map_err(|error| Error::output("port output", path, error))?;
                 End::File(file)
             }
             PortPlace::Pty => {

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -102,6 +102,13 @@ pub(crate) enum Serial {
     Log(File, Hub),
 }
 
+/// Opens what is to be written to, and makes it if it is not there. Nobody is waited for who reads a pipe; writing to it waits.
+pub(crate) fn open_output(options: &mut OpenOptions, path: &Path) -> std::io::Result<File> {
+    let file = options.create(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    rustix::fs::fcntl_setfl(&file, rustix::fs::fcntl_getfl(&file)? - rustix::fs::OFlags::NONBLOCK)?;
+    Ok(file)
+}
+
 impl Serial {
     /// Opens what `mode` names. The second value is a line for the user, if there is something to say.
     pub(crate) fn open(mode: &SerialMode) -> Result<(Self, Option<String>), Error> {
@@ -110,11 +117,8 @@ impl Serial {
             // The log is the instance's: see `Vm::new`.
             SerialMode::None | SerialMode::Log => Ok((Self::None, None)),
             SerialMode::File(path) => {
-                let file = OpenOptions::new()
-                    .append(true)
-                    .create(true)
-                    .open(path)
-                    .map_err(|error| Error::file("console output", path, error))?;
+                let file = open_output(OpenOptions::new().append(true), path)
+                    .map_err(|error| Error::output("console output", path, error))?;
                 Ok((Self::File(file, false), None))
             }
             SerialMode::Pty => {
