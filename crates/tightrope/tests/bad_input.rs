@@ -103,7 +103,7 @@ fn full_files() {
     let mut session = Session::start(kernel.run(&["--save-to", "/dev/full"]));
     session.expect("a guest that talks");
     for _ in 0..2 {
-        kill_process(Pid::from_raw(session.id()).unwrap(), Signal::USR2).unwrap();
+        session.signal(Signal::USR2);
         session.send(b"on");
         session.expect("on");
     }

@@ -7,6 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use common::{Code, Finished, Kernel, engine, finish, left_out, tightrope};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
 fn report(done: &Finished) -> serde_json::Value {
     serde_json::from_str(&done.out).unwrap_or_else(|error| panic!("{error}: {done:?}"))
@@ -115,44 +116,28 @@ fn without_permission() {
 /// In a container whose own filter forbids what the monitor's sandbox needs no VM starts; both say so.
 #[test]
 fn no_filters_allowed() {
-    let forbidden = |args: &[&str]| {
-        let mut command = tightrope(args);
-        // SAFETY: only system calls are made between fork and exec.
-        unsafe { command.pre_exec(|| forbid(libc::SYS_seccomp)) };
-        finish(command, b"")
-    };
-    let done = forbidden(&["doctor"]);
+    let done = without(libc::SYS_seccomp, &["doctor"]);
     assert_eq!(done.code(), Some(1), "{done:?}");
     assert!(done.out.contains("BAD      seccomp       no filters can be set: Operation not permitted\n"), "{done:?}");
     assert_eq!(done.out.lines().last(), Some("Virtual machines do not run here."), "{done:?}");
-    let report = report(&forbidden(&["doctor", "--json"]));
+    let report = report(&without(libc::SYS_seccomp, &["doctor", "--json"]));
     assert_eq!((&report["verdict"], &check(&report, "seccomp")["verdict"]), (&"bad".into(), &"bad".into()));
 }
 
 /// A thread that the host does not give is a finding, no internal error.
 #[test]
 fn no_threads() {
-    let mut command = tightrope(&["doctor", "--json"]);
-    // SAFETY: only system calls are made between fork and exec.
-    unsafe { command.pre_exec(|| forbid(libc::SYS_clone3)) };
-    let done = finish(command, b"");
+    let done = without(libc::SYS_clone3, &["doctor", "--json"]);
     assert_eq!((done.code(), done.err.as_str()), (Some(0), ""), "{done:?}");
 }
 
-/// From here on this system call of this process fails with "Operation not permitted".
-fn forbid(call: i64) -> std::io::Result<()> {
-    let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
-    let mut steps = [
-        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, call as u32),
-        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
-        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
-    ];
-    let program = libc::sock_fprog { len: steps.len() as u16, filter: steps.as_mut_ptr() };
-    // SAFETY: `program` and its steps are valid during the calls.
-    let set = unsafe {
-        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-            && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) == 0
-    };
-    if set { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+/// Runs the command where this system call fails with "Operation not permitted".
+fn without(call: i64, args: &[&str]) -> Finished {
+    let refused = SeccompAction::Errno(libc::EPERM as u32);
+    let filter = SeccompFilter::new([(call, vec![])].into(), SeccompAction::Allow, refused, TargetArch::x86_64);
+    let program: BpfProgram = filter.unwrap().try_into().unwrap();
+    let mut command = tightrope(args);
+    // SAFETY: only system calls are made between fork and exec.
+    unsafe { command.pre_exec(move || seccompiler::apply_filter(&program).map_err(std::io::Error::other)) };
+    finish(command, b"")
 }

@@ -6,7 +6,7 @@ mod common;
 use std::time::Duration;
 
 use common::{Code, Kernel, Session, engine, tightrope};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 
 /// In the guest (which echoes this, so it must not contain what is looked for): reads the disk again and again past its cache, compares, asks
 /// the gateway, looks at the clocks, sleeps, counts. A second reader keeps requests in flight. (An answer may be lost with the old
@@ -37,14 +37,10 @@ fn start(engine: &str, args: &[&str]) -> Session {
     Session::start(command)
 }
 
-fn process(session: &Session) -> Pid {
-    Pid::from_raw(session.id()).expect("a process")
-}
-
 /// Waits for `text`. If it does not come, the VM says what it has done, and where its vCPU stands.
 fn wait_for(session: &mut Session, text: &str, limit: Duration, missing: &str) {
     if let Err(why) = session.look_for(&[text], limit) {
-        let _ = kill_process(process(session), Signal::USR1);
+        session.signal(Signal::USR1);
         session.watch(Duration::from_secs(5));
         panic!("{missing}: {why}; {}", session.all_seen());
     }
@@ -72,7 +68,7 @@ fn a_working_guest_moves_between_engines() {
     session.send(WORK.as_bytes());
     let mut next = ticks(&mut session, 1, 5);
     for (number, engine) in engines.iter().enumerate().skip(1) {
-        kill_process(process(&session), Signal::USR2).expect("kill");
+        session.signal(Signal::USR2);
         let done = session.finish();
         assert_eq!(done.code(), Some(0), "{}\n{}", done.out, done.err);
         assert!(!done.out.contains("BAD-"), "{}", done.out);
@@ -145,7 +141,7 @@ fn goes_on(kernel: &Kernel) {
         command.args(["--save-to", &saved(number)]).args(&restore);
         let mut session = Session::start(command);
         wait_for(&mut session, "...", SOON, &format!("after {number} moves no interrupt comes any more"));
-        kill_process(process(&session), Signal::USR2).expect("kill");
+        session.signal(Signal::USR2);
         let done = session.finish();
         assert_eq!(done.code(), Some(0), "{}\n{}", done.out, done.err);
         restore = vec!["--restore".into(), saved(number)];
@@ -179,7 +175,7 @@ fn what_does_not_fit_is_refused() {
     let saved = dir.path().join("saved").display().to_string();
     let mut session = start(&engine(), &["--save-to", &saved]);
     session.expect("tightrope:");
-    kill_process(process(&session), Signal::USR2).expect("kill");
+    session.signal(Signal::USR2);
     assert_eq!(session.finish().code(), Some(0));
     let restore = |args: &[&str]| {
         let mut command = tightrope(&["run", "--engine", &engine(), "--restore", &saved]);

@@ -3,11 +3,7 @@
 mod common;
 
 use common::{Code, Kernel, Session, finish};
-use rustix::process::{Pid, Signal, kill_process};
-
-fn signal(session: &Session, signal: Signal) {
-    kill_process(Pid::from_raw(session.id()).expect("a process"), signal).expect("kill");
-}
+use rustix::process::Signal;
 
 #[test]
 fn power_off_is_exit_code_0() {
@@ -63,7 +59,7 @@ fn reset_boots_again_and_sigterm_ends() {
     for _ in 0..5 {
         session.expect("boot\r\n");
     }
-    signal(&session, Signal::TERM);
+    session.signal(Signal::TERM);
     let done = session.finish();
     assert_eq!(done.code(), Some(128 + 15), "{}", done.err);
 }
@@ -74,7 +70,7 @@ fn signals_end_the_guest() {
         let kernel = Kernel::new(Code::new().print("up").spin());
         let mut session = Session::start(kernel.run(&[]));
         session.expect("up");
-        signal(&session, which);
+        session.signal(which);
         assert_eq!(session.finish().code(), Some(code));
     }
 }
@@ -95,8 +91,8 @@ fn the_end_of_input_does_not_end_the_guest() {
     session.expect("a");
     session.end_input();
     std::thread::sleep(std::time::Duration::from_millis(100));
-    signal(&session, Signal::USR1);
-    signal(&session, Signal::TERM);
+    session.signal(Signal::USR1);
+    session.signal(Signal::TERM);
     let done = session.finish();
     assert_eq!(done.code(), Some(143));
 }
@@ -191,7 +187,7 @@ fn counters_on_sigusr1() {
     let kernel = Kernel::new(Code::new().print("up").echo());
     let mut session = Session::start(kernel.run(&[]));
     session.expect("up");
-    signal(&session, Signal::USR1);
+    session.signal(Signal::USR1);
     std::thread::sleep(std::time::Duration::from_millis(200));
     session.send(b"stillq");
     session.expect("stillq");

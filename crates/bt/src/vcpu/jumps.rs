@@ -1,6 +1,5 @@
 //! Jumps that the dispatcher links, resolves or takes back.
 
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use cpu::Vcpu;
@@ -19,7 +18,7 @@ impl BtVcpu {
     /// Lets a slot lead to `found`, and those that are known to lead to the same page to where they led before.
     pub(super) fn resolve(&mut self, number: u32, slot: Slot, found: BlockId, global: bool) {
         let block = self.block();
-        let mut cache = self.shared.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cache = self.shared.cache();
         let Some(host) = cache.entry(found, slot.kind) else { return };
         cache.note_slot(found, number);
         self.tlbs.fill_slot(block, (number, slot.thunk), slot.target.base, host, self.address(slot.target), global);

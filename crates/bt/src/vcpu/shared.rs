@@ -12,7 +12,7 @@ use crate::world::{CAUSES, World};
 
 /// What all vCPUs and the device threads share.
 pub struct Shared {
-    pub(super) cache: Mutex<Cache>,
+    cache: Mutex<Cache>,
     /// [`Cache::sites`], without the lock.
     pub(super) sites: Arc<Sites>,
     pub ram: GuestRam,

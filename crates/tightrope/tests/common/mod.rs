@@ -11,6 +11,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use patience::{Patience, STEP};
+use rustix::process::{Pid, Signal, kill_process};
 
 #[path = "patience.rs"]
 mod patience;
@@ -117,6 +118,10 @@ impl Session {
 
     pub fn id(&self) -> i32 {
         self.child.id() as i32
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("kill");
     }
 
     pub fn send(&mut self, text: &[u8]) {

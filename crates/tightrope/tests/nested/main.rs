@@ -266,6 +266,17 @@ fn outer_guest(outer: &Outer<'_>, script: &str, programs: &[&Path]) -> String {
     seen.unwrap_or_else(|| panic!("the outer guest stood still {ATTEMPTS} times"))
 }
 
+/// Why an outer guest is not listened to any more.
+#[derive(PartialEq, Eq)]
+enum Stopped {
+    /// It ended.
+    Ended,
+    /// It has had its time.
+    TooLate,
+    /// It stands still.
+    Silent,
+}
+
 /// Boots the outer guest and returns all it printed, up to its end. `None`: it stood still. Nothing that runs in it can make it do so, least of all
 /// for minutes: that is the emulator's fault or its kernel's, which has been seen once in some hundred runs.
 fn attempt(outer: &Outer<'_>, boot: &Boot<'_>) -> Option<String> {
@@ -281,7 +292,7 @@ fn attempt(outer: &Outer<'_>, boot: &Boot<'_>) -> Option<String> {
     let mut patience = Patience::new(outer.limit);
     let mut silence = Patience::new(outer.silence);
     let mut seen = String::new();
-    let in_time = loop {
+    let stopped = loop {
         match lines.recv_timeout(STEP) {
             Ok(line) => {
                 silence = Patience::new(outer.silence);
@@ -296,28 +307,30 @@ fn attempt(outer: &Outer<'_>, boot: &Boot<'_>) -> Option<String> {
                 seen.push_str(&line);
                 seen.push('\n');
             }
-            Err(RecvTimeoutError::Disconnected) => break true,
-            Err(RecvTimeoutError::Timeout) if child.try_wait().expect("wait").is_some() => break true,
+            Err(RecvTimeoutError::Disconnected) => break Stopped::Ended,
+            Err(RecvTimeoutError::Timeout) if child.try_wait().expect("wait").is_some() => break Stopped::Ended,
             Err(RecvTimeoutError::Timeout) => {}
         }
         if !patience.lasts() {
-            break false;
+            break Stopped::TooLate;
         }
         if !silence.lasts() {
-            eprintln!(
-                "NOTE: the outer guest stands still, attempt {} of {ATTEMPTS}:\n{}",
-                boot.attempt,
-                outer.emulator.registers(boot)
-            );
-            let _ = child.kill();
-            let _ = child.wait();
-            return None;
+            let registers = outer.emulator.registers(boot);
+            eprintln!("NOTE: the outer guest stands still, attempt {} of {ATTEMPTS}:\n{registers}", boot.attempt);
+            break Stopped::Silent;
         }
     };
     let _ = child.kill();
     let _ = child.wait();
+    if stopped == Stopped::Silent {
+        return None;
+    }
     let ended = seen.contains("@@ end");
-    assert!(in_time || ended, "the outer guest does not end within {} s:\n{seen}", outer.limit.as_secs());
+    assert!(
+        stopped == Stopped::Ended || ended,
+        "the outer guest does not end within {} s:\n{seen}",
+        outer.limit.as_secs()
+    );
     assert!(ended, "the outer guest ended early:\n{seen}");
     Some(seen)
 }
